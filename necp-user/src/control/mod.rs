@@ -1,0 +1,1 @@
+//! The sans-IO decisions of a network element.

@@ -1,0 +1,3 @@
+//! The tasks: the only place that names tokio.
+
+pub mod se;

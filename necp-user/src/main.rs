@@ -1,0 +1,3 @@
+//! The `necp` command.
+
+fn main() {}
