@@ -1,2 +1,40 @@
-//! The packet path.
+//! The packet path of an NECP network element, as a library that runs in the kernel and on the host alike.
+//!
+//! ```text
+//!  frame ──► parse ──► steer ──► rewrite ──► verdict
+//!             │          │          │           │
+//!   Reason ◄──┘          │          └ new MACs   └ XDP action, one counter
+//!  (passed on)           ▼
+//!                     Tables ── service_bucket   which service?    one array lookup
+//!                            ── slot             which owner?      one word
+//!                            ── next_hop         where is it?      one word
+//!                            ── flow_bucket      on record?        only if the slot is not plain
+//! ```
+//!
+//! 1. [`parse`]: bytes → [`Packet`](packet::Packet), or the [`Reason`](verdict::Reason) why it is passed on.
+//! 2. [`steer`]: a packet → a [`Decision`](steer::Decision); knows no map, asks [`Tables`](tables::Tables).
+//! 3. [`rewrite`]: edits the frame for the server's forwarding type.
+//! 4. [`verdict`]: every packet ends in exactly one reason, one action, one counter.
+//!
+//! The kernel program ([`abi::names::PROGRAM`]) is this crate's binary; `bpf/` in it has the maps. [`host`] has the same
+//! tables as memory: of the kernel's own maps, or of a test.
 #![cfg_attr(target_arch = "bpf", no_std)]
+#![cfg_attr(target_arch = "bpf", feature(asm_experimental_arch))]
+
+#[cfg(not(target_arch = "bpf"))]
+extern crate alloc;
+
+pub mod abi;
+pub mod flows;
+pub mod frame;
+pub mod hash;
+#[cfg(not(target_arch = "bpf"))]
+pub mod host;
+pub mod packet;
+pub mod parse;
+pub mod rewrite;
+pub mod slot;
+pub mod steer;
+pub mod tables;
+pub mod verdict;
+pub mod word;

@@ -1,0 +1,225 @@
+//! What the kernel program and user space share: every map's name, capacity, key and value.
+//!
+//! The record types have plain named fields, because `bpftool map dump` prints those names. Where several CPUs and user
+//! space change a record at the same time, the code goes through [`Word`](crate::word::Word) views of the same memory:
+//! [`FlowBucketWords`](crate::flows::FlowBucketWords), [`Tables`](crate::tables::Tables). Addresses and ports in records
+//! are in network byte order unless a field says otherwise; everything else is in the host's.
+
+/// Raised whenever a record below, or what a field means, changes: pinned maps of another layout are never reused.
+pub const LAYOUT_VERSION: u32 = 1;
+
+/// Map and object names, as `bpftool` and the pin directory show them (at most 15 bytes, the kernel's limit).
+pub mod names {
+    /// The XDP program.
+    pub const PROGRAM: &str = "necp";
+    /// `Array<ServiceBucket>`: which service a packet belongs to.
+    pub const SERVICES: &str = "services";
+    /// `Array<Slot>`: the slot tables of all services, one after the other.
+    pub const SLOTS: &str = "slots";
+    /// `Array<Server>`: one entry per server id.
+    pub const SERVERS: &str = "servers";
+    /// `Array<FlowBucket>`: flows that the slot tables alone would misplace (IPv4).
+    pub const FLOWS: &str = "flows4";
+    /// `PerCpuArray<u64>`: packets by [`Reason`](crate::verdict::Reason).
+    pub const REASONS: &str = "reasons";
+    /// `PerCpuArray<ServerStats>`: packets, bytes and new flows by server id.
+    pub const SERVER_STATS: &str = "server_stats";
+    /// `Array<Port>`: the interfaces that the program runs on.
+    pub const PORTS: &str = "ports";
+    /// `DevMap`: the same interfaces, as targets of redirects.
+    pub const TX_PORTS: &str = "tx_ports";
+    /// `Array<Layout>`: one entry, what the other maps were created with.
+    pub const LAYOUT: &str = "layout";
+    /// Read-only global: index in [`PORTS`] of the interface this instance of the program runs on.
+    pub const PORT_INDEX: &str = "PORT_INDEX";
+    /// Read-only global: number of flow buckets less one.
+    pub const FLOW_MASK: &str = "FLOW_MASK";
+    /// All maps that outlive the daemon, by name.
+    pub const PINNED: [&str; 9] =
+        [SERVICES, SLOTS, SERVERS, FLOWS, REASONS, SERVER_STATS, PORTS, TX_PORTS, LAYOUT];
+}
+
+/// Buckets of the service table. A power of two.
+pub const SERVICE_BUCKETS: u32 = 8192;
+/// Entries in a bucket of the service table: a lookup reads one bucket and no more.
+pub const SERVICES_PER_BUCKET: usize = 4;
+/// Server ids; an id is one server's offer of one service with one forwarding type.
+pub const MAX_SERVERS: u32 = 65_536;
+/// Interfaces of one instance.
+pub const MAX_PORTS: u32 = 64;
+/// Entries in a bucket of the flow table, 64 bytes together.
+pub const FLOWS_PER_BUCKET: usize = 4;
+/// Default number of flow buckets (16 MiB, 1,048,576 flows). A power of two; set at load.
+pub const DEFAULT_FLOW_BUCKETS: u32 = 262_144;
+/// Default capacity of the slot map, in slots (8 bytes each); set at load.
+pub const DEFAULT_SLOTS: u32 = 1 << 20;
+
+/// Server id: nobody was ever there.
+pub const NONE: u32 = 0;
+/// Server id: cut through, the packet goes on as if there were no balancer.
+pub const DIRECT: u32 = 1;
+/// The first id of a real server.
+pub const FIRST_SERVER: u32 = 2;
+
+/// Where packets to one address, protocol and port go: the slot table of a service.
+///
+/// Written by user space only: first the fields, last `state` (with the rest of the first eight bytes, in one store).
+#[repr(C, align(8))]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Service {
+    /// The VIP.
+    pub address: [u8; 4],
+    /// Destination port; 0 for protocols without.
+    pub port: [u8; 2],
+    /// IP protocol.
+    pub protocol: u8,
+    /// 0: this entry is free. 1: valid.
+    pub state: u8,
+    /// Index of the service's first slot in the map `slots`.
+    pub slots_base: u32,
+    /// Number of its slots.
+    pub slots_size: u32,
+    /// Seed of the farm's flow hash; the same on every NE that shares its traffic.
+    pub seed: u64,
+    /// Identifies this entry in flow records; [`UDP_CLASS`] is set unless the protocol is TCP.
+    pub id: u16,
+    /// [`ALWAYS_TRACKED`] or [`UNTRACKED`], or neither.
+    pub flags: u16,
+    /// Index of the farm.
+    pub farm: u32,
+}
+
+/// In [`Service::id`]: records of this service count against the quota of flows that show no beginning.
+pub const UDP_CLASS: u16 = 0x8000;
+/// In [`Service::flags`]: every flow is recorded, whatever its slot says (UDP and other protocols, layer 3).
+pub const ALWAYS_TRACKED: u16 = 1;
+/// In [`Service::flags`]: no flow is ever recorded; every packet goes where the slot table says (UDP, opted out).
+pub const UNTRACKED: u16 = 2;
+
+/// One bucket of the service table.
+#[repr(C, align(8))]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ServiceBucket {
+    /// In no order; free ones in between.
+    pub entries: [Service; SERVICES_PER_BUCKET],
+}
+
+/// One slot, one aligned 8-byte word; see [`SlotWord`](crate::slot::SlotWord).
+#[repr(C, align(8))]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Slot {
+    /// Server id that new flows go to (24 bits).
+    pub owner: u32,
+    /// Server id that unrecorded flows began with, 0 if none: 24 bits, least significant byte first.
+    pub legacy: [u8; 3],
+    /// 1: TRACKED, some flow of this slot may be on record. 2: COLLECTING, user space is looking whether one is.
+    pub flags: u8,
+}
+
+/// One server id: where its packets go, and whose it is.
+#[repr(C, align(8))]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Server {
+    /// Next hop's MAC address.
+    pub mac: [u8; 6],
+    /// [`ALIVE`], [`ACCEPTS`], [`REACHABLE`]. The first eight bytes are changed in one store.
+    pub flags: u8,
+    /// Index in [`names::PORTS`] of the interface that leads to the next hop.
+    pub port: u8,
+    /// The SE's address, IPv4 in its IPv6-mapped form.
+    pub address: [u8; 16],
+    /// Index of the farm.
+    pub farm: u16,
+    /// Destination port of the service (host byte order).
+    pub service_port: u16,
+    /// IP protocol of the service.
+    pub protocol: u8,
+    /// Forwarding type: 1 layer 2, 2 GRE, 3 layer 3 (draft §5.6.1).
+    pub forwarding: u8,
+    /// 0.
+    pub reserved: u16,
+}
+
+/// In [`Server::flags`]: its host is not known to be gone, flows on record may go there.
+pub const ALIVE: u8 = 1;
+/// In [`Server::flags`]: new flows may go there.
+pub const ACCEPTS: u8 = 2;
+/// In [`Server::flags`]: `mac` and `port` are known.
+pub const REACHABLE: u8 = 4;
+
+/// Per CPU and server id.
+#[repr(C, align(8))]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ServerStats {
+    /// Packets sent to it.
+    pub packets: u64,
+    /// Bytes of them, from the Ethernet header on.
+    pub bytes: u64,
+    /// New flows: first TCP SYNs, retransmitted ones too, and new records of other protocols.
+    pub flows: u64,
+}
+
+/// One interface.
+#[repr(C, align(8))]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Port {
+    /// Its own MAC address.
+    pub mac: [u8; 6],
+    /// 0.
+    pub reserved: u16,
+    /// Its index.
+    pub ifindex: u32,
+    /// Its MTU in bytes.
+    pub mtu: u32,
+}
+
+/// One entry of the flow table; see [`FlowWord`](crate::flows::FlowWord).
+#[repr(C, align(8))]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Flow {
+    /// The client's address.
+    pub source: [u8; 4],
+    /// The client's port.
+    pub source_port: [u8; 2],
+    /// [`Service::id`] (host byte order).
+    pub service: u16,
+    /// Bits 0–1 state (1 candidate, 2 record, 3 being written), 2 closing, 3–7 age, 8–27 server id, 28–31 length of the SYN's data.
+    pub state: u32,
+    /// Initial sequence number of the SYN that this was made from, 0 if it was made from another packet.
+    pub isn: u32,
+}
+
+/// One bucket of the flow table.
+#[repr(C, align(64))]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct FlowBucket {
+    /// In no order; free ones in between.
+    pub entries: [Flow; FLOWS_PER_BUCKET],
+}
+
+/// What the pinned maps were created with.
+#[repr(C, align(8))]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Layout {
+    /// [`LAYOUT_VERSION`].
+    pub version: u32,
+    /// Capacity of `slots`.
+    pub slots: u32,
+    /// Number of buckets of `flows4`.
+    pub flow_buckets: u32,
+    /// 0.
+    pub reserved: u32,
+}
+
+const _: () = {
+    assert!(size_of::<Service>() == 32);
+    assert!(size_of::<ServiceBucket>() == 128);
+    assert!(size_of::<Slot>() == 8);
+    assert!(size_of::<Server>() == 32);
+    assert!(size_of::<ServerStats>() == 24);
+    assert!(size_of::<Port>() == 16);
+    assert!(size_of::<Flow>() == 16);
+    assert!(size_of::<FlowBucket>() == 64);
+    assert!(size_of::<Layout>() == 16);
+    assert!(SERVICE_BUCKETS.is_power_of_two() && DEFAULT_FLOW_BUCKETS.is_power_of_two());
+};

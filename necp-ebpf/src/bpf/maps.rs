@@ -1,0 +1,132 @@
+//! The maps, and [`Tables`] on them. Names and capacities stand in [`abi`](necp_ebpf::abi).
+
+use aya_ebpf::{
+    btf_maps::{Array, DevMap, PerCpuArray},
+    macros::btf_map,
+};
+use necp_ebpf::{
+    abi::{
+        DEFAULT_FLOW_BUCKETS, DEFAULT_SLOTS, FlowBucket, Layout, MAX_PORTS, MAX_SERVERS, Port, SERVICE_BUCKETS, Server,
+        ServerStats, ServiceBucket, Slot,
+    },
+    flows::FlowBucketWords,
+    steer::Decision,
+    tables::{NextHop, Tables},
+    verdict::{REASONS, Reason},
+    word::Word,
+};
+
+/// `BPF_F_MMAPABLE`: user space reads and changes these maps as memory.
+const MMAPABLE: usize = 1 << 10;
+
+#[btf_map(name = "services")]
+static SERVICES: Array<ServiceBucket, { SERVICE_BUCKETS as usize }, MMAPABLE> = Array::new();
+#[btf_map(name = "slots")]
+static SLOTS: Array<Slot, { DEFAULT_SLOTS as usize }, MMAPABLE> = Array::new();
+#[btf_map(name = "servers")]
+static SERVERS: Array<Server, { MAX_SERVERS as usize }, MMAPABLE> = Array::new();
+#[btf_map(name = "flows4")]
+static FLOWS: Array<FlowBucket, { DEFAULT_FLOW_BUCKETS as usize }, MMAPABLE> = Array::new();
+#[btf_map(name = "reasons")]
+static REASON_COUNTERS: PerCpuArray<u64, { REASONS as usize }> = PerCpuArray::new();
+#[btf_map(name = "server_stats")]
+static SERVER_STATS: PerCpuArray<ServerStats, { MAX_SERVERS as usize }> = PerCpuArray::new();
+#[btf_map(name = "ports")]
+static PORTS: Array<Port, { MAX_PORTS as usize }> = Array::new();
+#[btf_map(name = "tx_ports")]
+static TX_PORTS: DevMap<{ MAX_PORTS as usize }> = DevMap::new();
+#[btf_map(name = "layout")]
+static LAYOUT: Array<Layout, 1> = Array::new();
+
+// What user space sets before it loads the program on an interface; constants to the verifier.
+#[unsafe(no_mangle)]
+static PORT_INDEX: u32 = 0;
+#[unsafe(no_mangle)]
+static PORT_MAC: u64 = 0;
+#[unsafe(no_mangle)]
+static FLOW_MASK: u32 = DEFAULT_FLOW_BUCKETS - 1;
+
+/// The interface that this instance of the program runs on: its index in `ports`, its MAC address.
+#[inline(always)]
+pub(super) fn own_port() -> (u32, [u8; 6]) {
+    // SAFETY: both are initialised and never written while the program is loaded.
+    let (index, mac) = unsafe { ((&raw const PORT_INDEX).read_volatile(), (&raw const PORT_MAC).read_volatile()) };
+    let [a, b, c, d, e, f, ..] = mac.to_ne_bytes();
+    (index, [a, b, c, d, e, f])
+}
+
+/// The MAC address of another interface.
+#[inline(always)]
+pub(super) fn port_mac(index: u32) -> Option<[u8; 6]> {
+    PORTS.get(index).map(|port| port.mac)
+}
+
+/// Sends the packet out by another interface.
+#[inline(always)]
+pub(super) fn redirect(index: u32) -> Option<u32> {
+    TX_PORTS.redirect(index, 0).ok()
+}
+
+/// Whether the maps have the layout that this program was built for.
+#[inline(always)]
+#[expect(dead_code, reason = "keeps the map in the object; user space reads it")]
+pub(super) fn layout() -> Option<&'static Layout> {
+    LAYOUT.get(0)
+}
+
+/// Counts a packet that no server gets.
+#[inline(always)]
+pub(super) fn count(reason: Reason) {
+    if let Some(counter) = REASON_COUNTERS.get_ptr_mut(reason as u32) {
+        // SAFETY: this CPU's own counter; nobody else writes it while the program runs.
+        unsafe { *counter += 1 };
+    }
+}
+
+/// Counts a packet that a server gets.
+#[inline(always)]
+pub(super) fn count_transmitted(decision: &Decision, bytes: u64) {
+    count(decision.reason);
+    if let Some(stats) = SERVER_STATS.get_ptr_mut(decision.server) {
+        // SAFETY: this CPU's own entry; nobody else writes it while the program runs.
+        unsafe {
+            (*stats).packets += 1;
+            (*stats).bytes += bytes;
+            (*stats).flows += decision.begins as u64;
+        }
+    }
+}
+
+/// The kernel's tables.
+pub(super) struct Maps;
+
+impl Tables for Maps {
+    #[inline(always)]
+    fn service_bucket(&self, index: u32) -> Option<&ServiceBucket> {
+        SERVICES.get(index)
+    }
+
+    #[inline(always)]
+    fn slot(&self, index: u32) -> Option<&Word> {
+        // SAFETY: a slot is one aligned word.
+        SLOTS.get_ptr(index).map(|slot| unsafe { &*slot.cast::<Word>() })
+    }
+
+    #[inline(always)]
+    fn next_hop(&self, server: u32) -> Option<NextHop> {
+        // SAFETY: the first eight bytes of an aligned record, read at once.
+        SERVERS.get_ptr(server).map(|server| NextHop(unsafe { server.cast::<u64>().read_volatile() }))
+    }
+
+    #[inline(always)]
+    fn flow_bucket(&self, index: u32) -> Option<&FlowBucketWords> {
+        // SAFETY: both types have the same layout.
+        FLOWS.get_ptr(index).map(|bucket| unsafe { &*bucket.cast::<FlowBucketWords>() })
+    }
+
+    #[inline(always)]
+    fn flow_mask(&self) -> u32 {
+        // SAFETY: initialised and never written while the program is loaded.
+        unsafe { (&raw const FLOW_MASK).read_volatile() }
+    }
+}

@@ -1,0 +1,58 @@
+//! The entry point: parse, steer, rewrite, verdict.
+
+use aya_ebpf::{
+    bindings::xdp_action::{XDP_DROP, XDP_PASS, XDP_TX},
+    macros::xdp,
+    programs::XdpContext,
+};
+use necp_ebpf::{
+    frame::Frame,
+    parse::parse,
+    rewrite::l2,
+    steer::{Decision, steer},
+    verdict::{Action, Reason},
+};
+
+use super::maps::{self, Maps};
+
+/// On every interface, natively where the driver can.
+#[xdp]
+fn necp(ctx: XdpContext) -> u32 {
+    // SAFETY: the kernel's own bounds of the frame.
+    let frame = unsafe { Frame::new(ctx.data(), ctx.data_end()) };
+    let decision = match parse(&frame) {
+        Ok(packet) => steer(&packet, &Maps),
+        Err(reason) => Decision::unsteered(reason),
+    };
+    match decision.action() {
+        Action::Transmit => transmit(&frame, decision),
+        Action::Pass => finish(decision.reason, XDP_PASS),
+        Action::Drop => finish(decision.reason, XDP_DROP),
+    }
+}
+
+#[inline(always)]
+fn transmit(frame: &Frame, decision: Decision) -> u32 {
+    let (own_index, own_mac) = maps::own_port();
+    if !l2::is_for(frame, own_mac) {
+        return finish(Reason::OtherHost, XDP_PASS);
+    }
+    let index = decision.next_hop.port() as u32;
+    let (verdict, source) = if index == own_index {
+        (Some(XDP_TX), Some(own_mac))
+    } else {
+        (maps::redirect(index), maps::port_mac(index))
+    };
+    let (Some(verdict), Some(source)) = (verdict, source) else { return finish(Reason::NoNextHop, XDP_DROP) };
+    if !l2::rewrite(frame, decision.next_hop.mac(), source) {
+        return finish(Reason::BadTables, XDP_DROP);
+    }
+    maps::count_transmitted(&decision, frame.len() as u64);
+    verdict
+}
+
+#[inline(always)]
+fn finish(reason: Reason, verdict: u32) -> u32 {
+    maps::count(reason);
+    verdict
+}

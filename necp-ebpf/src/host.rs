@@ -1,0 +1,171 @@
+//! The tables as memory of this process: the kernel's maps through mmap, or vectors of a test's own.
+
+use core::{marker::PhantomData, ptr::NonNull};
+
+use crate::{
+    abi::{Server, ServiceBucket},
+    flows::FlowBucketWords,
+    tables::{NextHop, Tables},
+    word::Word,
+};
+
+/// The four tables that [`steer`](crate::steer::steer) reads. Other threads and the kernel change them at any time.
+#[derive(Clone, Copy)]
+pub struct View<'a> {
+    services: NonNull<[ServiceBucket]>,
+    slots: &'a [Word],
+    servers: NonNull<[Server]>,
+    flows: &'a [FlowBucketWords],
+    memory: PhantomData<&'a ()>,
+}
+
+// SAFETY: all access is by volatile or atomic single instructions, or to service entries, which change only while free.
+unsafe impl Send for View<'_> {}
+// SAFETY: as above.
+unsafe impl Sync for View<'_> {}
+
+impl<'a> View<'a> {
+    /// # Safety
+    /// `services` and `servers` must stay valid for reads and writes for `'a`, and be changed by nobody in user space but
+    /// through this type. `flows` must have a length that is a power of two.
+    pub unsafe fn new(
+        services: NonNull<[ServiceBucket]>,
+        slots: &'a [Word],
+        servers: NonNull<[Server]>,
+        flows: &'a [FlowBucketWords],
+    ) -> Self {
+        debug_assert!(flows.len().is_power_of_two());
+        Self { services, slots, servers, flows, memory: PhantomData }
+    }
+
+    /// All slots.
+    pub fn slots(&self) -> &'a [Word] {
+        self.slots
+    }
+
+    /// The flow table.
+    pub fn flows(&self) -> &'a [FlowBucketWords] {
+        self.flows
+    }
+
+    /// Number of server ids.
+    pub fn server_count(&self) -> usize {
+        self.servers.len()
+    }
+
+    /// One server's record.
+    pub fn server(&self, id: u32) -> Option<Server> {
+        // SAFETY: in bounds; only user space changes it, and this process's writer goes through `set_server`.
+        self.server_ptr(id).map(|server| unsafe { server.read_volatile() })
+    }
+
+    /// Writes a server's record: what is not its next hop first, then the next hop in one store.
+    pub fn set_server(&self, id: u32, server: &Server) -> bool {
+        let Some(place) = self.server_ptr(id) else { return false };
+        // SAFETY: in bounds and aligned; the packet path reads the first word only.
+        unsafe {
+            let from = core::ptr::from_ref(server).cast::<u64>();
+            for word in (0..size_of::<Server>() / 8).rev() {
+                place.cast::<u64>().add(word).write_volatile(*from.add(word));
+            }
+        }
+        true
+    }
+
+    /// Changes where a server's packets go, in one store.
+    pub fn set_next_hop(&self, id: u32, next_hop: NextHop) -> bool {
+        let Some(place) = self.server_ptr(id) else { return false };
+        // SAFETY: in bounds and aligned.
+        unsafe { place.cast::<u64>().write_volatile(next_hop.0) };
+        true
+    }
+
+    /// One bucket of the service table.
+    pub fn services(&self, index: u32) -> Option<ServiceBucket> {
+        // SAFETY: in bounds; see `new`.
+        self.service_ptr(index).map(|bucket| unsafe { bucket.read_volatile() })
+    }
+
+    /// Writes one entry of the service table: the first word, which makes it valid, last.
+    pub fn set_service(&self, bucket: u32, entry: usize, service: &crate::abi::Service) -> bool {
+        let Some(place) = self.service_ptr(bucket).filter(|_| entry < crate::abi::SERVICES_PER_BUCKET) else {
+            return false;
+        };
+        // SAFETY: in bounds and aligned; the entry is made invalid while it is being changed.
+        unsafe {
+            let place = (&raw mut (*place).entries[entry]).cast::<u64>();
+            let from = core::ptr::from_ref(service).cast::<u64>();
+            place.write_volatile(0);
+            for word in (0..size_of::<crate::abi::Service>() / 8).rev() {
+                core::sync::atomic::fence(core::sync::atomic::Ordering::SeqCst);
+                place.add(word).write_volatile(*from.add(word));
+            }
+        }
+        true
+    }
+
+    fn server_ptr(&self, id: u32) -> Option<*mut Server> {
+        // SAFETY: the index is within the slice.
+        ((id as usize) < self.servers.len()).then(|| unsafe { self.servers.cast::<Server>().as_ptr().add(id as usize) })
+    }
+
+    fn service_ptr(&self, index: u32) -> Option<*mut ServiceBucket> {
+        let services = self.services.cast::<ServiceBucket>().as_ptr();
+        // SAFETY: the index is within the slice.
+        ((index as usize) < self.services.len()).then(|| unsafe { services.add(index as usize) })
+    }
+}
+
+impl Tables for View<'_> {
+    fn service_bucket(&self, index: u32) -> Option<&ServiceBucket> {
+        // SAFETY: in bounds; entries change only while their first word says that they are free.
+        self.service_ptr(index).map(|bucket| unsafe { &*bucket })
+    }
+
+    fn slot(&self, index: u32) -> Option<&Word> {
+        self.slots.get(index as usize)
+    }
+
+    fn next_hop(&self, server: u32) -> Option<NextHop> {
+        // SAFETY: in bounds and aligned; one volatile read of a word.
+        self.server_ptr(server).map(|server| NextHop(unsafe { server.cast::<u64>().read_volatile() }))
+    }
+
+    fn flow_bucket(&self, index: u32) -> Option<&FlowBucketWords> {
+        self.flows.get(index as usize)
+    }
+
+    fn flow_mask(&self) -> u32 {
+        self.flows.len() as u32 - 1
+    }
+}
+
+/// Tables of a process's own.
+pub struct Owned {
+    services: alloc::vec::Vec<ServiceBucket>,
+    slots: alloc::vec::Vec<Word>,
+    servers: alloc::vec::Vec<Server>,
+    flows: alloc::vec::Vec<FlowBucketWords>,
+}
+
+impl Owned {
+    /// Empty tables; `flow_buckets` must be a power of two.
+    pub fn new(slots: usize, servers: usize, flow_buckets: usize) -> Self {
+        assert!(flow_buckets.is_power_of_two(), "the number of flow buckets must be a power of two");
+        let empty = || crate::flows::FlowWords { key: Word::new(0), word: Word::new(0) };
+        Self {
+            services: alloc::vec![ServiceBucket::default(); crate::abi::SERVICE_BUCKETS as usize],
+            slots: (0..slots).map(|_| Word::new(0)).collect(),
+            servers: alloc::vec![Server::default(); servers],
+            flows: (0..flow_buckets).map(|_| FlowBucketWords { entries: core::array::from_fn(|_| empty()) }).collect(),
+        }
+    }
+
+    /// The tables, to be read and written.
+    pub fn view(&mut self) -> View<'_> {
+        let services = NonNull::from(self.services.as_mut_slice());
+        let servers = NonNull::from(self.servers.as_mut_slice());
+        // SAFETY: both are borrowed exclusively for as long as the view lives.
+        unsafe { View::new(services, &self.slots, servers, &self.flows) }
+    }
+}

@@ -1,0 +1,64 @@
+//! What [`steer`](crate::steer::steer) asks: the BPF maps in the kernel, the same memory seen from user space on the host.
+
+use crate::{
+    abi::{ALIVE, REACHABLE, ServiceBucket},
+    flows::FlowBucketWords,
+    word::Word,
+};
+
+/// The tables that decide where a packet goes. Nothing here is written but flow entries and the TRACKED bit of slots.
+pub trait Tables {
+    /// A bucket of the service table.
+    fn service_bucket(&self, index: u32) -> Option<&ServiceBucket>;
+    /// A slot.
+    fn slot(&self, index: u32) -> Option<&Word>;
+    /// Where a server id's packets go.
+    fn next_hop(&self, server: u32) -> Option<NextHop>;
+    /// A bucket of the flow table.
+    fn flow_bucket(&self, index: u32) -> Option<&FlowBucketWords>;
+    /// Number of flow buckets less one; the number is a power of two.
+    fn flow_mask(&self) -> u32;
+}
+
+/// The first word of a [`Server`](crate::abi::Server), read at once: MAC address, flags, port.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct NextHop(pub u64);
+
+impl NextHop {
+    /// From its parts; `flags` as in [`Server::flags`](crate::abi::Server::flags).
+    pub const fn new(mac: [u8; 6], flags: u8, port: u8) -> Self {
+        let [a, b, c, d, e, f] = mac;
+        Self(u64::from_ne_bytes([a, b, c, d, e, f, flags, port]))
+    }
+
+    /// The MAC address.
+    #[inline(always)]
+    pub const fn mac(self) -> [u8; 6] {
+        let [a, b, c, d, e, f, ..] = self.0.to_ne_bytes();
+        [a, b, c, d, e, f]
+    }
+
+    /// [`ALIVE`] and the others.
+    #[inline(always)]
+    pub const fn flags(self) -> u8 {
+        self.0.to_ne_bytes()[6]
+    }
+
+    /// Index of the interface.
+    #[inline(always)]
+    pub const fn port(self) -> u8 {
+        self.0.to_ne_bytes()[7]
+    }
+
+    /// Flows on record may go there.
+    #[inline(always)]
+    pub const fn is_alive(self) -> bool {
+        self.flags() & ALIVE != 0
+    }
+
+    /// Its MAC address is known.
+    #[inline(always)]
+    pub const fn is_reachable(self) -> bool {
+        self.flags() & REACHABLE != 0
+    }
+}

@@ -1,0 +1,142 @@
+//! Every packet ends in exactly one [`Reason`], which is one counter and one [`Action`].
+
+/// Why a packet went where it went.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[repr(u32)]
+pub enum Reason {
+    /// Not IPv4: ARP, IPv6, anything else.
+    NotIpv4 = 0,
+    /// Its headers do not add up.
+    Malformed = 1,
+    /// A fragment: its ports cannot be known, or its siblings would be lost.
+    Fragment = 2,
+    /// No service for its destination.
+    NotOurs = 3,
+    /// For a service, but sent to another host's MAC address or to many.
+    OtherHost = 4,
+    /// For a service that no server takes new flows of: the host's own stack answers.
+    NoServer = 5,
+    /// Cut through.
+    Direct = 6,
+    /// A plain slot's owner.
+    Plain = 7,
+    /// Its flow is on record.
+    Record = 8,
+    /// Its flow began before a change: sent to the slot's legacy, and recorded.
+    Adopted = 9,
+    /// Its flow began before a change, but the flow table had no room: sent to the slot's legacy.
+    Legacy = 10,
+    /// A slot in transition, no record: sent to the owner.
+    Owner = 11,
+    /// A new flow, placed.
+    New = 12,
+    /// A new flow, but the flow table had no room: sent where its next packet will go.
+    NewUnrecorded = 13,
+    /// The same SYN again, sent to the same server.
+    Repeated = 14,
+    /// The first packet after the SYN: its candidate became a record.
+    Confirmed = 15,
+    /// Its server's MAC address is not known.
+    NoNextHop = 16,
+    /// The tables contradict themselves: an error of ours.
+    BadTables = 17,
+}
+
+/// What becomes of a packet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Action {
+    /// It goes on to the kernel, untouched.
+    Pass,
+    /// It goes out to a server.
+    Transmit,
+    /// It ends here.
+    Drop,
+}
+
+/// How many reasons there are.
+pub const REASONS: u32 = 18;
+
+impl Reason {
+    /// All of them, in the order of their numbers.
+    pub const ALL: [Self; REASONS as usize] = [
+        Self::NotIpv4,
+        Self::Malformed,
+        Self::Fragment,
+        Self::NotOurs,
+        Self::OtherHost,
+        Self::NoServer,
+        Self::Direct,
+        Self::Plain,
+        Self::Record,
+        Self::Adopted,
+        Self::Legacy,
+        Self::Owner,
+        Self::New,
+        Self::NewUnrecorded,
+        Self::Repeated,
+        Self::Confirmed,
+        Self::NoNextHop,
+        Self::BadTables,
+    ];
+
+    /// The one action of each.
+    #[inline(always)]
+    pub const fn action(self) -> Action {
+        match self {
+            Self::NotIpv4
+            | Self::Malformed
+            | Self::Fragment
+            | Self::NotOurs
+            | Self::OtherHost
+            | Self::NoServer
+            | Self::Direct => Action::Pass,
+            Self::Plain
+            | Self::Record
+            | Self::Adopted
+            | Self::Legacy
+            | Self::Owner
+            | Self::New
+            | Self::NewUnrecorded
+            | Self::Repeated
+            | Self::Confirmed => Action::Transmit,
+            Self::NoNextHop | Self::BadTables => Action::Drop,
+        }
+    }
+
+    /// Its name in `necp status`.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::NotIpv4 => "not-ipv4",
+            Self::Malformed => "malformed",
+            Self::Fragment => "fragment",
+            Self::NotOurs => "not-ours",
+            Self::OtherHost => "other-host",
+            Self::NoServer => "no-server",
+            Self::Direct => "direct",
+            Self::Plain => "plain",
+            Self::Record => "record",
+            Self::Adopted => "adopted",
+            Self::Legacy => "legacy",
+            Self::Owner => "owner",
+            Self::New => "new",
+            Self::NewUnrecorded => "new-unrecorded",
+            Self::Repeated => "repeated",
+            Self::Confirmed => "confirmed",
+            Self::NoNextHop => "no-next-hop",
+            Self::BadTables => "bad-tables",
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_and_order_agree_and_names_differ() {
+        for (number, reason) in Reason::ALL.into_iter().enumerate() {
+            assert_eq!(reason as usize, number);
+            assert_eq!(Reason::ALL.iter().filter(|other| other.name() == reason.name()).count(), 1);
+        }
+    }
+}
