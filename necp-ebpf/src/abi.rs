@@ -35,8 +35,7 @@ pub mod names {
     /// Read-only global: number of flow buckets less one.
     pub const FLOW_MASK: &str = "FLOW_MASK";
     /// All maps that outlive the daemon, by name.
-    pub const PINNED: [&str; 9] =
-        [SERVICES, SLOTS, SERVERS, FLOWS, REASONS, SERVER_STATS, PORTS, TX_PORTS, LAYOUT];
+    pub const PINNED: [&str; 9] = [SERVICES, SLOTS, SERVERS, FLOWS, REASONS, SERVER_STATS, PORTS, TX_PORTS, LAYOUT];
 }
 
 /// Buckets of the service table. A power of two.

@@ -3,8 +3,9 @@
 //! Buckets of one cache line, four entries each, two choices of bucket a flow. An entry is *empty*, a *candidate* (a SYN
 //! that nobody has answered to yet; may be overwritten), a *record* (never overwritten by another flow) or *busy* (being
 //! written). All entries of a flow are in one bucket, so a lookup ends at the first bucket that knows it. An entry is
-//! claimed by compare-and-swap of its word, its key is written, then its word: who reads a word and then finds his own key
-//! has read his own flow's word. User space frees an entry by one compare-and-swap of its word.
+//! claimed by compare-and-swap of its word, its key is written, then its word; who finds his key, reads the word and finds
+//! his key again has read his own flow's word. It is freed the same way: condemned by compare-and-swap, then the key goes,
+//! then the word.
 //!
 //! An entry carries no time but an *age*: user space counts it up at the pace of the entry's idle time, every packet of the
 //! flow sets it to 0. A flow in use is thus written at most once a step.
@@ -83,7 +84,12 @@ impl FlowWord {
     pub fn candidate(server: u32, packet: &Packet) -> Self {
         let payload = if packet.payload > 0x7fff { 0x7fff } else { packet.payload };
         let bits = (u16::BITS - payload.leading_zeros()) as u64;
-        Self(CANDIDATE | (server as u64 & SERVER_MASK) << SERVER_SHIFT | bits << SYN_SHIFT | (packet.sequence as u64) << 32)
+        Self(
+            CANDIDATE
+                | (server as u64 & SERVER_MASK) << SERVER_SHIFT
+                | bits << SYN_SHIFT
+                | (packet.sequence as u64) << 32,
+        )
     }
 
     /// A flow's record; `isn` is the sequence number of the SYN it was made from, else 0.
@@ -165,40 +171,54 @@ pub fn flow_key(packet: &Packet, service_id: u16) -> u64 {
     u64::from_ne_bytes([a, b, c, d, e, f, g, h])
 }
 
+/// Where [`UDP_CLASS`] stands in a key: the service id is its last two bytes, in the host's order.
+const UDP_CLASS_BIT: u32 = if cfg!(target_endian = "little") { 63 } else { UDP_CLASS.trailing_zeros() };
+
 /// Whether an entry with this key counts against the quota of [`UDP_PER_BUCKET`].
 #[inline(always)]
 pub const fn key_is_udp_class(key: u64) -> bool {
-    let [.., g, h] = key.to_ne_bytes();
-    u16::from_ne_bytes([g, h]) & UDP_CLASS != 0
+    key >> UDP_CLASS_BIT & 1 != 0
 }
 
-/// One entry, as it was read.
-#[derive(Clone, Copy)]
-pub struct Entry<'a> {
-    word: &'a Word,
-    /// What stood in the word.
-    pub value: FlowWord,
-}
+impl FlowWords {
+    /// The entry as it stands, and its key; `None` if it is free or busy.
+    pub fn read(&self) -> Option<(u64, FlowWord)> {
+        let key = self.key.load();
+        let value = FlowWord(self.word.load());
+        let settled = matches!(value.state(), State::Candidate | State::Record) && self.key.load() == key;
+        settled.then_some((key, value))
+    }
 
-impl Entry<'_> {
     /// Replaces what was read; false if somebody else has been there.
     #[inline(always)]
-    pub fn replace(&self, new: FlowWord) -> bool {
-        self.word.compare_exchange(self.value.0, new.0) == self.value.0
+    pub fn replace(&self, old: FlowWord, new: FlowWord) -> bool {
+        self.word.compare_exchange(old.0, new.0) == old.0
+    }
+
+    /// Frees the entry, unless somebody else has been there.
+    ///
+    /// The key goes before the word, so that a free entry has none: a lookup takes whatever has its key.
+    #[inline(always)]
+    pub fn free(&self, old: FlowWord) -> bool {
+        let condemned = self.replace(old, FlowWord(BUSY));
+        if condemned {
+            self.key.store(0);
+            self.word.store(FlowWord::EMPTY.0);
+        }
+        condemned
     }
 
     /// Notes a packet of the flow.
     #[inline(always)]
-    pub fn touch(&self, packet: &Packet) {
-        let mut value = self.value;
-        // User space ages an entry at most once in a great while: a second attempt succeeds, unless another packet of the flow was first.
+    fn touch(&self, mut value: FlowWord, packet: &Packet) {
+        // User space ages an entry once in a great while: a second attempt succeeds, unless another packet of the flow came first.
         for _ in 0..2 {
             let new = value.touched(packet);
             if new == value {
                 return;
             }
             let found = FlowWord(self.word.compare_exchange(value.0, new.0));
-            if found == value || found.0 & !(AGE_MASK | CLOSING) != value.0 & !(AGE_MASK | CLOSING) {
+            if found == value || (found.0 ^ value.0) & !(AGE_MASK | CLOSING) != 0 {
                 return;
             }
             value = found;
@@ -209,96 +229,203 @@ impl Entry<'_> {
 /// What the table knows of a flow.
 #[derive(Clone, Copy, Default)]
 pub struct Found<'a> {
-    /// Its candidate.
-    pub candidate: Option<Entry<'a>>,
-    /// Its record.
-    pub record: Option<Entry<'a>>,
+    /// Its candidate; [`FlowWord::EMPTY`] if it has none.
+    pub candidate: Seen,
+    /// Its record; [`FlowWord::EMPTY`] if it has none.
+    pub record: Seen,
     /// The bucket in which any of them was found.
     home: Option<&'a FlowBucketWords>,
+}
+
+/// An entry of a bucket, as it was read.
+#[derive(Clone, Copy, Default)]
+pub struct Seen {
+    /// What stood in its word.
+    pub value: FlowWord,
+    index: usize,
+}
+
+impl Seen {
+    /// Whether there was such an entry.
+    #[inline(always)]
+    pub const fn is_some(&self) -> bool {
+        self.value.0 != FlowWord::EMPTY.0
+    }
+}
+
+impl Found<'_> {
+    /// Replaces what was seen; false if there was nothing, or somebody else has been there.
+    #[inline(always)]
+    pub fn replace(&self, seen: Seen, new: FlowWord) -> bool {
+        seen.is_some() && self.entry(seen).is_some_and(|entry| entry.replace(seen.value, new))
+    }
+
+    /// Notes a packet of the flow in its record.
+    #[inline(always)]
+    pub fn touch(&self, packet: &Packet) {
+        if let Some(entry) = self.entry(self.record) {
+            entry.touch(self.record.value, packet);
+        }
+    }
+
+    /// Frees the flow's candidate, unless somebody else has been there.
+    #[inline(always)]
+    pub fn forget(&self) {
+        if self.candidate.is_some()
+            && let Some(entry) = self.entry(self.candidate)
+        {
+            entry.free(self.candidate.value);
+        }
+    }
+
+    #[inline(always)]
+    fn entry(&self, seen: Seen) -> Option<&FlowWords> {
+        self.home.map(|home| &home.entries[seen.index % FLOWS_PER_BUCKET])
+    }
 }
 
 /// Looks a flow up in its two buckets.
 #[inline(always)]
 pub fn find<'a, T: Tables>(tables: &'a T, buckets: [u32; 2], key: u64) -> Found<'a> {
-    let mut found = Found::default();
     for index in buckets {
-        let Some(bucket) = tables.flow_bucket(index) else { continue };
-        for entry in &bucket.entries {
-            if entry.key.load() != key {
-                continue;
-            }
-            let value = FlowWord(entry.word.load());
-            // The entry may have changed hands between the two reads.
-            if entry.key.load() != key {
-                continue;
-            }
-            match value.state() {
-                State::Candidate => found.candidate = Some(Entry { word: &entry.word, value }),
-                State::Record => found.record = Some(Entry { word: &entry.word, value }),
-                State::Empty | State::Busy => continue,
-            }
-            found.home = Some(bucket);
+        let Some(bucket) = tables.flow_bucket(index) else { break };
+        let hits = bucket.lanes(|entry| equal(entry.key.load(), key));
+        if hits == 0 {
+            continue;
         }
-        if found.home.is_some() {
-            break;
-        }
+        let candidate = bucket.see(hits & bucket.in_state(State::Candidate), key);
+        let record = bucket.see(hits & bucket.in_state(State::Record), key);
+        return Found { candidate, record, home: Some(bucket) };
     }
-    found
+    Found::default()
 }
 
 /// Makes a new entry; false if there is no room for it.
 #[inline(always)]
 pub fn insert<T: Tables>(tables: &T, buckets: [u32; 2], found: &Found<'_>, key: u64, value: FlowWord) -> bool {
-    if let Some(home) = found.home {
-        return claim(home, key, value, State::Empty) || claim(home, key, value, State::Candidate);
-    }
-    let [Some(first), Some(second)] = [tables.flow_bucket(buckets[0]), tables.flow_bucket(buckets[1])] else {
-        return false;
+    let bucket = match found.home {
+        Some(home) => home,
+        None => {
+            let [Some(first), Some(second)] = [tables.flow_bucket(buckets[0]), tables.flow_bucket(buckets[1])] else {
+                return false;
+            };
+            emptier(first, second)
+        }
     };
-    // The first bucket is the one that a lookup reads first; the emptier one keeps the table useful for longer.
-    let room = free(first);
-    let (first, second) = if room >= 2 || room >= free(second) { (first, second) } else { (second, first) };
-    claim(first, key, value, State::Empty)
-        || claim(second, key, value, State::Empty)
-        || claim(first, key, value, State::Candidate)
-        || claim(second, key, value, State::Candidate)
-}
-
-/// Puts a flow into an entry of the bucket that is in the state `taken`.
-#[inline(always)]
-fn claim(bucket: &FlowBucketWords, key: u64, value: FlowWord, taken: State) -> bool {
-    if key_is_udp_class(key) && udp_entries(bucket) >= UDP_PER_BUCKET {
+    if key_is_udp_class(key) && count(bucket.lanes(|e| e.key.load() >> UDP_CLASS_BIT & 1)) >= UDP_PER_BUCKET as u64 {
         return false;
     }
-    for entry in &bucket.entries {
-        let old = FlowWord(entry.word.load());
-        if old.state() == taken && entry.word.compare_exchange(old.0, BUSY) == old.0 {
-            entry.key.store(key);
-            entry.word.store(value.0);
-            return true;
-        }
-    }
-    false
+    // A second attempt for the case that another CPU was faster at the same entry.
+    bucket.claim(key, value) || bucket.claim(key, value)
 }
 
+/// Where a new flow belongs. The first bucket is the one that a lookup reads first; the emptier one lasts longer; if both are
+/// full, the one in which a candidate can be overwritten.
 #[inline(always)]
-fn free(bucket: &FlowBucketWords) -> usize {
-    let mut count = 0;
-    for entry in &bucket.entries {
-        if FlowWord(entry.word.load()).state() == State::Empty {
-            count += 1;
-        }
-    }
-    count
+fn emptier<'a>(first: &'a FlowBucketWords, second: &'a FlowBucketWords) -> &'a FlowBucketWords {
+    let (a, b) = (first.room(), second.room());
+    if a >= 2 * ROOM || a >= b { first } else { second }
 }
 
-#[inline(always)]
-fn udp_entries(bucket: &FlowBucketWords) -> usize {
-    let mut count = 0;
-    for entry in &bucket.entries {
-        if FlowWord(entry.word.load()).state() != State::Empty && key_is_udp_class(entry.key.load()) {
-            count += 1;
-        }
+/// Weight of a free entry against that of one that can be overwritten.
+const ROOM: u64 = 8;
+
+// An entry a bit, so that the verifier has one path to follow instead of one for each entry: a comparison is a branch to BPF.
+impl FlowBucketWords {
+    /// The entries for which `test` gives 1, as a mask.
+    #[inline(always)]
+    fn lanes(&self, test: impl Fn(&FlowWords) -> u64) -> u64 {
+        let [a, b, c, d] = &self.entries;
+        test(a) | test(b) << 1 | test(c) << 2 | test(d) << 3
     }
-    count
+
+    #[inline(always)]
+    fn in_state(&self, state: State) -> u64 {
+        self.lanes(|entry| {
+            let word = entry.word.load();
+            match state {
+                State::Empty => !word & !word >> 1 & 1,
+                State::Candidate => word & !word >> 1 & 1,
+                State::Record => !word & word >> 1 & 1,
+                State::Busy => word & word >> 1 & 1,
+            }
+        })
+    }
+
+    #[inline(always)]
+    fn room(&self) -> u64 {
+        count(self.in_state(State::Empty)) * ROOM + count(self.in_state(State::Candidate))
+    }
+
+    /// The first entry of the mask, if its key still is this one.
+    #[inline(always)]
+    fn see(&self, mask: u64, key: u64) -> Seen {
+        let index = lowest(mask);
+        let words = &self.entries[index];
+        let value = words.word.load();
+        // It may have changed hands meanwhile; nor is there any if the mask is empty.
+        let valid = equal(words.key.load(), key) & (1 ^ equal(mask, 0));
+        Seen { value: FlowWord(value & valid.wrapping_neg()), index }
+    }
+
+    /// Takes a free entry, or else one of a candidate.
+    #[inline(always)]
+    fn claim(&self, key: u64, value: FlowWord) -> bool {
+        let empty = self.in_state(State::Empty);
+        let mask = if empty != 0 { empty } else { self.in_state(State::Candidate) };
+        if mask == 0 {
+            return false;
+        }
+        let words = &self.entries[lowest(mask)];
+        let old = FlowWord(words.word.load());
+        let takeable = matches!(old.state(), State::Empty | State::Candidate);
+        if !takeable || words.word.compare_exchange(old.0, BUSY) != old.0 {
+            return false;
+        }
+        words.key.store(key);
+        words.word.store(value.0);
+        true
+    }
+}
+
+/// 1 if both are the same, else 0, without a branch.
+#[inline(always)]
+fn equal(a: u64, b: u64) -> u64 {
+    let difference = a ^ b;
+    1 ^ (opaque(difference | difference.wrapping_neg()) >> 63)
+}
+
+/// Index of the lowest bit of a mask of four, 0 if there is none.
+#[inline(always)]
+fn lowest(mask: u64) -> usize {
+    const TABLE: u64 = {
+        let (mut table, mut mask) = (0, 1u64);
+        while mask < 16 {
+            table |= (mask.trailing_zeros() as u64) << (2 * mask);
+            mask += 1;
+        }
+        table
+    };
+    (opaque(TABLE >> (2 * (mask & 15))) & 3) as usize
+}
+
+/// Number of bits of a mask of four.
+#[inline(always)]
+fn count(mask: u64) -> u64 {
+    (mask & 1) + (mask >> 1 & 1) + (mask >> 2 & 1) + (mask >> 3 & 1)
+}
+
+/// Keeps the compiler from turning arithmetic back into branches.
+#[inline(always)]
+fn opaque(value: u64) -> u64 {
+    #[cfg(target_arch = "bpf")]
+    {
+        let mut value = value;
+        // An empty statement would leave two debug lines at one instruction, which the kernel refuses.
+        // SAFETY: moves a register to itself.
+        unsafe { core::arch::asm!("{0} = {0}", inout(reg) value, options(pure, nomem, nostack)) };
+        value
+    }
+    #[cfg(not(target_arch = "bpf"))]
+    value
 }

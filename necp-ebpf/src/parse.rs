@@ -47,7 +47,8 @@ pub fn parse(frame: &Frame) -> Result<Packet, Reason> {
     let header = ip.vihl as u16 & 0xf;
     let header = header << 2;
     let total = u16::from_be_bytes(ip.tot_len);
-    if ip.vihl >> 4 != 4 || (header as usize) < Ipv4Hdr::LEN || total < header || total as usize > frame.len() - L2_LEN {
+    if ip.vihl >> 4 != 4 || (header as usize) < Ipv4Hdr::LEN || total < header || total as usize > frame.len() - L2_LEN
+    {
         return Err(Reason::Malformed);
     }
     if u16::from_be_bytes(ip.frags) & FRAGMENT != 0 {

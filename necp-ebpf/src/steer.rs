@@ -7,7 +7,7 @@
 
 use crate::{
     abi::{ACCEPTS, ALIVE, ALWAYS_TRACKED, DIRECT, NONE, REACHABLE, Service, UNTRACKED},
-    flows::{Entry, FlowWord, Found, find, flow_key, insert},
+    flows::{FlowWord, Found, find, flow_key, insert},
     hash::{flow_buckets, flow_hash, next_probe, service_bucket, slot_index},
     packet::{Packet, protocol, tcp},
     slot::{SlotWord, TRACKED},
@@ -55,19 +55,14 @@ pub fn steer<T: Tables>(packet: &Packet, tables: &T) -> Decision {
         return Decision::unsteered(Reason::BadTables);
     };
     let at = At { packet, tables, service, hash, slot, word: SlotWord(slot.load()) };
-    if at.word.owner() == NONE {
+    let owner = at.word.owner();
+    if owner == NONE {
         return Decision::unsteered(Reason::NoServer);
     }
-    if service.flags & UNTRACKED != 0 {
-        return at.forward(at.choose(), Reason::Plain, false);
-    }
-    if service.flags & ALWAYS_TRACKED != 0 {
-        return at.always_tracked();
-    }
-    if at.word.is_plain() {
-        return if packet.is_syn() { at.plain_syn() } else { at.forward(at.word.owner(), Reason::Plain, false) };
-    }
-    if packet.is_syn() { at.tracked_syn() } else { at.tracked() }
+    let tracking = service.flags & (ALWAYS_TRACKED | UNTRACKED);
+    let chosen = if tracking != 0 || packet.is_syn() { at.choose() } else { owner };
+    let plain = tracking == UNTRACKED || tracking == 0 && at.word.is_plain() && chosen == owner;
+    if plain { at.forward(chosen, Reason::Plain, packet.is_syn()) } else { at.tracked(chosen) }
 }
 
 #[inline(always)]
@@ -90,168 +85,166 @@ struct At<'a, T> {
     word: SlotWord,
 }
 
+/// What the flow table and the slot say of a packet.
+struct Ruling {
+    server: u32,
+    reason: Reason,
+    /// What is to be written, if anything.
+    write: Write,
+    /// The flow's candidate has had its day.
+    forget: bool,
+}
+
+/// What is to be written to the flow table.
+enum Write {
+    Nothing,
+    /// The record's packet is noted.
+    Touch,
+    /// The record, in place of an old one, or of the candidate that it was made from.
+    Record(FlowWord),
+    /// The candidate, in place of an old one.
+    Candidate(FlowWord),
+}
+
 impl<'a, T: Tables> At<'a, T> {
-    /// A new flow on a plain slot: the owner, unless it takes none just now.
+    /// A packet whose slot is not plain, or whose flow must be on record; `chosen` is for a new flow.
     #[inline(always)]
-    fn plain_syn(&self) -> Decision {
-        let owner = self.word.owner();
-        let server = self.choose();
-        if server == owner {
-            return self.forward(owner, Reason::Plain, true);
-        }
-        let found = self.find();
-        self.propose(&found, server, owner)
-    }
-
-    /// A new flow on a slot in transition, or one that may have flows on record.
-    #[inline(always)]
-    fn tracked_syn(&self) -> Decision {
-        let packet = self.packet;
-        let found = self.find();
-        let candidate = found.candidate.filter(|entry| self.alive(entry.value.server()));
-        let record = found.record.filter(|entry| self.alive(entry.value.server()));
-        if let Some(same) = [candidate, record].into_iter().flatten().find(|e| e.value.isn() == packet.sequence) {
-            return self.forward(same.value.server(), Reason::Repeated, false);
-        }
-        let server = self.choose();
-        let owner = self.word.owner();
-        if let Some(record) = record {
-            if record.value.server() != server {
-                return self.propose(&found, server, record.value.server());
-            }
-            // The tuple again, on the same server.
-            self.forget(candidate);
-            record.replace(FlowWord::record(server, packet.sequence, false));
-            self.slot.set_bits(TRACKED);
-            return self.forward(server, Reason::New, true);
-        }
-        if server != owner || self.word.legacy() != NONE {
-            let legacy = self.word.legacy();
-            return self.propose(&found, server, if self.living(legacy) { legacy } else { owner });
-        }
-        self.forget(candidate);
-        self.forward(owner, Reason::New, true)
-    }
-
-    /// Any other TCP packet on such a slot.
-    #[inline(always)]
-    fn tracked(&self) -> Decision {
-        let packet = self.packet;
-        let found = self.find();
-        if let Some(candidate) = found.candidate.filter(|entry| entry.value.confirmed_by(packet.sequence))
-            && self.alive(candidate.value.server())
-        {
-            self.confirm(&found, candidate);
-            return self.forward(candidate.value.server(), Reason::Confirmed, false);
-        }
-        if let Some(record) = found.record
-            && self.alive(record.value.server())
-        {
-            record.touch(packet);
-            return self.forward(record.value.server(), Reason::Record, false);
-        }
-        let legacy = self.word.legacy();
-        if self.living(legacy) {
-            let record = FlowWord::record(legacy, 0, packet.flags & (tcp::FIN | tcp::RST) != 0);
-            let recorded = self.record(&found, record);
-            return self.forward(legacy, if recorded { Reason::Adopted } else { Reason::Legacy }, false);
-        }
-        self.forward(self.word.owner(), Reason::Owner, false)
-    }
-
-    /// A packet of a service whose flows are all on record.
-    #[inline(always)]
-    fn always_tracked(&self) -> Decision {
-        let packet = self.packet;
-        let found = self.find();
-        if let Some(record) = found.record
-            && self.alive(record.value.server())
-        {
-            record.touch(packet);
-            return self.forward(record.value.server(), Reason::Record, false);
-        }
-        let server = self.choose();
-        if server == DIRECT {
-            return self.forward(DIRECT, Reason::Direct, false);
-        }
-        let closing = packet.flags & (tcp::FIN | tcp::RST) != 0;
-        let recorded = self.record(&found, FlowWord::record(server, packet.sequence, closing));
-        self.forward(server, if recorded { Reason::New } else { Reason::NewUnrecorded }, true)
-    }
-
-    #[inline(always)]
-    fn find(&self) -> Found<'a> {
-        find(self.tables, flow_buckets(self.hash, self.tables.flow_mask()), self.key())
-    }
-
-    #[inline(always)]
-    fn key(&self) -> u64 {
-        flow_key(self.packet, self.service.id)
-    }
-
-    /// Sends a SYN to `server` and remembers that, or, if there is no room, where its next packet goes without.
-    #[inline(always)]
-    fn propose(&self, found: &Found<'_>, server: u32, otherwise: u32) -> Decision {
-        let candidate = FlowWord::candidate(server, self.packet);
-        let proposed = match found.candidate {
-            Some(old) => old.replace(candidate),
-            None => self.insert(found, candidate),
+    fn tracked(&self, chosen: u32) -> Decision {
+        let buckets = flow_buckets(self.hash, self.tables.flow_mask());
+        let key = flow_key(self.packet, self.service.id);
+        let found = find(self.tables, buckets, key);
+        let living =
+            Living { candidate: self.if_alive(found.candidate.value), record: self.if_alive(found.record.value) };
+        let ruling = if self.service.flags & ALWAYS_TRACKED != 0 {
+            self.rule_always(&living, chosen)
+        } else if self.packet.is_syn() {
+            self.rule_syn(&living, chosen)
+        } else {
+            self.rule(&living)
         };
-        if !proposed {
-            return self.forward(otherwise, Reason::NewUnrecorded, true);
+        let (old, value) = match ruling.write {
+            Write::Nothing => return self.forward_forgetting(&ruling, &found),
+            Write::Touch => {
+                found.touch(self.packet);
+                return self.forward(ruling.server, ruling.reason, false);
+            }
+            // A confirmed candidate becomes the record, if there is none to be replaced.
+            Write::Record(record) if ruling.forget && !found.record.is_some() => (found.candidate, record),
+            Write::Record(record) => (found.record, record),
+            Write::Candidate(candidate) => (found.candidate, candidate),
+        };
+        // What was read may have changed since; then the new entry stands beside it.
+        let written = found.replace(old, value) || insert(self.tables, buckets, &found, key, value);
+        if !written {
+            return self.forward_unrecorded(&ruling, &living);
         }
         // Always after the insertion, and always: user space may just have cleared it, having found nothing.
         self.slot.set_bits(TRACKED);
-        self.forward(server, Reason::New, true)
+        self.forward_forgetting(&ruling, &found)
     }
 
-    /// Turns a candidate into the flow's record.
+    /// A service whose flows are all on record.
     #[inline(always)]
-    fn confirm(&self, found: &Found<'_>, candidate: Entry<'_>) {
-        let closing = self.packet.flags & (tcp::FIN | tcp::RST) != 0;
-        let record = FlowWord::record(candidate.value.server(), candidate.value.isn(), closing);
-        let replaced = match found.record {
-            Some(old) => {
-                let replaced = old.replace(record);
-                self.forget(Some(candidate));
-                replaced
-            }
-            None => candidate.replace(record),
-        };
-        if replaced {
-            self.slot.set_bits(TRACKED);
+    fn rule_always(&self, living: &Living, chosen: u32) -> Ruling {
+        let record = living.record;
+        if record != FlowWord::EMPTY {
+            return Ruling { server: record.server(), reason: Reason::Record, write: Write::Touch, forget: false };
+        }
+        let write = if chosen == DIRECT {
+            Write::Nothing
         } else {
-            // Somebody else has been there: another packet of this flow, or one that took the candidate's place.
-            let again = self.find();
-            if again.record.is_none_or(|entry| entry.value.server() != record.server()) {
-                self.record(&again, record);
+            Write::Record(FlowWord::record(chosen, self.packet.sequence, self.is_closing()))
+        };
+        Ruling { server: chosen, reason: Reason::New, write, forget: false }
+    }
+
+    /// A TCP flow that wants to begin.
+    #[inline(always)]
+    fn rule_syn(&self, living: &Living, chosen: u32) -> Ruling {
+        let isn = self.packet.sequence;
+        let ruling = |server, reason, write| Ruling { server, reason, write, forget: false };
+        let Living { candidate, record } = *living;
+        if candidate != FlowWord::EMPTY && candidate.isn() == isn {
+            return ruling(candidate.server(), Reason::Repeated, Write::Nothing);
+        }
+        if record != FlowWord::EMPTY {
+            if record.isn() == isn {
+                return ruling(record.server(), Reason::Repeated, Write::Nothing);
+            }
+            if record.server() == chosen {
+                // The tuple again, on the same server.
+                let write = Write::Record(FlowWord::record(chosen, isn, false));
+                return Ruling { forget: true, ..ruling(chosen, Reason::New, write) };
             }
         }
+        if record != FlowWord::EMPTY || chosen != self.word.owner() || self.word.legacy() != NONE {
+            // Its next packet might go elsewhere: propose.
+            return ruling(chosen, Reason::New, Write::Candidate(FlowWord::candidate(chosen, self.packet)));
+        }
+        Ruling { forget: true, ..ruling(chosen, Reason::New, Write::Nothing) }
     }
 
-    /// Puts a flow on record, in the place of what is known of it.
+    /// Any other TCP packet.
     #[inline(always)]
-    fn record(&self, found: &Found<'_>, record: FlowWord) -> bool {
-        let recorded = match found.record {
-            Some(old) => old.replace(record),
-            None => self.insert(found, record),
+    fn rule(&self, living: &Living) -> Ruling {
+        let candidate = living.candidate;
+        if candidate != FlowWord::EMPTY && candidate.confirmed_by(self.packet.sequence) {
+            // The client has heard from that server.
+            let write = Write::Record(FlowWord::record(candidate.server(), candidate.isn(), self.is_closing()));
+            return Ruling { server: candidate.server(), reason: Reason::Confirmed, write, forget: true };
+        }
+        let record = living.record;
+        if record != FlowWord::EMPTY {
+            return Ruling { server: record.server(), reason: Reason::Record, write: Write::Touch, forget: false };
+        }
+        let legacy = self.word.legacy();
+        if self.living(legacy) {
+            // It began before the change: remember it.
+            let write = Write::Record(FlowWord::record(legacy, 0, self.is_closing()));
+            return Ruling { server: legacy, reason: Reason::Adopted, write, forget: false };
+        }
+        Ruling { server: self.word.owner(), reason: Reason::Owner, write: Write::Nothing, forget: false }
+    }
+
+    /// There was no room in the flow table: a new flow goes where its next packet will go, others where they belong.
+    #[inline(always)]
+    fn forward_unrecorded(&self, ruling: &Ruling, living: &Living) -> Decision {
+        let reason = match ruling.reason {
+            Reason::New => Reason::NewUnrecorded,
+            Reason::Adopted => Reason::Legacy,
+            other => other,
         };
-        if recorded {
-            self.slot.set_bits(TRACKED);
-        }
-        recorded
+        let begins = matches!(reason, Reason::NewUnrecorded);
+        let legacy = self.word.legacy();
+        let server = if !begins || self.service.flags & ALWAYS_TRACKED != 0 {
+            ruling.server
+        } else if living.record != FlowWord::EMPTY {
+            living.record.server()
+        } else if self.living(legacy) {
+            legacy
+        } else {
+            self.word.owner()
+        };
+        self.forward(server, reason, begins)
     }
 
     #[inline(always)]
-    fn insert(&self, found: &Found<'_>, value: FlowWord) -> bool {
-        insert(self.tables, flow_buckets(self.hash, self.tables.flow_mask()), found, self.key(), value)
+    fn forward_forgetting(&self, ruling: &Ruling, found: &Found<'_>) -> Decision {
+        if ruling.forget {
+            // If it has just become the record, its word is no longer what was read, and it stays.
+            found.forget();
+        }
+        self.forward(ruling.server, ruling.reason, matches!(ruling.reason, Reason::New))
     }
 
     #[inline(always)]
-    fn forget(&self, candidate: Option<Entry<'_>>) {
-        if let Some(candidate) = candidate {
-            candidate.replace(FlowWord::EMPTY);
-        }
+    fn if_alive(&self, value: FlowWord) -> FlowWord {
+        if value != FlowWord::EMPTY && self.alive(value.server()) { value } else { FlowWord::EMPTY }
+    }
+
+    #[inline(always)]
+    fn is_closing(&self) -> bool {
+        self.packet.flags & (tcp::FIN | tcp::RST) != 0
     }
 
     /// The server of a new flow: the slot's owner, or the first of the probe sequence that takes new flows.
@@ -297,6 +290,12 @@ impl<'a, T: Tables> At<'a, T> {
             _ => Decision { reason: Reason::NoNextHop, server, next_hop: NextHop(0), begins: false },
         }
     }
+}
+
+/// What the flow table knows of a flow, as far as the servers are alive; else empty.
+struct Living {
+    candidate: FlowWord,
+    record: FlowWord,
 }
 
 /// Whether every flow of a service of this protocol shows its beginning.

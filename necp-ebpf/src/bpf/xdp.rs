@@ -17,6 +17,7 @@ use super::maps::{self, Maps};
 
 /// On every interface, natively where the driver can.
 #[xdp]
+#[inline(always)]
 fn necp(ctx: XdpContext) -> u32 {
     // SAFETY: the kernel's own bounds of the frame.
     let frame = unsafe { Frame::new(ctx.data(), ctx.data_end()) };
@@ -38,11 +39,8 @@ fn transmit(frame: &Frame, decision: Decision) -> u32 {
         return finish(Reason::OtherHost, XDP_PASS);
     }
     let index = decision.next_hop.port() as u32;
-    let (verdict, source) = if index == own_index {
-        (Some(XDP_TX), Some(own_mac))
-    } else {
-        (maps::redirect(index), maps::port_mac(index))
-    };
+    let (verdict, source) =
+        if index == own_index { (Some(XDP_TX), Some(own_mac)) } else { (maps::redirect(index), maps::port_mac(index)) };
     let (Some(verdict), Some(source)) = (verdict, source) else { return finish(Reason::NoNextHop, XDP_DROP) };
     if !l2::rewrite(frame, decision.next_hop.mac(), source) {
         return finish(Reason::BadTables, XDP_DROP);

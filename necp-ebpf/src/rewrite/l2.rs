@@ -8,11 +8,7 @@ pub fn rewrite(frame: &Frame, destination: [u8; 6], source: [u8; 6]) -> bool {
     let [a, b, c, d, e, f] = destination;
     let [g, h, i, j, k, l] = source;
     // Three whole words instead of twelve bytes: this is a cost per packet.
-    let words = [
-        u32::from_ne_bytes([a, b, c, d]),
-        u32::from_ne_bytes([e, f, g, h]),
-        u32::from_ne_bytes([i, j, k, l]),
-    ];
+    let words = [u32::from_ne_bytes([a, b, c, d]), u32::from_ne_bytes([e, f, g, h]), u32::from_ne_bytes([i, j, k, l])];
     frame.write(0, words)
 }
 
@@ -20,5 +16,6 @@ pub fn rewrite(frame: &Frame, destination: [u8; 6], source: [u8; 6]) -> bool {
 #[inline(always)]
 pub fn is_for(frame: &Frame, mac: [u8; 6]) -> bool {
     let [a, b, c, d, e, f] = mac;
-    frame.read::<u32>(0) == Some(u32::from_ne_bytes([a, b, c, d])) && frame.read::<u16>(4) == Some(u16::from_ne_bytes([e, f]))
+    frame.read::<u32>(0) == Some(u32::from_ne_bytes([a, b, c, d]))
+        && frame.read::<u16>(4) == Some(u16::from_ne_bytes([e, f]))
 }
