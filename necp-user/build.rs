@@ -15,9 +15,6 @@ fn main() -> anyhow::Result<()> {
     // SAFETY: as above.
     unsafe { std::env::set_var("CARGO_TERM_QUIET", "true") };
     let root_dir = concat!(env!("CARGO_MANIFEST_DIR"), "/../necp-ebpf");
-    aya_build::build_ebpf(
-        [Package { name: "necp-ebpf", root_dir, ..Default::default() }],
-        Toolchain::Custom(TOOLCHAIN),
-    )
-    .context("the kernel program did not build; `cargo xtask setup` installs what that needs")
+    aya_build::build_ebpf([Package { name: "necp-ebpf", root_dir, ..Default::default() }], Toolchain::Custom(TOOLCHAIN))
+        .context("the kernel program did not build; `cargo xtask setup` installs what that needs")
 }

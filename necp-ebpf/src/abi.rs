@@ -32,6 +32,8 @@ pub mod names {
     pub const LAYOUT: &str = "layout";
     /// Read-only global: index in [`PORTS`] of the interface this instance of the program runs on.
     pub const PORT_INDEX: &str = "PORT_INDEX";
+    /// Read-only global: that interface's MAC address, in the first six bytes of a u64.
+    pub const PORT_MAC: &str = "PORT_MAC";
     /// Read-only global: number of flow buckets less one.
     pub const FLOW_MASK: &str = "FLOW_MASK";
     /// All maps that outlive the daemon, by name.

@@ -5,6 +5,7 @@ use aya_ebpf::{
     macros::xdp,
     programs::XdpContext,
 };
+use aya_log_ebpf::error;
 use necp_ebpf::{
     frame::Frame,
     parse::parse,
@@ -28,7 +29,12 @@ fn necp(ctx: XdpContext) -> u32 {
     match decision.action() {
         Action::Transmit => transmit(&frame, decision),
         Action::Pass => finish(decision.reason, XDP_PASS),
-        Action::Drop => finish(decision.reason, XDP_DROP),
+        Action::Drop => {
+            if decision.reason == Reason::BadTables {
+                error!(&ctx, "a service's slots are outside the slot table: please report this");
+            }
+            finish(decision.reason, XDP_DROP)
+        }
     }
 }
 
