@@ -1,1 +1,3 @@
-//! Test bed.
+//! What the integration tests, the demonstration and the benchmark share.
+
+pub mod kernel;

@@ -1,0 +1,187 @@
+//! The kernel program without an interface: one frame in, the verdict and the frame out (BPF_PROG_TEST_RUN).
+
+use std::{
+    path::PathBuf,
+    sync::atomic::{AtomicU32, Ordering},
+};
+
+use anyhow::{Context as _, Result, bail};
+use aya::{
+    Ebpf, EbpfLoader, TestRun as _,
+    maps::{MapData, xdp::DevMap},
+    programs::{TestRunOptions, Xdp},
+};
+use necp_ebpf::{
+    abi::{Port, names},
+    host::View,
+    verdict::{REASONS, Reason},
+};
+use necp_user::plane::{AttachMode, PROGRAM, Plane, PlaneConfig};
+
+/// The program's verdicts, from `linux/bpf.h`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Verdict {
+    /// XDP_ABORTED: the program failed.
+    Aborted,
+    /// XDP_DROP.
+    Drop,
+    /// XDP_PASS: on to the host's stack.
+    Pass,
+    /// XDP_TX: out by the same interface.
+    Tx,
+    /// XDP_REDIRECT: out by another interface.
+    Redirect,
+}
+
+/// What became of a frame.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Outcome {
+    /// The verdict.
+    pub verdict: Verdict,
+    /// The frame as the program left it.
+    pub frame: Vec<u8>,
+    /// The one reason that was counted.
+    pub reason: Reason,
+}
+
+/// MAC address of the interface that the program believes to run on; its index in `ports` is 0.
+pub const OWN_MAC: [u8; 6] = [2, 0, 0, 0, 0, 1];
+/// MAC address of the other interface, index 1 in `ports`: the loopback of the machine, so that redirects have a target.
+pub const OTHER_MAC: [u8; 6] = [2, 0, 0, 0, 0, 2];
+
+/// The kernel program with maps of its own.
+pub struct Kernel {
+    plane: Option<Plane>,
+    program: Ebpf,
+    pin: PathBuf,
+}
+
+static INSTANCES: AtomicU32 = AtomicU32::new(0);
+
+impl Kernel {
+    /// Loads it, with room for this many slots and flow buckets (a power of two).
+    ///
+    /// # Errors
+    /// Without root or a BPF file system at /sys/fs/bpf.
+    pub fn load(slots: u32, flow_buckets: u32) -> Result<Self> {
+        let instance = INSTANCES.fetch_add(1, Ordering::Relaxed);
+        let pin = PathBuf::from(format!("/sys/fs/bpf/necp-test-{}-{instance}", std::process::id()));
+        let config =
+            PlaneConfig { pin: pin.clone(), interfaces: Vec::new(), mode: AttachMode::Auto, slots, flow_buckets };
+        let plane = Plane::open(&config)?;
+        let program = load_program(&pin, flow_buckets)?;
+        let mut kernel = Self { plane: Some(plane), program, pin };
+        kernel.enter_ports()?;
+        Ok(kernel)
+    }
+
+    /// The tables.
+    ///
+    /// # Panics
+    /// Never: the plane is only taken away when this is dropped.
+    pub fn view(&self) -> View<'_> {
+        self.plane().view()
+    }
+
+    /// The maps' owner.
+    ///
+    /// # Panics
+    /// Never: the plane is only taken away when this is dropped.
+    pub fn plane(&self) -> &Plane {
+        self.plane.as_ref().expect("the plane lives as long as this")
+    }
+
+    /// Where the maps are pinned.
+    pub fn pin(&self) -> &std::path::Path {
+        &self.pin
+    }
+
+    /// The loaded program.
+    ///
+    /// # Errors
+    /// If the object lacks it.
+    pub fn program(&self) -> Result<&Xdp> {
+        Ok(self.program.program(names::PROGRAM).context("no program `necp` in the object")?.try_into()?)
+    }
+
+    /// Runs the program once on a frame.
+    ///
+    /// # Errors
+    /// If the kernel refuses the frame (shorter than an Ethernet header), or if not exactly one reason was counted.
+    pub fn run(&self, frame: &[u8]) -> Result<Outcome> {
+        let before = self.plane().reasons()?;
+        let mut out = vec![0; frame.len() + 256];
+        let mut options = TestRunOptions::new();
+        options.data_in = Some(frame);
+        options.data_out = Some(&mut out);
+        let result = self.program()?.test_run(options).context("BPF_PROG_TEST_RUN")?;
+        out.truncate(result.data_size_out as usize);
+        let verdict = match result.return_value {
+            0 => Verdict::Aborted,
+            1 => Verdict::Drop,
+            2 => Verdict::Pass,
+            3 => Verdict::Tx,
+            4 => Verdict::Redirect,
+            other => bail!("the program returned {other}, which is no XDP action"),
+        };
+        Ok(Outcome { verdict, frame: out, reason: counted(&before, &self.plane().reasons()?)? })
+    }
+
+    fn enter_ports(&mut self) -> Result<()> {
+        let loopback = 1;
+        let mut ports = aya::maps::Array::<_, PortValue>::try_from(open(&self.pin, names::PORTS)?)?;
+        for (index, mac) in [(0, OWN_MAC), (1, OTHER_MAC)] {
+            ports.set(index, PortValue(Port { mac, reserved: 0, ifindex: loopback, mtu: 1500 }), 0)?;
+        }
+        let mut targets = DevMap::try_from(open(&self.pin, names::TX_PORTS)?)?;
+        targets.set(1, loopback, None, 0)?;
+        Ok(())
+    }
+}
+
+impl Drop for Kernel {
+    fn drop(&mut self) {
+        if let Some(plane) = self.plane.take()
+            && let Err(error) = plane.close(false)
+        {
+            eprintln!("cannot remove {}: {error}", self.pin.display());
+        }
+    }
+}
+
+/// [`Port`] as aya wants it.
+#[repr(transparent)]
+#[derive(Clone, Copy)]
+struct PortValue(Port);
+
+// SAFETY: plain old data without padding.
+unsafe impl aya::Pod for PortValue {}
+
+fn open(pin: &std::path::Path, name: &str) -> Result<aya::maps::Map> {
+    Ok(aya::maps::Map::from_map_data(MapData::from_pin(pin.join(name))?)?)
+}
+
+fn load_program(pin: &std::path::Path, flow_buckets: u32) -> Result<Ebpf> {
+    let [a, b, c, d, e, f] = OWN_MAC;
+    let (index, mac, mask) = (0u32, u64::from_ne_bytes([a, b, c, d, e, f, 0, 0]), flow_buckets - 1);
+    let mut loader = EbpfLoader::new();
+    loader
+        .override_global(names::PORT_INDEX, &index, true)
+        .override_global(names::PORT_MAC, &mac, true)
+        .override_global(names::FLOW_MASK, &mask, true);
+    for name in names::PINNED {
+        loader.map_pin_path(name, pin.join(name));
+    }
+    let mut ebpf = loader.load(PROGRAM)?;
+    let program: &mut Xdp = ebpf.program_mut(names::PROGRAM).context("no program `necp` in the object")?.try_into()?;
+    program.load()?;
+    Ok(ebpf)
+}
+
+fn counted(before: &[u64; REASONS as usize], after: &[u64; REASONS as usize]) -> Result<Reason> {
+    let mut counted = Reason::ALL.into_iter().filter(|&r| before[r as usize] != after[r as usize]);
+    match (counted.next(), counted.next()) {
+        (Some(reason), None) if after[reason as usize] == before[reason as usize] + 1 => Ok(reason),
+        (first, second) => bail!("one packet must be counted once, but was as {first:?} and {second:?}"),
+    }
+}
