@@ -1,0 +1,105 @@
+//! Debian packages, without a terminal and without a service coming up.
+
+use std::{fs, path::Path, process::Command};
+
+use anyhow::{Result, bail};
+
+use crate::host::{self, Host, say};
+
+const LISTS: &str = "/var/lib/apt/lists";
+
+/// Installs packages, after `apt-get update` where the lists are missing or too old for the archive.
+///
+/// We want nginx's program and never its service: the demonstration starts servers of its own.
+pub fn install(host: &Host, packages: &[&str]) -> Result<()> {
+    let names = packages.join(" ");
+    if host.which("apt-get").is_none() {
+        bail!(
+            "missing: {names}. There is no apt-get here: install them with this system's package manager, then retry"
+        );
+    }
+    if !host::is_root() {
+        bail!("missing: {names}. As root: `apt-get install {names}` or `cargo xtask setup`");
+    }
+    if !has_lists(Path::new(LISTS)) {
+        update(host)?;
+    }
+    say(format_args!("installing Debian packages: {names}"));
+    let quiet = packages.contains(&"nginx").then(|| KeptStopped::new(host, "nginx.service"));
+    let advice = "see apt's message above; `apt-get install` by hand shows it in full";
+    if host::execute(&mut apt_get(host, "install", packages), advice).is_err() {
+        update(host)?;
+        host::execute(&mut apt_get(host, "install", packages), advice)?;
+    }
+    drop(quiet);
+    Ok(())
+}
+
+fn update(host: &Host) -> Result<()> {
+    say("fetching the package lists (apt-get update)");
+    host::execute(&mut apt_get(host, "update", &[]), "check the network and /etc/apt/sources.list")
+}
+
+fn apt_get(host: &Host, verb: &str, packages: &[&str]) -> Command {
+    let mut command = host.command("apt-get");
+    command.args(["-q", "-o", "Dpkg::Use-Pty=0", "-o", "DPkg::Lock::Timeout=120", "-o", "Acquire::Retries=3", verb]);
+    if verb == "install" {
+        command.args(["--yes", "--no-install-recommends"]).args(packages);
+    }
+    // In run level 1 (single user) invoke-rc.d starts no System V service; `KeptStopped` does the same for systemd.
+    command.env("DEBIAN_FRONTEND", "noninteractive").env("RUNLEVEL", "1").env("PREVLEVEL", "N");
+    command
+}
+
+fn has_lists(dir: &Path) -> bool {
+    fs::read_dir(dir).is_ok_and(|entries| entries.flatten().any(|file| is_list(&file.file_name().to_string_lossy())))
+}
+
+fn is_list(name: &str) -> bool {
+    name.contains("_Packages")
+}
+
+/// Keeps a unit that a package is about to bring from being started, now and at the next boot, on hosts where systemd
+/// runs: masked until the installation is over, then disabled.
+struct KeptStopped<'a> {
+    host: &'a Host,
+    unit: &'static str,
+    systemd: bool,
+}
+
+impl<'a> KeptStopped<'a> {
+    fn new(host: &'a Host, unit: &'static str) -> Self {
+        let guard = Self { host, unit, systemd: Path::new("/run/systemd/system").exists() };
+        guard.systemctl(&["mask", "--runtime"]);
+        guard
+    }
+
+    fn systemctl(&self, verb: &[&str]) {
+        if !self.systemd {
+            return;
+        }
+        let done = self.host.command("systemctl").args(["--quiet"]).args(verb).arg(self.unit).status();
+        if !done.is_ok_and(|status| status.success()) {
+            say(format_args!("`systemctl {} {}` failed: the service may be running", verb.join(" "), self.unit));
+        }
+    }
+}
+
+impl Drop for KeptStopped<'_> {
+    fn drop(&mut self) {
+        self.systemctl(&["unmask", "--runtime"]);
+        self.systemctl(&["disable"]);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn package_lists_are_known_by_name() {
+        assert!(is_list("deb.debian.org_debian_dists_bookworm_main_binary-amd64_Packages.lz4"));
+        assert!(!is_list("deb.debian.org_debian_dists_bookworm_InRelease"));
+        assert!(!has_lists(Path::new("/nonexistent")));
+    }
+}
