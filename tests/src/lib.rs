@@ -1,3 +1,26 @@
 //! What the integration tests, the demonstration and the benchmark share.
+//!
+//! A test bed of network namespaces: hosts joined by veth and bridges, real servers in them, our daemons, and clients
+//! that notice when a connection breaks or moves.
+//!
+//! ```text
+//!  client ─ c0 ┐              ┌ s0 ─ server s1 (VIP on lo)
+//!              ├ br0 (switch) ┤ s1 ─ server s2
+//!      ne ─ ne0┘              └ …
+//! ```
+//!
+//! [`topology::Topology`] builds it in a fraction of a second and takes it away again, however the process ends:
+//! see [`cleanup`]. [`kernel`] runs the kernel program on single frames, without a network. Everything needs root, and says so.
 
+pub mod cleanup;
+pub mod daemon;
+pub mod echo;
+pub mod frame;
 pub mod kernel;
+pub mod link;
+pub mod load;
+pub mod netns;
+pub mod nginx;
+pub mod process;
+pub mod raw;
+pub mod topology;

@@ -1,0 +1,109 @@
+//! Servers that answer with their name: UDP, and TCP connections that last.
+
+use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4};
+
+use anyhow::{Context as _, Result};
+use socket2::{Domain, Socket, Type};
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    net::{TcpListener, TcpStream, UdpSocket},
+};
+
+use crate::netns::{Background, Namespace};
+
+const LARGEST_DATAGRAM: usize = 65_507;
+
+/// Answers every datagram with `NAME `, followed by the datagram.
+#[derive(Debug)]
+pub struct UdpEcho {
+    _task: Background,
+}
+
+impl UdpEcho {
+    /// Starts it on a port of each of these addresses, from which it also answers: a socket on 0.0.0.0 would answer
+    /// for a VIP from the server's own address. An address need not be there yet.
+    ///
+    /// # Errors
+    /// If a port is taken.
+    pub fn start(ns: &Namespace, name: &str, addresses: &[Ipv4Addr], port: u16) -> Result<Self> {
+        let bind = |address: &Ipv4Addr| bound(Type::DGRAM, SocketAddrV4::new(*address, port));
+        let sockets = ns.run(|| addresses.iter().map(bind).collect::<Result<Vec<_>>>())?;
+        let name = name.to_owned();
+        let task = ns.background(async move {
+            let mut tasks = tokio::task::JoinSet::new();
+            for socket in sockets {
+                let socket = UdpSocket::from_std(socket.into()).expect("a nonblocking socket");
+                tasks.spawn(answer(socket, name.clone()));
+            }
+            while tasks.join_next().await.is_some() {}
+        })?;
+        Ok(Self { _task: task })
+    }
+}
+
+/// Greets every TCP connection with `NAME` and a line break, sends back whatever comes, and never closes first.
+#[derive(Debug)]
+pub struct Hold {
+    _task: Background,
+}
+
+impl Hold {
+    /// Starts it on a port of all addresses.
+    ///
+    /// # Errors
+    /// If the port is taken.
+    pub fn start(ns: &Namespace, name: &str, port: u16) -> Result<Self> {
+        let listener = ns.run(|| {
+            let socket = bound(Type::STREAM, SocketAddrV4::new(Ipv4Addr::UNSPECIFIED, port))?;
+            socket.listen(4096).map(|()| socket).context("cannot listen")
+        })?;
+        let name = name.to_owned();
+        let task = ns.background(async move {
+            let listener = TcpListener::from_std(listener.into()).expect("a nonblocking socket");
+            let mut connections = tokio::task::JoinSet::new();
+            // An error is the connection's (reset before it was accepted), not the listener's.
+            loop {
+                if let Ok((stream, _)) = listener.accept().await {
+                    connections.spawn(hold(stream, name.clone()));
+                }
+            }
+        })?;
+        Ok(Self { _task: task })
+    }
+}
+
+/// A nonblocking socket bound to an address that need not be there yet (IP_FREEBIND).
+fn bound(kind: Type, address: SocketAddrV4) -> Result<Socket> {
+    let bind = || {
+        let socket = Socket::new(Domain::IPV4, kind, None)?;
+        socket.set_nonblocking(true)?;
+        socket.set_reuse_address(kind == Type::STREAM)?;
+        socket.set_freebind_v4(true)?;
+        socket.bind(&SocketAddr::from(address).into())?;
+        std::io::Result::Ok(socket)
+    };
+    bind().with_context(|| format!("cannot bind {address}"))
+}
+
+async fn answer(socket: UdpSocket, name: String) {
+    let mut datagram = vec![0; LARGEST_DATAGRAM];
+    loop {
+        // Errors are ICMP's about an earlier answer: the client has gone.
+        let Ok((length, client)) = socket.recv_from(&mut datagram).await else { continue };
+        let mut reply = format!("{name} ").into_bytes();
+        reply.extend_from_slice(&datagram[..length.min(LARGEST_DATAGRAM - reply.len())]);
+        let _ = socket.send_to(&reply, client).await;
+    }
+}
+
+async fn hold(mut stream: TcpStream, name: String) {
+    let mut bytes = vec![0; 16 * 1024];
+    if stream.write_all(format!("{name}\n").as_bytes()).await.is_err() {
+        return;
+    }
+    while let Ok(length @ 1..) = stream.read(&mut bytes).await {
+        if stream.write_all(&bytes[..length]).await.is_err() {
+            return;
+        }
+    }
+}

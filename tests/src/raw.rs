@@ -1,0 +1,101 @@
+//! Whole Ethernet frames, sent and received on an interface of a namespace (packet(7)).
+
+use std::{
+    io,
+    mem::{self, MaybeUninit},
+    os::fd::AsRawFd as _,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, Result};
+use socket2::{Domain, Protocol, Socket, Type};
+
+use crate::netns::Namespace;
+
+/// linux/if_ether.h, in network byte order where the kernel wants it so.
+const ETH_P_ALL: u16 = 3;
+const LARGEST_FRAME: usize = 65_536 + 64;
+
+/// An AF_PACKET socket on one interface.
+#[derive(Debug)]
+pub struct RawSocket {
+    socket: Socket,
+}
+
+impl RawSocket {
+    /// Opens it; what arrives from now on can be received.
+    ///
+    /// # Errors
+    /// Without root, or if there is no such interface.
+    pub fn open(ns: &Namespace, interface: &str) -> Result<Self> {
+        let socket = ns.run(|| open(interface));
+        Ok(Self { socket: socket.with_context(|| format!("no raw socket on {interface} in {}", ns.name()))? })
+    }
+
+    /// Sends a frame as it is, from the destination's hardware address on, without the frame check sequence.
+    ///
+    /// # Errors
+    /// What the interface says: down, or the frame is too long.
+    pub fn send(&self, frame: &[u8]) -> io::Result<()> {
+        self.socket.send(frame).map(drop)
+    }
+
+    /// The next frame that arrives within `timeout` and fits. Frames that this host sends are not among them.
+    ///
+    /// # Errors
+    /// If the interface went away.
+    pub fn receive(&self, timeout: Duration, fits: impl Fn(&[u8]) -> bool) -> io::Result<Option<Vec<u8>>> {
+        let end = Instant::now() + timeout;
+        let mut frame = vec![0; LARGEST_FRAME];
+        while let Some(left) = end.checked_duration_since(Instant::now()).filter(|left| !left.is_zero()) {
+            self.socket.set_read_timeout(Some(left.max(Duration::from_millis(1))))?;
+            match receive_one(&self.socket, &mut frame) {
+                Ok((length, libc::PACKET_OUTGOING)) if length > 0 => {}
+                Ok((length, _)) if fits(&frame[..length]) => return Ok(Some(frame[..length].to_vec())),
+                Ok(_) => {}
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(None)
+    }
+}
+
+fn open(interface: &str) -> io::Result<Socket> {
+    let protocol = ETH_P_ALL.to_be();
+    let socket = Socket::new(Domain::PACKET, Type::RAW, Some(Protocol::from(i32::from(protocol))))?;
+    let name = std::ffi::CString::new(interface)?;
+    // SAFETY: `name` is a string that ends in NUL, and lives.
+    let index = unsafe { libc::if_nametoindex(name.as_ptr()) };
+    if index == 0 {
+        return Err(io::Error::last_os_error());
+    }
+    let mut address = empty_address();
+    address.sll_family = libc::AF_PACKET as u16;
+    address.sll_protocol = protocol;
+    address.sll_ifindex = index.cast_signed();
+    let length = mem::size_of_val(&address) as libc::socklen_t;
+    // SAFETY: `address` is a live `sockaddr_ll` of that length.
+    match unsafe { libc::bind(socket.as_raw_fd(), (&raw const address).cast(), length) } {
+        0 => Ok(socket),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+/// A frame's length, and the kind of packet that it was to this host.
+fn receive_one(socket: &Socket, frame: &mut [u8]) -> io::Result<(usize, u8)> {
+    let mut from = empty_address();
+    let mut from_length = mem::size_of_val(&from) as libc::socklen_t;
+    // SAFETY: the pointers are to a live buffer, a live `sockaddr_ll` and its length.
+    let received = unsafe {
+        let buffer = frame.as_mut_ptr().cast();
+        libc::recvfrom(socket.as_raw_fd(), buffer, frame.len(), 0, (&raw mut from).cast(), &raw mut from_length)
+    };
+    let length = usize::try_from(received).map_err(|_| io::Error::last_os_error())?;
+    Ok((length, from.sll_pkttype))
+}
+
+fn empty_address() -> libc::sockaddr_ll {
+    // SAFETY: `sockaddr_ll` is plain numbers, for which zero is a value.
+    unsafe { MaybeUninit::zeroed().assume_init() }
+}
