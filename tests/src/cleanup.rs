@@ -115,7 +115,7 @@ fn sweep(goes: impl Fn(u32) -> bool) {
 }
 
 /// The process that a name of ours belongs to.
-fn owner(path: &PathBuf) -> Option<u32> {
+fn owner(path: &Path) -> Option<u32> {
     path.file_name()?.to_str()?.strip_prefix(PREFIX)?.split('-').next()?.parse().ok()
 }
 

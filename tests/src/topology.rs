@@ -248,8 +248,7 @@ impl Topology {
             writeln!(client, "route add {vip}/32 dev eth0")?;
         }
         let mut ne = String::new();
-        let server_route;
-        if self.two_interfaces {
+        let server_route = if self.two_interfaces {
             self.switch.ip_batch(&format!(
                 "addr add {SWITCH_CLIENT_SIDE}/16 dev br0\naddr add {SWITCH_SERVER_SIDE}/24 dev br1\n"
             ))?;
@@ -258,12 +257,12 @@ impl Topology {
             writeln!(client, "route add 10.0.0.0/24 via {SWITCH_CLIENT_SIDE}")?;
             writeln!(ne, "addr add {NE_CLIENT_SIDE}/16 dev eth0\nlink set eth0 up")?;
             writeln!(ne, "addr add {NE}/24 dev eth1\nlink set eth1 up")?;
-            server_route = format!("route add 198.18.0.0/16 via {SWITCH_SERVER_SIDE}");
+            format!("route add 198.18.0.0/16 via {SWITCH_SERVER_SIDE}")
         } else {
             writeln!(client, "route add 10.0.0.0/24 dev eth0")?;
             writeln!(ne, "addr add {NE}/24 dev eth0\nlink set eth0 up\nroute add 198.18.0.0/16 dev eth0")?;
-            server_route = "route add 198.18.0.0/16 dev eth0".to_owned();
-        }
+            "route add 198.18.0.0/16 dev eth0".to_owned()
+        };
         self.client.ip_batch(&client)?;
         // Thousands of short connections leave thousands of TIME-WAITs.
         self.client.sysctl(&[("net/ipv4/ip_local_port_range", "1024 65535"), ("net/ipv4/tcp_tw_reuse", "1")])?;

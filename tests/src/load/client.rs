@@ -57,7 +57,8 @@ impl Client {
         session.end(failure)
     }
 
-    /// A request every `pause` over one connection, until `stop` is true or its sender is gone.
+    /// A request every `pause` over one connection, until `stop` is true or its sender is gone; then a last one, so
+    /// that a connection that broke during a pause is not taken for whole.
     pub async fn keep_alive(
         &self,
         source: Ipv4Addr,
@@ -68,12 +69,14 @@ impl Client {
         let mut session = Session::new(self, Kind::KeepAlive, report);
         let failure = async {
             session.connect(source).await?;
+            let mut last = false;
             loop {
                 session.request("/name").await?;
-                tokio::select! {
-                    _ = stop.wait_for(|stop| *stop) => return Ok(()),
-                    () = tokio::time::sleep(pause) => {}
+                if last {
+                    return Ok(());
                 }
+                // An elapsed pause is the ordinary case.
+                last = timeout(pause, stop.wait_for(|stop| *stop)).await.is_ok();
             }
         };
         let failure = failure.await.err();
