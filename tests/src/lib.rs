@@ -24,3 +24,4 @@ pub mod nginx;
 pub mod process;
 pub mod raw;
 pub mod topology;
+pub mod xdp;

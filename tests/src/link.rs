@@ -21,7 +21,7 @@ pub enum Offload {
     /// that edits packets would have to guess.
     TxChecksum,
     /// Generic receive offload (`ethtool -K DEV gro`). On veth it switches NAPI on, without which the *peer's*
-    /// XDP_TX and redirects are dropped.
+    /// redirects are dropped. For XDP_TX it is not enough: see [`crate::xdp`].
     Gro,
 }
 

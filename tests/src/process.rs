@@ -6,7 +6,11 @@ use std::{
     os::unix::process::{CommandExt as _, ExitStatusExt as _},
     path::{Path, PathBuf},
     process::{Child, Command, ExitStatus, Stdio},
-    sync::{Mutex, PoisonError, mpsc},
+    sync::{
+        Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering},
+        mpsc,
+    },
     thread,
     time::{Duration, Instant},
 };
@@ -15,27 +19,30 @@ use anyhow::{Context as _, Result, bail};
 
 use crate::netns::wait_until;
 
-/// A child process. Dropping it kills it; while a panic unwinds, its output is shown.
+/// A child process. Dropping it kills it and prints the end of its output: see [`hide_output`].
 #[derive(Debug)]
 pub struct Process {
     name: String,
     child: Child,
     log: PathBuf,
+    /// Where in the log this run begins, in bytes.
+    start: usize,
 }
 
 impl Process {
-    /// Starts a program with its output in `DIR/NAME.log` (added to what an earlier run has left there).
+    /// Starts a program with its output in `DIR/NAME.log`, after what an earlier run of that name has left there.
     ///
     /// # Errors
     /// If the program does not start.
     pub fn spawn(mut command: Command, name: &str, dir: &Path) -> Result<Self> {
         let log = dir.join(format!("{name}.log"));
         let output = File::options().create(true).append(true).open(&log).context("cannot make the log")?;
+        let start = usize::try_from(output.metadata()?.len())?;
         command.stdin(Stdio::null()).stdout(output.try_clone()?).stderr(output);
         die_with_us(&mut command);
         let program = command.get_program().to_string_lossy().into_owned();
         let child = spawn_from_lasting_thread(command).with_context(|| format!("cannot start `{program}`"))?;
-        Ok(Self { name: name.to_owned(), child, log })
+        Ok(Self { name: name.to_owned(), child, log, start })
     }
 
     /// The name given at the start.
@@ -104,7 +111,8 @@ impl Process {
 
     /// Everything that it has written so far, standard output and error together.
     pub fn log(&self) -> String {
-        fs::read(&self.log).map(|bytes| String::from_utf8_lossy(&bytes).into_owned()).unwrap_or_default()
+        let bytes = fs::read(&self.log).unwrap_or_default();
+        String::from_utf8_lossy(bytes.get(self.start..).unwrap_or_default()).into_owned()
     }
 
     /// Waits until `condition` holds.
@@ -144,10 +152,19 @@ impl Process {
 impl Drop for Process {
     fn drop(&mut self) {
         self.kill();
-        if thread::panicking() {
-            eprintln!("--- output of {} ---\n{}", self.name, self.log_tail());
+        let tail = self.log_tail();
+        if !tail.is_empty() && (thread::panicking() || SHOWN.load(Ordering::Relaxed)) {
+            eprintln!("--- output of {} ---\n{tail}", self.name);
         }
     }
+}
+
+static SHOWN: AtomicBool = AtomicBool::new(true);
+
+/// From now on the output of processes is shown only while a panic unwinds. For programs that are no tests: the test
+/// harness keeps what a test prints to itself unless the test fails, be it by a panic or by an `Err`.
+pub fn hide_output() {
+    SHOWN.store(false, Ordering::Relaxed);
 }
 
 /// Has the kernel kill the program when we die, however we die.

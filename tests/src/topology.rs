@@ -21,6 +21,7 @@ use crate::{
     cleanup::{self, WorkDir},
     link::{self, Offload},
     netns::Namespace,
+    xdp::{self, Attached},
 };
 
 /// The VIP of every bed that names no other.
@@ -124,13 +125,14 @@ impl Builder {
             })
         });
         let servers = servers.collect::<Result<Vec<_>>>()?;
-        let topology = Topology {
+        let mut topology = Topology {
             client,
             ne,
             servers,
             switch,
             two_interfaces: self.two_interfaces,
             vips: self.vips.clone(),
+            receivers: Vec::new(),
             work_dir,
             name,
         };
@@ -149,6 +151,9 @@ pub struct Topology {
     switch: Namespace,
     two_interfaces: bool,
     vips: Vec<Ipv4Addr>,
+    /// At the switch's end of each of the NE's cables. A veth takes in what its peer transmits by XDP at once only if it
+    /// has a program itself: with receive offload alone XDP_TX fills the ring, but wakes nobody.
+    receivers: Vec<Attached>,
     work_dir: WorkDir,
     name: String,
 }
@@ -214,7 +219,7 @@ impl Topology {
     }
 
     /// Cables: one batch in the switch, then the offloads at both ends.
-    fn plug(&self) -> Result<()> {
+    fn plug(&mut self) -> Result<()> {
         let server_bridge = if self.two_interfaces { "br1" } else { "br0" };
         let mut cables = vec![("c0", "eth0", &self.client, "br0"), ("ne0", "eth0", &self.ne, "br0")];
         if self.two_interfaces {
@@ -234,8 +239,9 @@ impl Topology {
         for (port, interface, host, _) in cables {
             link::set_offload(&self.switch, port, Offload::TxChecksum, false)?;
             link::set_offload(host, interface, Offload::TxChecksum, false)?;
-            // The switch's end of each of the NE's cables receives what XDP sends.
-            link::set_offload(&self.switch, port, Offload::Gro, port.starts_with("ne"))?;
+            if port.starts_with("ne") {
+                self.receivers.push(xdp::attach(&self.switch, port, xdp::Action::Pass)?);
+            }
         }
         Ok(())
     }
