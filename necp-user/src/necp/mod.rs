@@ -1,1 +1,52 @@
-//! The sans-IO protocol core.
+//! The sans-IO core of NECP, the Network Element Control Protocol (draft-cerpa-necp-02), both roles.
+//!
+//! Nothing here opens a socket, reads a clock or asks the system for randomness: bytes and the time come in through
+//! `handle_*`, what is to be done comes out of `poll_*`.
+//!
+//! ```text
+//!            bytes                     events                     decisions
+//!  socket ──────────► Decoder ──────► NeSession ──► NeEvent ───► control
+//!         ◄────────── poll_transmit ◄─ SeSession ◄── respond ◄──  maps written
+//! ```
+//!
+//! Every message is a header of 20 bytes, big endian (§5.2), and a payload of 32-byte units (§5.2.3):
+//!
+//! ```text
+//!   0                   1                   2                   3
+//!   0 1 2 3 4 5 6 7 8 9 0 1 2 3 4 5 6 7 8 9 0 1 2 3 4 5 6 7 8 9 0 1
+//!  +-------------------------------+-------------------------------+
+//!  |  protocol_identifier (0x414A) |             flags             |
+//!  +---------------+---------------+-------------------------------+
+//!  |  version (1)  |    opcode     |          request_id           |
+//!  +---------------+---------------+-------------------------------+
+//!  |                        seq_num (64 bits)                      |
+//!  |                0 on unauthenticated connections               |
+//!  +---------------------------------------------------------------+
+//!  |         payload_len, the credential of 20 bytes included      |
+//!  +---------------------------------------------------------------+
+//!  |  units of eight u32 each: data0 .. data7, unused ones 0       |
+//! ```
+//!
+//! - [`wire`]: header, flags, opcodes, units and the streaming [`Decoder`].
+//! - [`service`]: forwarding types and service keys, with the names that people write (`l2`, `tcp/80`).
+//! - [`message`]: what the units of each message mean, and which of them fail.
+//! - [`session`]: the state machines of the network element ([`NeSession`]) and the server element ([`SeSession`]).
+//! - [`backoff`]: when a server element dials again.
+//! - [`error`]: why a session ended.
+//!
+//! Not yet spoken: authentication (an INIT that asks for it is refused as an NE without a key refuses it, §5.8) and
+//! exceptions (§5.7: recognised, and answered as failed units, so that no SE believes one to be installed).
+
+pub mod backoff;
+pub mod error;
+pub mod message;
+pub mod service;
+pub mod session;
+pub mod wire;
+
+pub use backoff::Backoff;
+pub use error::CloseReason;
+pub use message::{HealthAnswer, Init, InitAck, Operation, Query, ServiceUnit, UnitError};
+pub use service::{Forwarding, ServiceKey};
+pub use session::{Counters, NeEvent, NeSession, Notice, RequestId, SeEvent, SeSession, SessionConfig, Token};
+pub use wire::{Decoder, Flags, Header, Opcode, PORT, Unit};

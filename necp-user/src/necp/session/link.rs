@@ -1,0 +1,324 @@
+//! What both roles share: framing in, messages out, request ids, the progress deadline, how it ended.
+
+use std::collections::VecDeque;
+use std::mem::{self, Discriminant};
+use std::time::Instant;
+
+use super::keepalive::{Asked, KeepaliveClock};
+use super::rng::Rng;
+use super::{Counters, Notice, SessionConfig};
+use crate::necp::error::CloseReason;
+use crate::necp::message::Query;
+use crate::necp::service::ServiceKey;
+use crate::necp::wire::{Decoder, Direction, Flags, HEADER_LEN, Header, Item, Opcode, UNIT_LEN, Unit, VERSION};
+
+/// Output beyond which no more input is read: the peer must read first.
+const OUTPUT_FULL: usize = 64 * 1024;
+/// Input that may wait inside a session whose caller reads though it is told not to.
+const BACKLOG_MAX: usize = 1024 * 1024;
+/// Output handed over at once.
+const CHUNK: usize = 64 * 1024;
+
+#[derive(Debug)]
+pub(super) struct Link {
+    pub(super) config: SessionConfig,
+    pub(super) counters: Counters,
+    pub(super) keepalive: KeepaliveClock,
+    decoder: Decoder,
+    /// Bytes that came while none were wanted.
+    backlog: Vec<u8>,
+    /// A header put back by [`Link::defer`].
+    deferred: Option<Header>,
+    out: Vec<u8>,
+    out_start: usize,
+    closed: Option<CloseReason>,
+    last_id: u16,
+    told: Vec<Discriminant<Notice>>,
+    notices: VecDeque<Notice>,
+    /// When the message in progress must have brought more, and how much it has brought since that was set.
+    progress: Option<Instant>,
+    progress_bytes: usize,
+    /// Whether bytes of a message in progress came since the last tick of the keepalive clock.
+    moved: bool,
+    /// The latest time that was told.
+    pub(super) now: Instant,
+}
+
+impl Link {
+    pub(super) fn new(config: SessionConfig, now: Instant, seed: u64) -> Self {
+        let mut rng = Rng::new(seed);
+        let last_id = rng.next() as u16;
+        Self {
+            keepalive: KeepaliveClock::new(&config, rng),
+            config,
+            counters: Counters::default(),
+            decoder: Decoder::default(),
+            backlog: Vec::new(),
+            deferred: None,
+            out: Vec::new(),
+            out_start: 0,
+            closed: None,
+            last_id,
+            told: Vec::new(),
+            notices: VecDeque::new(),
+            progress: None,
+            progress_bytes: 0,
+            moved: false,
+            now,
+        }
+    }
+
+    pub(super) fn closed(&self) -> Option<&CloseReason> {
+        self.closed.as_ref()
+    }
+
+    /// Ends the session; the first reason stays. Says whether this was it.
+    pub(super) fn close(&mut self, reason: CloseReason) -> bool {
+        if self.closed.is_some() {
+            return false;
+        }
+        self.closed = Some(reason);
+        self.backlog = Vec::new();
+        self.deferred = None;
+        self.progress = None;
+        self.keepalive.stop();
+        true
+    }
+
+    // ---- input ----
+
+    /// Adds bytes to those that wait.
+    pub(super) fn feed(&mut self, now: Instant, bytes: &[u8]) {
+        self.now = self.now.max(now);
+        if self.closed.is_some() {
+            return;
+        }
+        self.counters.bytes_in += bytes.len() as u64;
+        self.backlog.extend_from_slice(bytes);
+    }
+
+    /// The next item of the stream; `None` when more bytes are needed, or the session has ended.
+    pub(super) fn next_item(&mut self, consumed: &mut usize) -> Option<Item> {
+        if self.closed.is_some() {
+            return None;
+        }
+        if let Some(header) = self.deferred.take() {
+            return Some(Item::Header(header));
+        }
+        let mut rest = &self.backlog[*consumed..];
+        let before = rest.len();
+        let item = self.decoder.next(&mut rest);
+        let taken = before - rest.len();
+        *consumed += taken;
+        match item {
+            Ok(item) => {
+                self.track_progress(taken);
+                if let Some(Item::Header(_)) = item {
+                    self.counters.messages_in += 1;
+                }
+                item
+            }
+            Err(lost) => {
+                self.counters.framing_errors += 1;
+                self.close(CloseReason::Framing { identifier: lost.identifier });
+                None
+            }
+        }
+    }
+
+    /// Drops the bytes that were used; those that were not wanted stay, up to a limit.
+    pub(super) fn keep_rest(&mut self, consumed: usize) {
+        if self.closed.is_some() {
+            return;
+        }
+        self.backlog.drain(..consumed);
+        if self.backlog.len() > BACKLOG_MAX {
+            self.close(CloseReason::Overflow(self.backlog.len()));
+        } else if self.backlog.is_empty() {
+            self.backlog = Vec::new();
+        }
+    }
+
+    /// Puts a header back until later.
+    pub(super) fn defer(&mut self, header: Header) {
+        self.deferred = Some(header);
+    }
+
+    pub(super) fn has_deferred(&self) -> bool {
+        self.deferred.is_some()
+    }
+
+    /// Whether there is input inside that was not looked at yet.
+    pub(super) fn has_backlog(&self) -> bool {
+        self.deferred.is_some() || !self.backlog.is_empty() || self.decoder.at_end()
+    }
+
+    pub(super) fn skip_payload(&mut self) {
+        self.decoder.skip_payload();
+    }
+
+    /// Whether the peer has read enough of what it was sent for us to read more of what it sends.
+    pub(super) fn output_has_room(&self) -> bool {
+        self.output_len() < OUTPUT_FULL
+    }
+
+    // ---- deadlines ----
+
+    fn track_progress(&mut self, taken: usize) {
+        if !self.decoder.in_message() {
+            self.progress = None;
+            return;
+        }
+        self.moved |= taken > 0;
+        self.progress_bytes += taken;
+        if self.progress.is_none() || self.progress_bytes >= self.config.progress_bytes as usize {
+            self.restart_progress();
+        }
+    }
+
+    fn restart_progress(&mut self) {
+        self.progress_bytes = 0;
+        self.progress = Some(self.now + self.config.progress_deadline);
+    }
+
+    pub(super) fn progress_deadline(&self) -> Option<Instant> {
+        self.progress
+    }
+
+    /// Closes if the message in progress is late; `paused` says that it is us who does not read.
+    pub(super) fn check_progress(&mut self, paused: bool) {
+        if self.progress.is_none_or(|deadline| self.now < deadline) {
+            return;
+        }
+        if paused {
+            self.restart_progress();
+        } else {
+            self.close(CloseReason::ProgressDeadline(self.config.progress_deadline));
+        }
+    }
+
+    /// Whether a message in progress has moved since this was asked last: its sender cannot answer in between.
+    pub(super) fn take_moved(&mut self) -> bool {
+        mem::take(&mut self.moved) && self.decoder.in_message()
+    }
+
+    // ---- output ----
+
+    pub(super) fn send(&mut self, opcode: Opcode, flags: Flags, request_id: u16, units: &[Unit]) {
+        if self.closed.is_some() {
+            return;
+        }
+        self.out.reserve(HEADER_LEN + units.len() * UNIT_LEN);
+        self.out.extend_from_slice(&Header::new(opcode, flags, request_id, units.len()).encode());
+        for unit in units {
+            self.out.extend_from_slice(&unit.encode());
+        }
+        self.counters.messages_out += 1;
+        self.counters.bytes_out += (HEADER_LEN + units.len() * UNIT_LEN) as u64;
+    }
+
+    /// Sends a KEEPALIVE that asks for the health of `services`.
+    pub(super) fn send_keepalive(&mut self, services: Vec<ServiceKey>, id_in_use: impl Fn(u16) -> bool) {
+        let request_id = self.fresh_id(id_in_use);
+        let units: Vec<Unit> = services.iter().map(|service| Query { service: *service }.unit()).collect();
+        self.send(Opcode::KEEPALIVE, Flags::NONE, request_id, &units);
+        self.counters.keepalives_sent += 1;
+        self.keepalive.sent(Asked { request_id, queries: services });
+    }
+
+    /// Refuses a request, or says nothing if its opcode has no answer.
+    pub(super) fn refuse(&mut self, header: &Header, flags: Flags, units: &[Unit]) {
+        if let Some(answer) = header.opcode.answer() {
+            self.send(answer, flags.with(Flags::ERROR), header.request_id, units);
+        }
+    }
+
+    /// Answers a message of another version (§5.2.1), unless it is itself such an answer.
+    pub(super) fn answer_version(&mut self, header: &Header) {
+        debug_assert_ne!(header.version, VERSION);
+        self.counters.version_mismatches += 1;
+        self.notice(Notice::VersionMismatch { version: header.version });
+        if !header.flags.has(Flags::PROTOCOL_VERSION_MISMATCH) {
+            let opcode = header.opcode.answer().unwrap_or(header.opcode);
+            let flags = Flags::ERROR.with(Flags::PROTOCOL_VERSION_MISMATCH);
+            self.send(opcode, flags, header.request_id, &[]);
+        }
+    }
+
+    pub(super) fn take_output(&mut self) -> Option<Vec<u8>> {
+        let waiting = self.output_len();
+        if waiting == 0 {
+            return None;
+        }
+        if waiting <= CHUNK {
+            let chunk = self.out.split_off(self.out_start);
+            self.out = Vec::new();
+            self.out_start = 0;
+            return Some(chunk);
+        }
+        let chunk = self.out[self.out_start..self.out_start + CHUNK].to_vec();
+        self.out_start += CHUNK;
+        Some(chunk)
+    }
+
+    fn output_len(&self) -> usize {
+        self.out.len() - self.out_start
+    }
+
+    /// A request id distinct from those that are outstanding (§5.2.1).
+    pub(super) fn fresh_id(&mut self, in_use: impl Fn(u16) -> bool) -> u16 {
+        loop {
+            self.last_id = self.last_id.wrapping_add(1);
+            if !in_use(self.last_id) && !self.keepalive.uses(self.last_id) {
+                return self.last_id;
+            }
+        }
+    }
+
+    // ---- what comes in and has no use ----
+
+    /// Skips a message whose opcode this role does not receive (§5.3).
+    pub(super) fn skip_foreign(&mut self, opcode: Opcode) {
+        self.skip_payload();
+        if opcode.direction() == Direction::Reserved {
+            self.counters.reserved_opcodes += 1;
+            self.notice(Notice::ReservedOpcode(opcode));
+        } else {
+            self.counters.wrong_direction += 1;
+            self.notice(Notice::WrongDirection(opcode));
+        }
+    }
+
+    pub(super) fn notice(&mut self, notice: Notice) {
+        let kind = mem::discriminant(&notice);
+        if !self.told.contains(&kind) {
+            self.told.push(kind);
+            self.notices.push_back(notice);
+        }
+    }
+
+    pub(super) fn malformed(&mut self, opcode: Opcode) {
+        self.counters.malformed += 1;
+        self.notice(Notice::Malformed(opcode));
+    }
+
+    pub(super) fn unexpected(&mut self, opcode: Opcode) {
+        self.counters.unexpected_answers += 1;
+        self.notice(Notice::Unexpected(opcode));
+    }
+
+    pub(super) fn bad_health(&mut self) {
+        self.counters.discarded_health += 1;
+        self.notice(Notice::BadHealth);
+    }
+
+    pub(super) fn next_notice(&mut self) -> Option<Notice> {
+        self.notices.pop_front()
+    }
+
+    /// Bytes held, for tests of the bound.
+    #[cfg(test)]
+    pub(super) fn held_bytes(&self) -> usize {
+        self.backlog.capacity() + self.out.capacity()
+    }
+}

@@ -1,0 +1,445 @@
+//! The network element's side of a session.
+//!
+//! ```text
+//!   AwaitInit ──INIT──► InitPending ──respond(token)──► Ready
+//!       │                  ▲  INIT_ACK is sent here ──►   │
+//!       │                  └────────────INIT──────────────┘   starts over in place (§5.4)
+//!       └─ anything else: refused, closed
+//! ```
+
+mod requests;
+
+use std::collections::VecDeque;
+use std::time::Instant;
+
+use self::requests::Requests;
+use super::health::{Queries, Reply};
+use super::keepalive::Tick;
+use super::link::Link;
+use super::{Counters, MAX_MISSED, Notice, SessionConfig, Token};
+use crate::necp::error::CloseReason;
+use crate::necp::message::{HEALTH_MAX, HealthAnswer, Init, InitAck, Operation};
+use crate::necp::service::ServiceKey;
+use crate::necp::wire::{Flags, Header, Item, Opcode, Unit, VERSION};
+
+/// Events that may wait for the caller before no more input is looked at.
+const MAX_EVENTS: usize = 256;
+
+/// What a [`NeSession`] tells its caller.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum NeEvent {
+    /// The SE opens the session, or starts over: delete its offers and exceptions, never its flows, then
+    /// [`NeSession::respond`]; INIT_ACK goes out then (§5.4). Tokens from before are void.
+    Init {
+        /// For [`NeSession::respond`].
+        token: Token,
+    },
+    /// Carry these out in this order, write the maps, then [`NeSession::respond`] (§3).
+    Operations {
+        /// For [`NeSession::respond`].
+        token: Token,
+        /// At most [`super::MAX_BATCH`]; a message is handed over in as many pieces as it takes.
+        operations: Vec<Operation>,
+    },
+    /// The SE answered for these services (§5.5.2).
+    Health(Vec<HealthAnswer>),
+    /// Worth a line in the log.
+    Notice(Notice),
+    /// The session has ended; the last event.
+    Closed(CloseReason),
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum State {
+    AwaitInit { deadline: Instant },
+    InitPending { token: Token, request_id: u16 },
+    Ready,
+}
+
+/// What becomes of the units of the message that is coming in.
+#[derive(Debug)]
+enum Body {
+    /// There are none, or they are of no interest.
+    Skip,
+    Init(Header, Option<Init>),
+    /// START or STOP; the units are with [`Requests`].
+    Operations,
+    /// Refused as a whole: every unit fails.
+    Refuse(Header, Vec<Unit>),
+    Queries(Queries),
+    Reply(Reply),
+}
+
+/// The network element's side of one SE's TCP connection.
+#[derive(Debug)]
+pub struct NeSession {
+    link: Link,
+    state: State,
+    body: Body,
+    requests: Requests,
+    events: VecDeque<NeEvent>,
+    health: u8,
+    told_closed: bool,
+}
+
+impl NeSession {
+    /// A session for a connection that was accepted at `now`; `seed` gives the jitter and the first request id.
+    #[must_use]
+    pub fn new(config: SessionConfig, now: Instant, seed: u64) -> Self {
+        Self {
+            state: State::AwaitInit { deadline: now + config.init_deadline },
+            requests: Requests::new(config.max_services, config.max_failed_units),
+            link: Link::new(config, now, seed),
+            body: Body::Skip,
+            events: VecDeque::new(),
+            health: HEALTH_MAX,
+            told_closed: false,
+        }
+    }
+
+    /// Bytes from the peer.
+    pub fn handle_input(&mut self, now: Instant, bytes: &[u8]) {
+        self.link.feed(now, bytes);
+        self.work();
+    }
+
+    /// To be called when [`Self::poll_timeout`] is due; earlier does no harm.
+    pub fn handle_timeout(&mut self, now: Instant) {
+        self.link.feed(now, &[]);
+        self.work();
+        if let State::AwaitInit { deadline } = self.state
+            && self.link.now >= deadline
+        {
+            self.link.close(CloseReason::InitDeadline(self.link.config.init_deadline));
+        }
+        let paused = !self.has_room();
+        self.link.check_progress(paused);
+        self.tick();
+    }
+
+    /// The next event; ask until there is none.
+    pub fn poll_event(&mut self) -> Option<NeEvent> {
+        if let Some(event) = self.events.pop_front() {
+            return Some(event);
+        }
+        if let Some(notice) = self.link.next_notice() {
+            return Some(NeEvent::Notice(notice));
+        }
+        let reason = self.link.closed().filter(|_| !self.told_closed).cloned()?;
+        self.told_closed = true;
+        Some(NeEvent::Closed(reason))
+    }
+
+    /// The next bytes for the peer. Take them only when those before are written.
+    pub fn poll_transmit(&mut self) -> Option<Vec<u8>> {
+        self.link.take_output()
+    }
+
+    /// When to call [`Self::handle_timeout`]; it may be in the past, which means at once.
+    #[must_use]
+    pub fn poll_timeout(&self) -> Option<Instant> {
+        self.link.closed().is_none().then_some(())?;
+        if self.has_room() && self.link.has_backlog() && !self.waits_for_init() {
+            return Some(self.link.now);
+        }
+        let init = match self.state {
+            State::AwaitInit { deadline } => Some(deadline),
+            _ => None,
+        };
+        [init, self.link.progress_deadline(), self.link.keepalive.next()].into_iter().flatten().min()
+    }
+
+    /// Whether to read from the peer: not while it does not read itself, nor while answers of the caller are awaited.
+    #[must_use]
+    pub fn wants_input(&self) -> bool {
+        self.link.closed().is_none() && self.has_room() && !self.link.has_backlog()
+    }
+
+    /// What the event with this token asked for is done and stands in the maps, except the operations with the indices
+    /// `failed`. A token that is not awaited is ignored.
+    pub fn respond(&mut self, token: Token, failed: &[usize]) {
+        match self.state {
+            State::InitPending { token: awaited, request_id } if token == awaited => {
+                self.state = State::Ready;
+                self.link.send(Opcode::INIT_ACK, Flags::NONE, request_id, &[InitAck::default().unit()]);
+                self.link.keepalive.start(self.link.now);
+            }
+            _ => self.requests.respond(token, failed, &mut self.link),
+        }
+    }
+
+    /// The Health Index that the NE answers to the SE's queries (§5.5.2), 0 to 100; more counts as 100.
+    pub fn set_health(&mut self, index: u8) {
+        self.health = index.min(HEALTH_MAX);
+    }
+
+    /// Ends the session. No further message is made; the first reason stays.
+    pub fn close(&mut self, reason: CloseReason) {
+        self.link.close(reason);
+    }
+
+    /// Why the session ended, if it has.
+    #[must_use]
+    pub fn closed(&self) -> Option<&CloseReason> {
+        self.link.closed()
+    }
+
+    /// Whether the session is open: INIT_ACK was sent.
+    #[must_use]
+    pub fn is_ready(&self) -> bool {
+        self.state == State::Ready && self.link.closed().is_none()
+    }
+
+    /// The services that were acknowledged as started.
+    pub fn started(&self) -> impl Iterator<Item = ServiceKey> {
+        self.requests.services.started()
+    }
+
+    /// What was counted so far.
+    #[must_use]
+    pub fn counters(&self) -> &Counters {
+        &self.link.counters
+    }
+
+    fn work(&mut self) {
+        let mut consumed = 0;
+        while self.has_room() && !self.waits_for_init() {
+            let Some(item) = self.link.next_item(&mut consumed) else { break };
+            match item {
+                Item::Header(header) => self.on_header(header),
+                Item::Unit(unit) => self.on_unit(unit),
+                Item::End => self.on_end(),
+            }
+        }
+        self.link.keep_rest(consumed);
+        self.flush();
+    }
+
+    /// Hands over the operations that came so far.
+    fn flush(&mut self) {
+        if self.link.closed().is_none()
+            && let Some((token, operations)) = self.requests.flush()
+        {
+            self.events.push_back(NeEvent::Operations { token, operations });
+        }
+    }
+
+    fn on_header(&mut self, header: Header) {
+        self.body = Body::Skip;
+        if header.version != VERSION {
+            if header.opcode == Opcode::KEEPALIVE_ACK {
+                // It is an answer, if a useless one: the peer is not dead.
+                self.link.keepalive.answered(header.request_id);
+            }
+            return self.link.answer_version(&header);
+        }
+        match self.state {
+            _ if header.opcode == Opcode::INIT => self.on_init(header),
+            State::AwaitInit { .. } => {
+                self.link.refuse(&header, Flags::NONE, &[]);
+                self.link.close(CloseReason::OutOfOrder(header.opcode));
+            }
+            // Nothing may precede INIT_ACK (§5.4): what a hasty SE sent waits until that is out.
+            State::InitPending { .. } => self.link.defer(header),
+            State::Ready => self.on_ready_header(header),
+        }
+    }
+
+    fn on_init(&mut self, header: Header) {
+        if header.flags.has(Flags::AUTH_CREDENTIAL_PROVIDED) {
+            return self.refuse_authentication(&header);
+        }
+        match header.units() {
+            Some(1) => self.body = Body::Init(header, None),
+            _ => self.malformed(&header),
+        }
+    }
+
+    /// As an NE without a key for this address answers: bare, and the connection closed (§5.4.1, §5.8).
+    fn refuse_authentication(&mut self, header: &Header) {
+        self.link.refuse(header, Flags::AUTH_REQUIRED, &[]);
+        self.link.close(CloseReason::AuthRequired);
+    }
+
+    fn on_ready_header(&mut self, header: Header) {
+        let units = header.units();
+        match header.opcode {
+            Opcode::NOOP => self.link.skip_payload(),
+            Opcode::KEEPALIVE => match units {
+                None => self.malformed(&header),
+                Some(units) if units as usize > self.link.config.max_failed_units => {
+                    self.link.refuse(&header, Flags::NONE, &[]);
+                    self.link.close(CloseReason::TooManyUnits(self.link.config.max_failed_units));
+                }
+                Some(_) => self.body = Body::Queries(Queries { request_id: header.request_id, units: Vec::new() }),
+            },
+            Opcode::KEEPALIVE_ACK => self.on_keepalive_ack(&header),
+            Opcode::START | Opcode::STOP => match units {
+                None | Some(0) => self.malformed(&header),
+                Some(_) => {
+                    self.requests.begin(&header);
+                    self.body = Body::Operations;
+                }
+            },
+            // Exceptions are not spoken yet. Every unit fails, so that no SE believes an exception to be in force.
+            Opcode::EXCEPTION_ADD | Opcode::EXCEPTION_DEL => match units {
+                None | Some(0) => self.malformed(&header),
+                Some(_) => self.body = Body::Refuse(header, Vec::new()),
+            },
+            Opcode::EXCEPTION_QUERY => match units {
+                Some(1) => self.body = Body::Refuse(header, Vec::new()),
+                _ => self.malformed(&header),
+            },
+            // Of its entries, of which there are none, none is left.
+            Opcode::EXCEPTION_RESET => match units {
+                None => self.malformed(&header),
+                Some(_) => {
+                    self.link.skip_payload();
+                    self.link.send(Opcode::EXCEPTION_RESET_ACK, Flags::NONE, header.request_id, &[]);
+                }
+            },
+            other => self.link.skip_foreign(other),
+        }
+    }
+
+    fn on_keepalive_ack(&mut self, header: &Header) {
+        let Some(asked) = self.link.keepalive.answered(header.request_id) else {
+            self.link.skip_payload();
+            return self.link.unexpected(header.opcode);
+        };
+        self.link.counters.keepalives_answered += 1;
+        match header.units() {
+            None => self.link.malformed(header.opcode),
+            Some(_) => self.body = Body::Reply(Reply::new(asked, header.flags)),
+        }
+    }
+
+    /// A request whose payload is not what it must be: F_Error and no units (§5.2.3); the stream stays framed.
+    fn malformed(&mut self, header: &Header) {
+        self.link.skip_payload();
+        self.link.malformed(header.opcode);
+        self.link.refuse(header, Flags::NONE, &[]);
+    }
+
+    fn on_unit(&mut self, unit: Unit) {
+        match &mut self.body {
+            Body::Skip => {}
+            Body::Init(header, init) => match Init::parse(&unit) {
+                Ok(Init { authenticate: Some(_) }) => {
+                    let header = *header;
+                    self.refuse_authentication(&header);
+                }
+                Ok(plain) => *init = Some(plain),
+                Err(_) => {
+                    self.link.counters.failed_units += 1;
+                    self.link.refuse(header, Flags::NONE, &[unit]);
+                }
+            },
+            Body::Operations => {
+                let full = self.requests.unit(unit, &mut self.link);
+                if full {
+                    self.flush();
+                }
+            }
+            Body::Refuse(header, units) => {
+                self.link.counters.failed_units += 1;
+                if units.len() == self.link.config.max_failed_units {
+                    self.link.refuse(header, Flags::NONE, units);
+                    self.link.close(CloseReason::TooManyUnits(units.len()));
+                } else {
+                    units.push(unit);
+                }
+            }
+            Body::Queries(queries) => queries.units.push(unit),
+            Body::Reply(reply) => reply.unit(&unit, &mut self.link),
+        }
+    }
+
+    fn on_end(&mut self) {
+        match std::mem::replace(&mut self.body, Body::Skip) {
+            Body::Skip | Body::Init(_, None) => {}
+            Body::Init(header, Some(_)) => self.start_over(header.request_id),
+            Body::Operations => {
+                self.flush();
+                self.requests.end(&mut self.link);
+            }
+            Body::Refuse(header, units) => self.link.refuse(&header, Flags::NONE, &units),
+            Body::Queries(queries) => {
+                let health = self.health;
+                queries.answer(&mut self.link, |_| Some(health));
+            }
+            Body::Reply(reply) => self.on_reply(reply),
+        }
+    }
+
+    /// INIT: everything begins anew (§5.4). Before INIT_ACK was sent, a repeated INIT gets that same INIT_ACK.
+    fn start_over(&mut self, request_id: u16) {
+        if let State::InitPending { token, .. } = self.state {
+            self.state = State::InitPending { token, request_id };
+            return;
+        }
+        self.requests.clear();
+        self.link.keepalive.stop();
+        let token = self.requests.next_token();
+        self.state = State::InitPending { token, request_id };
+        self.events.push_back(NeEvent::Init { token });
+    }
+
+    fn on_reply(&mut self, reply: Reply) {
+        let Reply { open, error, unsupported, answers } = reply;
+        let services = &mut self.requests.services;
+        for service in &unsupported {
+            services.forget_health(*service);
+        }
+        let answers: Vec<_> = answers.into_iter().filter(|answer| services.is_started(answer.service)).collect();
+        if !answers.is_empty() {
+            self.events.push_back(NeEvent::Health(answers));
+        }
+        // Those that the peer did not call unsupported it can answer; ask them again at once (§5.5.2).
+        let again: Vec<_> = open.into_iter().filter(|service| services.is_started(*service)).collect();
+        if error && !unsupported.is_empty() && !again.is_empty() && self.link.keepalive.has_room() {
+            self.link.send_keepalive(again, |_| false);
+        }
+    }
+
+    fn tick(&mut self) {
+        if self.link.closed().is_some() || !self.link.keepalive.is_due(self.link.now) {
+            return;
+        }
+        let moved = self.link.take_moved();
+        let excused = moved || self.waits_for_caller();
+        match self.link.keepalive.tick(self.link.now, excused) {
+            Tick::Send => {
+                let services = self.requests.services.next_queries();
+                self.link.send_keepalive(services, |_| false);
+            }
+            Tick::Dead => {
+                self.link.close(CloseReason::DeadPeer(MAX_MISSED));
+            }
+            Tick::Wait => {}
+        }
+    }
+
+    fn has_room(&self) -> bool {
+        self.link.output_has_room() && !self.waits_for_caller()
+    }
+
+    fn waits_for_caller(&self) -> bool {
+        self.requests.is_full() || self.events.len() >= MAX_EVENTS
+    }
+
+    fn waits_for_init(&self) -> bool {
+        self.link.has_deferred() && matches!(self.state, State::InitPending { .. })
+    }
+
+    /// Bytes held, for tests of the bound.
+    #[cfg(test)]
+    pub(super) fn held_bytes(&self) -> usize {
+        let body = match &self.body {
+            Body::Refuse(_, units) => units.capacity() * size_of::<Unit>(),
+            Body::Queries(queries) => queries.units.capacity() * size_of::<Unit>(),
+            _ => 0,
+        };
+        self.link.held_bytes() + self.requests.held_bytes() + body
+    }
+}

@@ -1,0 +1,550 @@
+//! The server element's side of a session.
+//!
+//! ```text
+//!   Opening ── INIT_ACK ──► Ready
+//!     │  ▲
+//!     └──┘ INIT again after 1, 2, 4 … s (§5.4), the same request; closed when that was done often enough
+//! ```
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::time::Instant;
+
+use super::health::{Queries, Reply};
+use super::keepalive::Tick;
+use super::link::Link;
+use super::{Counters, MAX_MISSED, Notice, SessionConfig, Token};
+use crate::necp::backoff::Backoff;
+use crate::necp::error::CloseReason;
+use crate::necp::message::{Init, Operation, Query, ServiceUnit};
+use crate::necp::service::ServiceKey;
+use crate::necp::wire::{Flags, Header, Item, Opcode, Unit, VERSION};
+
+/// KEEPALIVEs with queries that may wait for the caller before no more input is looked at.
+const MAX_QUESTIONS: usize = 16;
+/// Requests on the wire at a time; more wait their turn.
+const MAX_OUTSTANDING: usize = 256;
+/// Events that may wait for the caller before no more input is looked at.
+const MAX_EVENTS: usize = 1024;
+
+/// Names a START or STOP of this session.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct RequestId(u64);
+
+/// What an [`SeSession`] tells its caller.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum SeEvent {
+    /// INIT_ACK came: the NE holds nothing for us yet (§5.4); what was queued goes out now.
+    Ready,
+    /// The NE asks for the Health Index of these services: [`SeSession::answer_health`].
+    HealthQuery {
+        /// For [`SeSession::answer_health`].
+        token: Token,
+        /// The queries, in the order of the answers.
+        queries: Vec<Query>,
+    },
+    /// The NE answered a START or STOP.
+    Acked {
+        /// What [`SeSession::start`] or [`SeSession::stop`] returned.
+        id: RequestId,
+        /// The services of the request that failed; empty if all is well.
+        failed: Vec<ServiceKey>,
+    },
+    /// The NE's own Health Index, 0 to 100.
+    NeHealth(u8),
+    /// Worth a line in the log; a version mismatch is told here.
+    Notice(Notice),
+    /// The session has ended; the last event.
+    Closed(CloseReason),
+}
+
+#[derive(Debug)]
+enum State {
+    Opening { request_id: u16, attempts: u32, next: Instant, backoff: Backoff },
+    Ready,
+}
+
+/// What becomes of the units of the message that is coming in.
+#[derive(Debug)]
+enum Body {
+    Skip,
+    InitAck,
+    Answer(Answer),
+    Queries(Queries),
+    Reply(Reply),
+}
+
+/// A START or STOP that waits for its turn, or for its answer.
+#[derive(Debug)]
+struct Request {
+    id: RequestId,
+    opcode: Opcode,
+    units: Vec<Unit>,
+    services: Vec<ServiceKey>,
+    deadline: Option<Instant>,
+}
+
+/// A START_ACK or STOP_ACK as it comes in.
+#[derive(Debug)]
+struct Answer {
+    request: Request,
+    /// Units of the request that were not repeated; each is taken once, so nothing here can grow.
+    open: BTreeSet<[u32; 3]>,
+    failed: BTreeSet<ServiceKey>,
+}
+
+/// The server element's side of its TCP connection to one NE.
+#[derive(Debug)]
+pub struct SeSession {
+    link: Link,
+    state: State,
+    body: Body,
+    queue: VecDeque<Request>,
+    outstanding: BTreeMap<u16, Request>,
+    questions: BTreeMap<Token, Queries>,
+    started: BTreeSet<ServiceKey>,
+    ask_health: bool,
+    events: VecDeque<SeEvent>,
+    last_number: u64,
+    told_closed: bool,
+}
+
+impl SeSession {
+    /// A session for a connection that was made at `now`; INIT is ready to be sent. `seed` gives the jitter and the
+    /// first request id.
+    #[must_use]
+    pub fn new(config: SessionConfig, now: Instant, seed: u64) -> Self {
+        let mut link = Link::new(config, now, seed);
+        let request_id = link.fresh_id(|_| false);
+        let mut session = Self {
+            link,
+            state: State::Opening { request_id, attempts: 0, next: now, backoff: Backoff::default() },
+            body: Body::Skip,
+            queue: VecDeque::new(),
+            outstanding: BTreeMap::new(),
+            questions: BTreeMap::new(),
+            started: BTreeSet::new(),
+            ask_health: true,
+            events: VecDeque::new(),
+            last_number: 0,
+            told_closed: false,
+        };
+        session.send_init();
+        session
+    }
+
+    /// Bytes from the peer.
+    pub fn handle_input(&mut self, now: Instant, bytes: &[u8]) {
+        self.link.feed(now, bytes);
+        self.work();
+    }
+
+    /// To be called when [`Self::poll_timeout`] is due; earlier does no harm.
+    pub fn handle_timeout(&mut self, now: Instant) {
+        self.link.feed(now, &[]);
+        self.work();
+        if matches!(self.state, State::Opening { next, .. } if self.link.now >= next) {
+            self.send_init();
+        }
+        let paused = !self.has_room();
+        self.link.check_progress(paused);
+        if !paused && self.answer_deadline().is_some_and(|deadline| self.link.now >= deadline) {
+            self.link.close(CloseReason::AnswerDeadline(self.link.config.answer_deadline));
+        }
+        self.tick();
+    }
+
+    /// The next event; ask until there is none.
+    pub fn poll_event(&mut self) -> Option<SeEvent> {
+        if let Some(event) = self.events.pop_front() {
+            return Some(event);
+        }
+        if let Some(notice) = self.link.next_notice() {
+            return Some(SeEvent::Notice(notice));
+        }
+        let reason = self.link.closed().filter(|_| !self.told_closed).cloned()?;
+        self.told_closed = true;
+        Some(SeEvent::Closed(reason))
+    }
+
+    /// The next bytes for the peer. Take them only when those before are written.
+    pub fn poll_transmit(&mut self) -> Option<Vec<u8>> {
+        self.link.take_output()
+    }
+
+    /// When to call [`Self::handle_timeout`]; it may be in the past, which means at once.
+    #[must_use]
+    pub fn poll_timeout(&self) -> Option<Instant> {
+        self.link.closed().is_none().then_some(())?;
+        if self.has_room() && self.link.has_backlog() {
+            return Some(self.link.now);
+        }
+        let init = match self.state {
+            State::Opening { next, .. } => Some(next),
+            State::Ready => None,
+        };
+        let answer = self.answer_deadline().filter(|_| self.has_room());
+        [init, answer, self.link.progress_deadline(), self.link.keepalive.next()].into_iter().flatten().min()
+    }
+
+    /// Whether to read from the peer: not while it does not read itself, nor while answers of the caller are awaited.
+    #[must_use]
+    pub fn wants_input(&self) -> bool {
+        self.link.closed().is_none() && self.has_room() && !self.link.has_backlog()
+    }
+
+    /// Offers services (§5.6.1), or changes their forwarding type for future flows; before [`SeEvent::Ready`] the
+    /// request waits. [`SeEvent::Acked`] follows.
+    pub fn start(&mut self, services: &[ServiceUnit]) -> RequestId {
+        let units = services.iter().map(ServiceUnit::unit).collect();
+        self.request(Opcode::START, units, services.iter().map(ServiceUnit::key).collect())
+    }
+
+    /// Takes services back for future flows (§5.6.3). [`SeEvent::Acked`] follows.
+    pub fn stop(&mut self, services: &[ServiceKey]) -> RequestId {
+        let units = services.iter().map(|service| Operation::stop_unit(*service)).collect();
+        self.request(Opcode::STOP, units, services.to_vec())
+    }
+
+    /// Answers a [`SeEvent::HealthQuery`], in its order: 0 to 100 (more counts as 100), or `None` for "cannot tell",
+    /// upon which the NE asks no more. A token that is not awaited is ignored.
+    pub fn answer_health(&mut self, token: Token, answers: &[Option<u8>]) {
+        let Some(queries) = self.questions.remove(&token) else { return };
+        // The caller was shown the well-formed queries only.
+        let mut rest = answers.iter();
+        let health: Vec<Option<u8>> = queries
+            .units
+            .iter()
+            .map(|unit| Query::parse(unit).ok().and_then(|_| rest.next().copied().flatten()))
+            .collect();
+        queries.answer(&mut self.link, |index| health[index]);
+    }
+
+    /// Ends the session. No further message is made; the first reason stays.
+    pub fn close(&mut self, reason: CloseReason) {
+        self.link.close(reason);
+    }
+
+    /// Why the session ended, if it has.
+    #[must_use]
+    pub fn closed(&self) -> Option<&CloseReason> {
+        self.link.closed()
+    }
+
+    /// Whether the session is open: INIT_ACK came.
+    #[must_use]
+    pub fn is_ready(&self) -> bool {
+        matches!(self.state, State::Ready) && self.link.closed().is_none()
+    }
+
+    /// The services that the NE acknowledged as started.
+    pub fn started(&self) -> impl Iterator<Item = ServiceKey> {
+        self.started.iter().copied()
+    }
+
+    /// What was counted so far.
+    #[must_use]
+    pub fn counters(&self) -> &Counters {
+        &self.link.counters
+    }
+
+    fn request(&mut self, opcode: Opcode, units: Vec<Unit>, services: Vec<ServiceKey>) -> RequestId {
+        self.last_number += 1;
+        let id = RequestId(self.last_number);
+        if units.is_empty() {
+            // A request must have units (§5.6.1); this one asks for nothing, and nothing is done.
+            self.events.push_back(SeEvent::Acked { id, failed: Vec::new() });
+        } else {
+            self.queue.push_back(Request { id, opcode, units, services, deadline: None });
+            self.send_queued();
+        }
+        id
+    }
+
+    fn send_queued(&mut self) {
+        if !self.is_ready() {
+            return;
+        }
+        while self.outstanding.len() < MAX_OUTSTANDING
+            && let Some(mut request) = self.queue.pop_front()
+        {
+            let request_id = self.link.fresh_id(|id| self.outstanding.contains_key(&id));
+            self.link.send(request.opcode, Flags::NONE, request_id, &request.units);
+            request.deadline = Some(self.link.now + self.link.config.answer_deadline);
+            self.outstanding.insert(request_id, request);
+        }
+    }
+
+    fn send_init(&mut self) {
+        let State::Opening { request_id, attempts, next, backoff } = &mut self.state else { return };
+        if *attempts >= self.link.config.init_attempts.max(1) {
+            let attempts = *attempts;
+            self.link.close(CloseReason::InitUnanswered { attempts });
+            return;
+        }
+        *attempts += 1;
+        *next = self.link.now + backoff.next_delay();
+        self.link.send(Opcode::INIT, Flags::NONE, *request_id, &[Init::default().unit()]);
+    }
+
+    fn work(&mut self) {
+        let mut consumed = 0;
+        while self.has_room() {
+            let Some(item) = self.link.next_item(&mut consumed) else { break };
+            match item {
+                Item::Header(header) => self.on_header(header),
+                Item::Unit(unit) => self.on_unit(unit),
+                Item::End => self.on_end(),
+            }
+        }
+        self.link.keep_rest(consumed);
+    }
+
+    fn on_header(&mut self, header: Header) {
+        self.body = Body::Skip;
+        if header.version != VERSION {
+            return self.on_other_version(&header);
+        }
+        match self.state {
+            State::Opening { .. } if header.opcode == Opcode::INIT_ACK => self.on_init_ack(&header),
+            State::Opening { .. } => {
+                self.link.refuse(&header, Flags::NONE, &[]);
+                self.link.close(CloseReason::OutOfOrder(header.opcode));
+            }
+            State::Ready => self.on_ready_header(&header),
+        }
+    }
+
+    /// The NE does not speak version 1, or it asks in a version that we do not speak (§5.2.1).
+    fn on_other_version(&mut self, header: &Header) {
+        if header.flags.has(Flags::PROTOCOL_VERSION_MISMATCH) {
+            match header.opcode {
+                Opcode::KEEPALIVE_ACK => {
+                    self.link.keepalive.answered(header.request_id);
+                }
+                Opcode::START_ACK | Opcode::STOP_ACK => {
+                    if let Some(request) = self.take_outstanding(header) {
+                        self.acked(Answer::new(request), true);
+                    }
+                }
+                // INIT is repeated on the same connection until its limit (§5.4).
+                _ => {}
+            }
+        }
+        self.link.answer_version(header);
+    }
+
+    fn on_init_ack(&mut self, header: &Header) {
+        let State::Opening { request_id, .. } = self.state else { return };
+        if header.request_id != request_id {
+            self.link.skip_payload();
+            self.link.unexpected(header.opcode);
+        } else if header.flags.has(Flags::PROTOCOL_VERSION_MISMATCH) {
+            self.link.skip_payload();
+            self.link.notice(Notice::VersionMismatch { version: header.version });
+        } else if header.flags.has(Flags::AUTH_REQUIRED) {
+            self.link.close(CloseReason::AuthRequired);
+        } else if header.flags.has(Flags::ERROR) {
+            self.link.close(CloseReason::InitRefused);
+        } else if header.units() == Some(1) {
+            self.body = Body::InitAck;
+        } else {
+            self.link.skip_payload();
+            self.link.malformed(header.opcode);
+        }
+    }
+
+    fn on_ready_header(&mut self, header: &Header) {
+        match header.opcode {
+            Opcode::NOOP => self.link.skip_payload(),
+            Opcode::KEEPALIVE => match header.units() {
+                None => {
+                    self.link.malformed(header.opcode);
+                    self.link.refuse(header, Flags::NONE, &[]);
+                }
+                Some(units) if units as usize > self.link.config.max_failed_units => {
+                    self.link.refuse(header, Flags::NONE, &[]);
+                    self.link.close(CloseReason::TooManyUnits(self.link.config.max_failed_units));
+                }
+                Some(_) => self.body = Body::Queries(Queries { request_id: header.request_id, units: Vec::new() }),
+            },
+            Opcode::KEEPALIVE_ACK => self.on_keepalive_ack(header),
+            Opcode::START_ACK | Opcode::STOP_ACK => self.on_request_ack(header),
+            // Exceptions are not sent yet, so nothing of theirs is outstanding.
+            Opcode::INIT_ACK
+            | Opcode::EXCEPTION_ADD_ACK
+            | Opcode::EXCEPTION_DEL_ACK
+            | Opcode::EXCEPTION_RESET_ACK
+            | Opcode::EXCEPTION_RESP => {
+                self.link.skip_payload();
+                self.link.unexpected(header.opcode);
+            }
+            other => self.link.skip_foreign(other),
+        }
+    }
+
+    fn on_keepalive_ack(&mut self, header: &Header) {
+        let Some(asked) = self.link.keepalive.answered(header.request_id) else {
+            self.link.skip_payload();
+            return self.link.unexpected(header.opcode);
+        };
+        self.link.counters.keepalives_answered += 1;
+        match header.units() {
+            None => self.link.malformed(header.opcode),
+            Some(_) => self.body = Body::Reply(Reply::new(asked, header.flags)),
+        }
+    }
+
+    fn on_request_ack(&mut self, header: &Header) {
+        let Some(request) = self.take_outstanding(header) else {
+            self.link.skip_payload();
+            return self.link.unexpected(header.opcode);
+        };
+        let answer = Answer::new(request);
+        let failed = header.flags.has(Flags::ERROR);
+        match header.units() {
+            Some(1..) if failed => self.body = Body::Answer(answer),
+            units => {
+                // Success repeats nothing; a failure that names no unit is one of all units.
+                self.link.skip_payload();
+                if units != Some(0) {
+                    self.link.malformed(header.opcode);
+                }
+                self.acked(answer, failed);
+            }
+        }
+    }
+
+    fn take_outstanding(&mut self, header: &Header) -> Option<Request> {
+        let request = self.outstanding.get(&header.request_id)?;
+        (request.opcode.answer() == Some(header.opcode)).then(|| self.outstanding.remove(&header.request_id)).flatten()
+    }
+
+    fn on_unit(&mut self, unit: Unit) {
+        match &mut self.body {
+            // An unauthenticated INIT_ACK carries nothing of interest (§5.4.2).
+            Body::Skip | Body::InitAck => {}
+            Body::Answer(answer) => {
+                if !answer.unit(&unit) {
+                    self.link.counters.unexpected_answers += 1;
+                }
+            }
+            Body::Queries(queries) => queries.units.push(unit),
+            Body::Reply(reply) => reply.unit(&unit, &mut self.link),
+        }
+    }
+
+    fn on_end(&mut self) {
+        match std::mem::replace(&mut self.body, Body::Skip) {
+            Body::Skip => {}
+            Body::InitAck => {
+                self.state = State::Ready;
+                self.link.keepalive.start(self.link.now);
+                self.events.push_back(SeEvent::Ready);
+                self.send_queued();
+            }
+            Body::Answer(answer) => {
+                let all = answer.failed.is_empty();
+                self.acked(answer, all);
+            }
+            Body::Queries(queries) => self.on_queries(queries),
+            Body::Reply(reply) => {
+                if !reply.unsupported.is_empty() {
+                    self.ask_health = false;
+                }
+                if let Some(answer) = reply.answers.last() {
+                    self.events.push_back(SeEvent::NeHealth(answer.health));
+                }
+            }
+        }
+    }
+
+    fn acked(&mut self, answer: Answer, all_failed: bool) {
+        let Answer { request, failed, .. } = answer;
+        let failed: Vec<ServiceKey> = if all_failed { request.services.clone() } else { failed.into_iter().collect() };
+        self.link.counters.failed_units += failed.len() as u64;
+        for service in request.services.iter().filter(|service| !failed.contains(service)) {
+            if request.opcode == Opcode::START {
+                self.started.insert(*service);
+            } else {
+                self.started.remove(service);
+            }
+        }
+        self.events.push_back(SeEvent::Acked { id: request.id, failed });
+        self.send_queued();
+    }
+
+    fn on_queries(&mut self, queries: Queries) {
+        let supported: Vec<Query> = queries.units.iter().filter_map(|unit| Query::parse(unit).ok()).collect();
+        if supported.is_empty() {
+            return queries.answer(&mut self.link, |_| None);
+        }
+        self.last_number += 1;
+        let token = Token(self.last_number);
+        self.questions.insert(token, queries);
+        self.events.push_back(SeEvent::HealthQuery { token, queries: supported });
+    }
+
+    fn answer_deadline(&self) -> Option<Instant> {
+        self.outstanding.values().filter_map(|request| request.deadline).min()
+    }
+
+    fn tick(&mut self) {
+        if self.link.closed().is_some() || !self.link.keepalive.is_due(self.link.now) {
+            return;
+        }
+        let moved = self.link.take_moved();
+        let excused = moved || self.waits_for_caller();
+        match self.link.keepalive.tick(self.link.now, excused) {
+            Tick::Send => {
+                // The NE has one Health Index; a query names a service, so one of ours stands for all.
+                let services: Vec<_> = self.started.first().filter(|_| self.ask_health).copied().into_iter().collect();
+                self.link.send_keepalive(services, |id| self.outstanding.contains_key(&id));
+            }
+            Tick::Dead => {
+                self.link.close(CloseReason::DeadPeer(MAX_MISSED));
+            }
+            Tick::Wait => {}
+        }
+    }
+
+    fn has_room(&self) -> bool {
+        self.link.output_has_room() && !self.waits_for_caller()
+    }
+
+    fn waits_for_caller(&self) -> bool {
+        self.questions.len() >= MAX_QUESTIONS || self.events.len() >= MAX_EVENTS
+    }
+
+    /// Bytes held, for tests of the bound.
+    #[cfg(test)]
+    pub(super) fn held_bytes(&self) -> usize {
+        let body = match &self.body {
+            Body::Queries(queries) => queries.units.capacity(),
+            _ => 0,
+        };
+        let asked: usize = self.questions.values().map(|queries| queries.units.capacity()).sum();
+        self.link.held_bytes() + (body + asked) * size_of::<Unit>()
+    }
+}
+
+impl Answer {
+    fn new(request: Request) -> Self {
+        let open = request.units.iter().map(Self::identity).collect();
+        Self { request, open, failed: BTreeSet::new() }
+    }
+
+    /// A unit that the NE repeats; false if the request had no such unit, or it was repeated before.
+    fn unit(&mut self, unit: &Unit) -> bool {
+        let known = self.open.remove(&Self::identity(unit));
+        if known {
+            // It is one of ours, so its fields are in range.
+            self.failed.insert(ServiceKey::new(unit.0[1] as u8, unit.0[2] as u16));
+        }
+        known
+    }
+
+    /// What makes a unit of START or STOP: data0 to data2.
+    fn identity(unit: &Unit) -> [u32; 3] {
+        [unit.0[0], unit.0[1], unit.0[2]]
+    }
+}

@@ -1,0 +1,131 @@
+//! From a stream of bytes to headers and units, holding no more than one of them.
+
+use super::{HEADER_LEN, Header, UNIT_LEN, Unit};
+
+/// The bytes where a header must stand do not begin with 0x414A (§5.2.2): close the connection.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("a message must begin with 0x414a, got {identifier:#06x}")]
+pub struct FramingLost {
+    /// The 16 bits that were found.
+    pub identifier: u16,
+}
+
+/// What the stream brought.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Item {
+    /// A message begins. Its payload follows as units if it is made of them ([`Header::units`]), else it is skipped.
+    Header(Header),
+    /// The next unit of the payload.
+    Unit(Unit),
+    /// The message is complete.
+    End,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum State {
+    Header,
+    Units { left: u32 },
+    Skip { left: u32 },
+    End,
+    Lost(FramingLost),
+}
+
+/// Splits a stream into [`Item`]s. It allocates nothing, whatever length a header announces.
+#[derive(Debug, Clone)]
+pub struct Decoder {
+    state: State,
+    partial: [u8; UNIT_LEN],
+    filled: usize,
+}
+
+impl Default for Decoder {
+    fn default() -> Self {
+        Self { state: State::Header, partial: [0; UNIT_LEN], filled: 0 }
+    }
+}
+
+impl Decoder {
+    /// Takes bytes off the front of `bytes` until an item is complete, or none is left (`Ok(None)`).
+    ///
+    /// Fails for good when the framing is lost; two wrong bytes are enough to see it.
+    pub fn next(&mut self, bytes: &mut &[u8]) -> Result<Option<Item>, FramingLost> {
+        loop {
+            match self.state {
+                State::Lost(lost) => return Err(lost),
+                State::Header => return self.header(bytes),
+                State::Units { left: 0 } | State::Skip { left: 0 } => self.state = State::End,
+                State::Units { left } => {
+                    let Some(unit) = self.fill::<UNIT_LEN>(bytes) else { return Ok(None) };
+                    self.state = State::Units { left: left - 1 };
+                    return Ok(Some(Item::Unit(Unit::decode(&unit))));
+                }
+                State::Skip { left } => {
+                    let taken = bytes.len().min(left as usize);
+                    *bytes = &bytes[taken..];
+                    self.state = State::Skip { left: left - taken as u32 };
+                    if taken < left as usize {
+                        return Ok(None);
+                    }
+                }
+                State::End => {
+                    self.state = State::Header;
+                    return Ok(Some(Item::End));
+                }
+            }
+        }
+    }
+
+    /// Drops what is left of the current message's payload: after its header, only [`Item::End`] follows.
+    pub fn skip_payload(&mut self) {
+        if let State::Units { left } = self.state {
+            // Lengths that are made of units are multiples of 32, so this cannot exceed a u32.
+            self.state = State::Skip { left: left * UNIT_LEN as u32 - self.filled as u32 };
+            self.filled = 0;
+        }
+    }
+
+    /// Whether a message has begun that is not complete.
+    #[must_use]
+    pub fn in_message(&self) -> bool {
+        !(self.state == State::Header && self.filled == 0)
+    }
+
+    /// Whether the end of a message is next, without a further byte.
+    #[must_use]
+    pub fn at_end(&self) -> bool {
+        matches!(self.state, State::End | State::Units { left: 0 } | State::Skip { left: 0 })
+    }
+
+    fn header(&mut self, bytes: &mut &[u8]) -> Result<Option<Item>, FramingLost> {
+        let header = self.fill::<HEADER_LEN>(bytes);
+        let seen = if header.is_some() { HEADER_LEN } else { self.filled };
+        if seen >= 2 {
+            let identifier = u16::from_be_bytes([self.partial[0], self.partial[1]]);
+            if identifier != super::PROTOCOL_IDENTIFIER {
+                let lost = FramingLost { identifier };
+                self.state = State::Lost(lost);
+                return Err(lost);
+            }
+        }
+        let Some(header) = header else { return Ok(None) };
+        let header = Header::decode(&header)?;
+        self.state = match header.units() {
+            Some(left) if header.version == super::VERSION => State::Units { left },
+            _ => State::Skip { left: header.payload_len },
+        };
+        Ok(Some(Item::Header(header)))
+    }
+
+    /// Gathers `N` bytes, over several calls if need be.
+    fn fill<const N: usize>(&mut self, bytes: &mut &[u8]) -> Option<[u8; N]> {
+        let taken = (N - self.filled).min(bytes.len());
+        self.partial[self.filled..self.filled + taken].copy_from_slice(&bytes[..taken]);
+        *bytes = &bytes[taken..];
+        self.filled += taken;
+        if self.filled < N {
+            return None;
+        }
+        self.filled = 0;
+        Some(self.partial[..N].try_into().expect("N is at most the buffer's length"))
+    }
+}
