@@ -36,7 +36,7 @@ impl Backoff {
     pub fn next_delay_jittered(&mut self, random: u64) -> Duration {
         let delay = self.next_delay();
         let share = (random >> 32) as u32;
-        delay - Duration::from_nanos((u128::from(share) * (delay.as_nanos() / 10) >> 32) as u64)
+        delay - Duration::from_nanos(((u128::from(share) * (delay.as_nanos() / 10)) >> 32) as u64)
     }
 
     /// Begins again at 1 s: call it when a session became ready.

@@ -99,7 +99,7 @@ impl KeepaliveClock {
     /// Interval ± a random part of at most the jitter.
     fn delay(&mut self) -> Duration {
         let span = 2 * self.jitter.as_nanos();
-        let part = u128::from(self.rng.next()) * span >> 64;
+        let part = (u128::from(self.rng.next()) * span) >> 64;
         self.interval - self.jitter + Duration::from_nanos(part as u64)
     }
 }

@@ -38,6 +38,8 @@ pub(super) struct Link {
     /// When the message in progress must have brought more, and how much it has brought since that was set.
     progress: Option<Instant>,
     progress_bytes: usize,
+    /// Whether input was left alone for a time, which must not count against the peer.
+    paused: bool,
     /// Whether bytes of a message in progress came since the last tick of the keepalive clock.
     moved: bool,
     /// The latest time that was told.
@@ -63,6 +65,7 @@ impl Link {
             notices: VecDeque::new(),
             progress: None,
             progress_bytes: 0,
+            paused: false,
             moved: false,
             now,
         }
@@ -185,14 +188,17 @@ impl Link {
         self.progress
     }
 
-    /// Closes if the message in progress is late; `paused` says that it is us who does not read.
-    pub(super) fn check_progress(&mut self, paused: bool) {
-        if self.progress.is_none_or(|deadline| self.now < deadline) {
-            return;
-        }
-        if paused {
+    /// Says whether it is us who does not read for now; a message in progress gets its full time again after that.
+    pub(super) fn set_paused(&mut self, paused: bool) {
+        if (paused || self.paused) && self.progress.is_some() {
             self.restart_progress();
-        } else {
+        }
+        self.paused = paused;
+    }
+
+    /// Closes if the message in progress is late.
+    pub(super) fn check_progress(&mut self) {
+        if self.progress.is_some_and(|deadline| self.now >= deadline) {
             self.close(CloseReason::ProgressDeadline(self.config.progress_deadline));
         }
     }

@@ -108,7 +108,7 @@ impl Requests {
                 batch.operations.push(operation);
                 batch.units.push(unit);
             }
-            // Without an operation before it in this batch, the order of the failed units is settled at once.
+            // With no operation before it in this batch, it needs no batch to keep the units in order.
             _ if batch.operations.is_empty() => self.fail(self.current, &[unit], link),
             _ => {
                 batch.bad.push(batch.units.len());

@@ -6,9 +6,12 @@
 //!     └──┘ INIT again after 1, 2, 4 … s (§5.4), the same request; closed when that was done often enough
 //! ```
 
+mod requests;
+
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::Instant;
 
+use self::requests::{Answer, Request};
 use super::health::{Queries, Reply};
 use super::keepalive::Tick;
 use super::link::Link;
@@ -73,25 +76,6 @@ enum Body {
     Reply(Reply),
 }
 
-/// A START or STOP that waits for its turn, or for its answer.
-#[derive(Debug)]
-struct Request {
-    id: RequestId,
-    opcode: Opcode,
-    units: Vec<Unit>,
-    services: Vec<ServiceKey>,
-    deadline: Option<Instant>,
-}
-
-/// A START_ACK or STOP_ACK as it comes in.
-#[derive(Debug)]
-struct Answer {
-    request: Request,
-    /// Units of the request that were not repeated; each is taken once, so nothing here can grow.
-    open: BTreeSet<[u32; 3]>,
-    failed: BTreeSet<ServiceKey>,
-}
-
 /// The server element's side of its TCP connection to one NE.
 #[derive(Debug)]
 pub struct SeSession {
@@ -145,9 +129,8 @@ impl SeSession {
         if matches!(self.state, State::Opening { next, .. } if self.link.now >= next) {
             self.send_init();
         }
-        let paused = !self.has_room();
-        self.link.check_progress(paused);
-        if !paused && self.answer_deadline().is_some_and(|deadline| self.link.now >= deadline) {
+        self.link.check_progress();
+        if self.reads() && self.answer_deadline().is_some_and(|deadline| self.link.now >= deadline) {
             self.link.close(CloseReason::AnswerDeadline(self.link.config.answer_deadline));
         }
         self.tick();
@@ -175,21 +158,21 @@ impl SeSession {
     #[must_use]
     pub fn poll_timeout(&self) -> Option<Instant> {
         self.link.closed().is_none().then_some(())?;
-        if self.has_room() && self.link.has_backlog() {
+        if self.reads() && self.link.has_backlog() {
             return Some(self.link.now);
         }
         let init = match self.state {
             State::Opening { next, .. } => Some(next),
             State::Ready => None,
         };
-        let answer = self.answer_deadline().filter(|_| self.has_room());
+        let answer = self.answer_deadline().filter(|_| self.reads());
         [init, answer, self.link.progress_deadline(), self.link.keepalive.next()].into_iter().flatten().min()
     }
 
     /// Whether to read from the peer: not while it does not read itself, nor while answers of the caller are awaited.
     #[must_use]
     pub fn wants_input(&self) -> bool {
-        self.link.closed().is_none() && self.has_room() && !self.link.has_backlog()
+        self.link.closed().is_none() && self.reads() && !self.link.has_backlog()
     }
 
     /// Offers services (§5.6.1), or changes their forwarding type for future flows; before [`SeEvent::Ready`] the
@@ -288,7 +271,8 @@ impl SeSession {
 
     fn work(&mut self) {
         let mut consumed = 0;
-        while self.has_room() {
+        self.link.set_paused(!self.reads());
+        while self.reads() {
             let Some(item) = self.link.next_item(&mut consumed) else { break };
             match item {
                 Item::Header(header) => self.on_header(header),
@@ -297,6 +281,9 @@ impl SeSession {
             }
         }
         self.link.keep_rest(consumed);
+        if !self.reads() {
+            self.link.set_paused(true);
+        }
     }
 
     fn on_header(&mut self, header: Header) {
@@ -507,7 +494,8 @@ impl SeSession {
         }
     }
 
-    fn has_room(&self) -> bool {
+    /// Whether input is looked at: what the peer has to read, and what the caller has to answer, has its limits.
+    fn reads(&self) -> bool {
         self.link.output_has_room() && !self.waits_for_caller()
     }
 
@@ -524,27 +512,5 @@ impl SeSession {
         };
         let asked: usize = self.questions.values().map(|queries| queries.units.capacity()).sum();
         self.link.held_bytes() + (body + asked) * size_of::<Unit>()
-    }
-}
-
-impl Answer {
-    fn new(request: Request) -> Self {
-        let open = request.units.iter().map(Self::identity).collect();
-        Self { request, open, failed: BTreeSet::new() }
-    }
-
-    /// A unit that the NE repeats; false if the request had no such unit, or it was repeated before.
-    fn unit(&mut self, unit: &Unit) -> bool {
-        let known = self.open.remove(&Self::identity(unit));
-        if known {
-            // It is one of ours, so its fields are in range.
-            self.failed.insert(ServiceKey::new(unit.0[1] as u8, unit.0[2] as u16));
-        }
-        known
-    }
-
-    /// What makes a unit of START or STOP: data0 to data2.
-    fn identity(unit: &Unit) -> [u32; 3] {
-        [unit.0[0], unit.0[1], unit.0[2]]
     }
 }

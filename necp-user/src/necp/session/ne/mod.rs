@@ -112,8 +112,7 @@ impl NeSession {
         {
             self.link.close(CloseReason::InitDeadline(self.link.config.init_deadline));
         }
-        let paused = !self.has_room();
-        self.link.check_progress(paused);
+        self.link.check_progress();
         self.tick();
     }
 
@@ -139,7 +138,7 @@ impl NeSession {
     #[must_use]
     pub fn poll_timeout(&self) -> Option<Instant> {
         self.link.closed().is_none().then_some(())?;
-        if self.has_room() && self.link.has_backlog() && !self.waits_for_init() {
+        if self.reads() && self.link.has_backlog() {
             return Some(self.link.now);
         }
         let init = match self.state {
@@ -152,7 +151,7 @@ impl NeSession {
     /// Whether to read from the peer: not while it does not read itself, nor while answers of the caller are awaited.
     #[must_use]
     pub fn wants_input(&self) -> bool {
-        self.link.closed().is_none() && self.has_room() && !self.link.has_backlog()
+        self.link.closed().is_none() && self.reads() && !self.link.has_backlog()
     }
 
     /// What the event with this token asked for is done and stands in the maps, except the operations with the indices
@@ -203,7 +202,8 @@ impl NeSession {
 
     fn work(&mut self) {
         let mut consumed = 0;
-        while self.has_room() && !self.waits_for_init() {
+        self.link.set_paused(!self.reads());
+        while self.reads() {
             let Some(item) = self.link.next_item(&mut consumed) else { break };
             match item {
                 Item::Header(header) => self.on_header(header),
@@ -213,6 +213,9 @@ impl NeSession {
         }
         self.link.keep_rest(consumed);
         self.flush();
+        if !self.reads() {
+            self.link.set_paused(true);
+        }
     }
 
     /// Hands over the operations that came so far.
@@ -420,8 +423,9 @@ impl NeSession {
         }
     }
 
-    fn has_room(&self) -> bool {
-        self.link.output_has_room() && !self.waits_for_caller()
+    /// Whether input is looked at: what the peer has to read, and what the caller has to answer, has its limits.
+    fn reads(&self) -> bool {
+        self.link.output_has_room() && !self.waits_for_caller() && !self.waits_for_init()
     }
 
     fn waits_for_caller(&self) -> bool {

@@ -1,0 +1,271 @@
+//! An NE and an SE on one virtual clock, with a wire between them that can be cut.
+
+use super::*;
+
+/// A pair of sessions and the state that their callers would hold.
+struct Pair {
+    ne: NeSession,
+    se: SeSession,
+    now: Instant,
+    to_ne: bool,
+    to_se: bool,
+    /// Bytes carried at once, at most.
+    piece: usize,
+    health: u8,
+    failing: Vec<ServiceKey>,
+    /// What the NE's maps hold.
+    maps: Vec<ServiceUnit>,
+    se_log: Vec<SeEvent>,
+    ne_health: Vec<HealthAnswer>,
+}
+
+impl Pair {
+    fn new(config: SessionConfig) -> Self {
+        let now = Instant::now();
+        Self {
+            ne: NeSession::new(config.clone(), now, 1),
+            se: SeSession::new(config, now, 2),
+            now,
+            to_ne: true,
+            to_se: true,
+            piece: usize::MAX,
+            health: 100,
+            failing: Vec::new(),
+            maps: Vec::new(),
+            se_log: Vec::new(),
+            ne_health: Vec::new(),
+        }
+    }
+
+    fn ne_events(&mut self) -> bool {
+        let mut any = false;
+        while let Some(event) = self.ne.poll_event() {
+            any = true;
+            match event {
+                NeEvent::Init { token } => {
+                    self.maps.clear();
+                    self.ne.respond(token, &[]);
+                }
+                NeEvent::Operations { token, operations } => {
+                    let mut failed = Vec::new();
+                    for (index, operation) in operations.iter().enumerate() {
+                        let key = operation.service();
+                        if self.failing.contains(&key) {
+                            failed.push(index);
+                            continue;
+                        }
+                        self.maps.retain(|unit| unit.key() != key);
+                        if let Operation::Start(unit) = operation {
+                            self.maps.push(*unit);
+                        }
+                    }
+                    self.ne.respond(token, &failed);
+                }
+                NeEvent::Health(answers) => self.ne_health.extend(answers),
+                NeEvent::Notice(notice) => panic!("{notice}"),
+                NeEvent::Closed(_) => {}
+            }
+        }
+        any
+    }
+
+    fn se_events(&mut self) -> bool {
+        let mut any = false;
+        while let Some(event) = self.se.poll_event() {
+            any = true;
+            if let SeEvent::HealthQuery { token, queries } = &event {
+                self.se.answer_health(*token, &vec![Some(self.health); queries.len()]);
+            } else {
+                self.se_log.push(event);
+            }
+        }
+        any
+    }
+
+    /// Carries bytes and events until all is quiet.
+    fn settle(&mut self) {
+        loop {
+            let mut any = self.ne_events() | self.se_events();
+            while let Some(bytes) = self.se.poll_transmit() {
+                any = true;
+                if self.to_ne {
+                    bytes.chunks(self.piece).for_each(|piece| self.ne.handle_input(self.now, piece));
+                }
+            }
+            while let Some(bytes) = self.ne.poll_transmit() {
+                any = true;
+                if self.to_se {
+                    bytes.chunks(self.piece).for_each(|piece| self.se.handle_input(self.now, piece));
+                }
+            }
+            if !any {
+                return;
+            }
+        }
+    }
+
+    fn pass(&mut self, time: Duration) {
+        let until = self.now + time;
+        self.settle();
+        while let Some(due) = [self.ne.poll_timeout(), self.se.poll_timeout()].into_iter().flatten().min()
+            && due <= until
+        {
+            self.now = self.now.max(due);
+            self.ne.handle_timeout(self.now);
+            self.se.handle_timeout(self.now);
+            self.settle();
+        }
+        self.now = until;
+    }
+}
+
+fn seconds(count: u64) -> Duration {
+    Duration::from_secs(count)
+}
+
+/// Join, start, change of type, failed unit, stop, leave; whole or byte by byte.
+#[test]
+fn a_life() {
+    for piece in [usize::MAX, 1, 7] {
+        let mut pair = Pair::new(SessionConfig::default());
+        pair.piece = piece;
+        pair.failing = vec![service("tcp/81")];
+        let start = pair.se.start(&[offer("tcp/80"), offer("tcp/81"), offer("udp/53")]);
+        pair.settle();
+        assert_eq!(pair.maps, [offer("tcp/80"), offer("udp/53")]);
+        let gre = ServiceUnit::new(Forwarding::Gre, service("tcp/80"));
+        let change = pair.se.start(&[gre]);
+        let stop = pair.se.stop(&[service("udp/53"), service("tcp/9999")]);
+        pair.settle();
+        assert_eq!(pair.maps, [gre]);
+        let acked =
+            |id, failed: &[&str]| SeEvent::Acked { id, failed: failed.iter().map(|text| service(text)).collect() };
+        assert_eq!(pair.se_log, [SeEvent::Ready, acked(start, &["tcp/81"]), acked(change, &[]), acked(stop, &[])]);
+        assert_eq!(pair.ne.started().collect::<Vec<_>>(), [service("tcp/80")]);
+        assert_eq!(pair.se.started().collect::<Vec<_>>(), [service("tcp/80")]);
+    }
+}
+
+/// §5.5: an hour of keepalives in both directions, health both ways, no false death.
+#[test]
+fn an_hour_of_health() {
+    let mut pair = Pair::new(SessionConfig::default());
+    pair.se.start(&[offer("tcp/80")]);
+    pair.health = 40;
+    pair.pass(seconds(7));
+    pair.ne.set_health(90);
+    assert_eq!(pair.ne_health, [HealthAnswer { service: service("tcp/80"), health: 40 }]);
+    pair.health = 0;
+    pair.pass(seconds(3600));
+    assert!(pair.ne.is_ready() && pair.se.is_ready());
+    assert_eq!(pair.ne_health.last().unwrap().health, 0);
+    assert_eq!(pair.se_log.last(), Some(&SeEvent::NeHealth(90)));
+    for counters in [pair.ne.counters(), pair.se.counters()] {
+        assert!((600..=900).contains(&counters.keepalives_sent), "{counters:?}");
+        assert_eq!(counters.keepalives_sent, counters.keepalives_answered);
+        assert_eq!((counters.unexpected_answers, counters.malformed, counters.discarded_health), (0, 0, 0));
+    }
+}
+
+/// §5.5: 5 s ± up to 1 s, and the random part is really there; never more than a fifth of the interval.
+#[test]
+fn keepalives_are_jittered() {
+    for (keepalive, jitter, shortest, longest) in
+        [(5_000, 1_000, 4_000, 6_000), (5_000, 0, 5_000, 5_000), (300, 1_000, 240, 360), (0, 1_000, 0, 2)]
+    {
+        let config = SessionConfig {
+            keepalive: Duration::from_millis(keepalive),
+            jitter: Duration::from_millis(jitter),
+            ..SessionConfig::default()
+        };
+        let mut ne = Ne::ready_with(config);
+        let mut gaps = Vec::new();
+        for _ in 0..200 {
+            let due = ne.session.poll_timeout().unwrap();
+            gaps.push(due - ne.now);
+            ne.pass(due - ne.now);
+            let (header, _) = messages(&ne.output()).pop().unwrap();
+            ne.input(&message(Opcode::KEEPALIVE_ACK, Flags::NONE, header.request_id, &[]));
+        }
+        let (low, high) = (*gaps.iter().min().unwrap(), *gaps.iter().max().unwrap());
+        assert!(low >= Duration::from_millis(shortest) && high <= Duration::from_millis(longest), "{low:?} {high:?}");
+        let spread = Duration::from_millis(longest - shortest).min(2 * Duration::from_millis(jitter));
+        assert!(high - low >= spread * 8 / 10 || keepalive == 0, "{low:?} {high:?}");
+    }
+}
+
+/// §5.5, half-open: whichever direction is cut, and both, each side finds the other dead within four intervals.
+#[test]
+fn half_open_peers_are_found() {
+    for (to_ne, to_se) in [(false, true), (true, false), (false, false)] {
+        let mut pair = Pair::new(SessionConfig::default());
+        pair.se.start(&[offer("tcp/80")]);
+        pair.pass(seconds(60));
+        (pair.to_ne, pair.to_se) = (to_ne, to_se);
+        pair.pass(seconds(11));
+        assert!(pair.ne.closed().is_none() && pair.se.closed().is_none());
+        pair.pass(seconds(14));
+        assert_eq!(pair.ne.closed(), Some(&CloseReason::DeadPeer(3)));
+        assert_eq!(pair.se.closed(), Some(&CloseReason::DeadPeer(3)));
+    }
+}
+
+/// §5.5: a silence of two keepalives is no death.
+#[test]
+fn two_missed_keepalives_are_forgiven() {
+    let mut pair = Pair::new(SessionConfig { jitter: Duration::ZERO, ..SessionConfig::default() });
+    for _ in 0..10 {
+        pair.pass(seconds(10));
+        pair.to_se = false;
+        pair.pass(seconds(10));
+        pair.to_se = true;
+    }
+    assert!(pair.ne.is_ready() && pair.se.is_ready());
+}
+
+/// Fast failover: a sub-second interval finds a dead peer in about a second.
+#[test]
+fn sub_second_keepalives() {
+    let config = SessionConfig { keepalive: Duration::from_millis(250), ..SessionConfig::default() };
+    let mut pair = Pair::new(config);
+    pair.pass(seconds(10));
+    assert!(pair.ne.is_ready());
+    pair.to_ne = false;
+    pair.pass(Duration::from_millis(1_200));
+    assert_eq!(pair.ne.closed(), Some(&CloseReason::DeadPeer(3)));
+}
+
+/// §5.4: INITs that got lost in a full queue and come late are one session, or one that starts over.
+#[test]
+fn a_slow_ne_is_met_with_repeated_inits() {
+    let mut pair = Pair::new(SessionConfig::default());
+    pair.se.start(&[offer("tcp/80")]);
+    let mut inits = Vec::new();
+    for _ in 0..4 {
+        while let Some(bytes) = pair.se.poll_transmit() {
+            inits.push(bytes);
+        }
+        pair.now += seconds(1);
+        pair.se.handle_timeout(pair.now);
+    }
+    assert!(inits.len() >= 2);
+    for bytes in inits {
+        pair.ne.handle_input(pair.now, &bytes);
+        pair.settle();
+    }
+    pair.pass(seconds(60));
+    assert!(pair.ne.is_ready() && pair.se.is_ready());
+    assert_eq!(pair.ne.started().count(), pair.maps.len());
+}
+
+/// A START of 60,000 units goes through, byte counts and all, and is answered once.
+#[test]
+fn a_large_start() {
+    let mut pair = Pair::new(SessionConfig { max_services: 65_536, ..SessionConfig::default() });
+    pair.piece = 1448;
+    let offers: Vec<ServiceUnit> = (1..=60_000).map(|port| offer(&format!("tcp/{port}"))).collect();
+    let id = pair.se.start(&offers);
+    pair.pass(seconds(1));
+    assert_eq!(pair.maps.len(), 60_000);
+    assert_eq!(pair.se_log, [SeEvent::Ready, SeEvent::Acked { id, failed: Vec::new() }]);
+}
