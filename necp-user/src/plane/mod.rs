@@ -5,8 +5,11 @@
 
 mod attach;
 mod counters;
+pub mod host_address;
 mod load;
 mod memory;
+#[cfg(test)]
+pub(crate) mod throwaway_netns;
 
 use std::{
     io,
