@@ -1,1 +1,5 @@
 //! The server element's agent.
+
+pub mod drain;
+pub mod health;
+pub mod lock;
