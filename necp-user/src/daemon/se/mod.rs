@@ -3,3 +3,4 @@
 pub mod drain;
 pub mod health;
 pub mod lock;
+pub mod vip;

@@ -1,0 +1,369 @@
+//! The virtual addresses of layer-2 services on this server: on `lo`, and unknown to the link.
+//!
+//! A layer-2 server gets datagrams for the VIP unchanged, so the VIP must be its own address, but nobody may learn that
+//! by ARP: the VIP is the network element's there. Hence
+//! - the VIP is put on `lo` with a /32 and host scope, so that it is never chosen as the source of this host's own
+//!   connections;
+//! - `arp_ignore` = 1: ARP requests are answered only for addresses of the interface on which they arrive;
+//! - `arp_announce` = 2: this host's own ARP requests never carry the VIP as their sender, which a router would learn.
+//!
+//! The kernel uses the larger of the values of `all` and of the interface, so `all` is enough for every interface,
+//! those that come later too; `lo` itself never sees ARP. A value that is large enough already is left alone.
+//!
+//! Taken away is exactly what was changed, also after a crash: addresses are recognised by their label, the former values
+//! stand in a state file beside the lock, written before the first change.
+
+use std::fs;
+use std::io;
+use std::net::Ipv4Addr;
+use std::os::unix::fs::MetadataExt as _;
+use std::path::{Path, PathBuf};
+
+use ipnet::Ipv4Net;
+use serde::{Deserialize, Serialize};
+use thiserror::Error;
+
+use crate::plane::host_address::{Added, HostAddressError, HostAddresses, Scope, interface_index};
+
+/// Marks our addresses, see [`HostAddresses::open`].
+const TAG: &str = "necp-se";
+/// Where the VIPs go.
+const LOOPBACK: &str = "lo";
+/// The settings that keep a VIP unknown to the link, and the least value that does.
+const SETTINGS: [(&str, u32); 2] =
+    [("/proc/sys/net/ipv4/conf/all/arp_ignore", 1), ("/proc/sys/net/ipv4/conf/all/arp_announce", 2)];
+
+/// Why the VIPs could not be set up or taken away.
+#[derive(Debug, Error)]
+pub enum VipError {
+    /// An address was refused.
+    #[error("setting up a VIP: {0}")]
+    Address(#[from] HostAddressError),
+    /// A setting could not be read or written.
+    #[error("setting up a VIP: {path}: {source} (needed is at least {least}; set it yourself, and it is left alone)")]
+    Setting {
+        /// The file under /proc/sys.
+        path: String,
+        /// The least value that is needed.
+        least: u32,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// The state file could not be written or removed, so that a crash could not be cleaned up after.
+    #[error("setting up a VIP: the state file {}: {source}", path.display())]
+    State {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+}
+
+/// What is written down before anything is changed.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+struct State {
+    /// Boot and network namespace for which the rest holds.
+    place: String,
+    changed: Vec<Changed>,
+}
+
+/// A setting that was changed.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+struct Changed {
+    path: String,
+    before: u32,
+    after: u32,
+}
+
+/// VIPs that are set up. [`Vips::withdraw`] takes them away; a value that is just dropped leaves them to the next start.
+#[derive(Debug)]
+pub struct Vips {
+    addresses: HostAddresses,
+    ours: Vec<Ipv4Net>,
+    state: State,
+    state_path: PathBuf,
+}
+
+impl Vips {
+    /// Sets up `vips` in the calling thread's network namespace, and first clears away what an earlier run left there
+    /// and `vips` no longer names. `None` when there is nothing to set up. Call it inside a tokio runtime.
+    ///
+    /// # Errors
+    /// See [`VipError`]; what had been changed until then is taken back.
+    pub async fn establish(vips: &[Ipv4Addr], state_path: &Path) -> Result<Option<Self>, VipError> {
+        let place = place();
+        let left = load(state_path);
+        if vips.is_empty() && left.is_none() {
+            return Ok(None);
+        }
+        let (addresses, driver) = HostAddresses::open(TAG)?;
+        tokio::spawn(driver);
+        let changed = match left {
+            Some(left) if left.place == place => left.changed,
+            _ => Vec::new(),
+        };
+        let state = State { place, changed };
+        let mut this = Self { addresses, ours: Vec::new(), state, state_path: state_path.into() };
+        match this.set_up(vips).await {
+            Ok(()) if vips.is_empty() => this.withdraw().await.map(|()| None),
+            Ok(()) => Ok(Some(this)),
+            Err(error) => {
+                if let Err(second) = this.withdraw().await {
+                    tracing::warn!("taking back what was set up: {second}");
+                }
+                Err(error)
+            }
+        }
+    }
+
+    async fn set_up(&mut self, vips: &[Ipv4Addr]) -> Result<(), VipError> {
+        let lo = interface_index(LOOPBACK)?;
+        let wanted: Vec<Ipv4Net> = vips.iter().map(|vip| Ipv4Net::from(*vip)).collect();
+        let keep: Vec<(u32, Ipv4Net)> = wanted.iter().map(|net| (lo, *net)).collect();
+        for left in self.addresses.remove_leftovers(&keep).await? {
+            tracing::info!(address = %left.net, "removed a VIP that an earlier run had left");
+        }
+        if wanted.is_empty() {
+            return Ok(());
+        }
+        // The settings first: an address that is there without them is answered for at once.
+        self.save()?;
+        for (path, least) in SETTINGS {
+            self.raise(path, least)?;
+        }
+        for net in wanted {
+            self.add(lo, net).await?;
+        }
+        Ok(())
+    }
+
+    async fn add(&mut self, lo: u32, net: Ipv4Net) -> Result<(), VipError> {
+        let elsewhere =
+            self.addresses.list().await?.into_iter().find(|one| one.net.addr() == net.addr() && one.ifindex != lo);
+        if let Some(other) = elsewhere {
+            tracing::warn!(
+                vip = %net.addr(),
+                "this VIP is also on interface {} and is answered for there: clients may go past the network element",
+                other.label.unwrap_or_else(|| other.ifindex.to_string())
+            );
+        }
+        match self.addresses.add(LOOPBACK, net, Scope::Host).await? {
+            Added::New => tracing::info!(vip = %net.addr(), "VIP set up on {LOOPBACK}"),
+            Added::Ours => tracing::info!(vip = %net.addr(), "VIP taken over from an earlier run"),
+            Added::Foreign => {
+                tracing::info!(vip = %net.addr(), "VIP was on {LOOPBACK} already; it will stay");
+                return Ok(());
+            }
+        }
+        self.ours.push(net);
+        Ok(())
+    }
+
+    /// Raises a setting to `least`, having written down what it was.
+    fn raise(&mut self, path: &str, least: u32) -> Result<(), VipError> {
+        let failed = |source| VipError::Setting { path: path.into(), least, source };
+        let now = read_setting(path).map_err(failed)?;
+        if now >= least {
+            // If it is not what we left, somebody else has set it since: it is theirs now.
+            self.state.changed.retain(|one| one.path != path || one.after == now);
+            return Ok(());
+        }
+        self.state.changed.retain(|one| one.path != path);
+        self.state.changed.push(Changed { path: path.into(), before: now, after: least });
+        self.save()?;
+        fs::write(path, least.to_string()).map_err(failed)
+    }
+
+    /// Takes away exactly what was set up: the addresses first, then the settings that still are what we made them.
+    ///
+    /// # Errors
+    /// The first [`VipError`]; everything is tried nevertheless. The state file then stays for the next start.
+    pub async fn withdraw(self) -> Result<(), VipError> {
+        let mut first = Ok(());
+        let lo = interface_index(LOOPBACK)?;
+        for net in &self.ours {
+            match self.addresses.remove(lo, *net).await {
+                Ok(_) => tracing::info!(vip = %net.addr(), "VIP removed from {LOOPBACK}"),
+                Err(error) => first = first.and(Err(error.into())),
+            }
+        }
+        for Changed { path, before, after } in &self.state.changed {
+            let restored = read_setting(path)
+                .and_then(|now| if now == *after { fs::write(path, before.to_string()) } else { Ok(()) });
+            first =
+                first.and(restored.map_err(|source| VipError::Setting { path: path.clone(), least: *before, source }));
+        }
+        first?;
+        match fs::remove_file(&self.state_path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                Err(VipError::State { path: self.state_path, source: error })
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Writes the state file, whole or not at all.
+    fn save(&self) -> Result<(), VipError> {
+        let failed = |source| VipError::State { path: self.state_path.clone(), source };
+        let text = serde_json::to_string(&self.state).map_err(|error| failed(error.into()))?;
+        let new = beside(&self.state_path, ".new");
+        fs::write(&new, text).and_then(|()| fs::rename(&new, &self.state_path)).map_err(failed)
+    }
+}
+
+/// The state file that belongs to a lock file.
+pub fn state_path(lock: &Path) -> PathBuf {
+    beside(lock, ".state")
+}
+
+fn beside(path: &Path, ending: &str) -> PathBuf {
+    let mut name = path.as_os_str().to_owned();
+    name.push(ending);
+    name.into()
+}
+
+/// What an earlier run has written down. A file that cannot be read says nothing; it will be replaced.
+fn load(path: &Path) -> Option<State> {
+    serde_json::from_slice(&fs::read(path).ok()?).ok()
+}
+
+fn read_setting(path: &str) -> io::Result<u32> {
+    let text = fs::read_to_string(path)?;
+    text.trim().parse().map_err(|_| io::Error::new(io::ErrorKind::InvalidData, format!("`{}`", text.trim())))
+}
+
+/// Names this boot and the calling thread's network namespace: what was changed elsewhere is not ours to change back.
+fn place() -> String {
+    let boot = fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
+    let namespace = fs::metadata("/proc/thread-self/ns/net").map(|namespace| namespace.ino()).unwrap_or_default();
+    format!("{}/{namespace}", boot.trim())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::plane::throwaway_netns::in_new_netns;
+
+    const VIP: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 10);
+    const SECOND: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 11);
+
+    async fn addresses() -> Vec<(Ipv4Net, bool)> {
+        let (addresses, driver) = HostAddresses::open(TAG).expect("netlink");
+        tokio::spawn(driver);
+        let listed = addresses.list().await.expect("a list");
+        listed.into_iter().filter(|one| !one.net.addr().is_loopback()).map(|one| (one.net, one.ours)).collect()
+    }
+
+    fn settings() -> [u32; 2] {
+        SETTINGS.map(|(path, _)| read_setting(path).expect("a setting"))
+    }
+
+    fn set(values: [u32; 2]) {
+        for ((path, _), value) in SETTINGS.into_iter().zip(values) {
+            fs::write(path, value.to_string()).expect("a setting");
+        }
+    }
+
+    fn state_in(directory: &tempfile::TempDir) -> PathBuf {
+        state_path(&directory.path().join("se.lock"))
+    }
+
+    #[test]
+    fn a_vip_comes_and_goes_without_a_trace() {
+        in_new_netns(async || {
+            let directory = tempfile::tempdir().expect("a directory");
+            let state = state_in(&directory);
+            set([0, 0]);
+            let vips = Vips::establish(&[VIP, SECOND], &state).await.expect("set up").expect("something to set up");
+            assert_eq!(addresses().await, [(VIP.into(), true), (SECOND.into(), true)]);
+            assert_eq!(settings(), [1, 2]);
+            assert!(state.exists());
+            vips.withdraw().await.expect("taken away");
+            assert_eq!((addresses().await, settings()), (vec![], [0, 0]));
+            assert_eq!(fs::read_dir(&directory).expect("readable").count(), 0, "no file is left");
+        });
+    }
+
+    #[test]
+    fn what_was_there_before_stays() {
+        in_new_netns(async || {
+            let directory = tempfile::tempdir().expect("a directory");
+            set([2, 0]);
+            let (others, driver) = HostAddresses::open("other").expect("netlink");
+            tokio::spawn(driver);
+            others.add("lo", VIP.into(), Scope::Global).await.expect("added");
+            let vips = Vips::establish(&[VIP], &state_in(&directory)).await.expect("set up").expect("something");
+            assert_eq!(settings(), [2, 2], "a larger value does as well");
+            vips.withdraw().await.expect("taken away");
+            assert_eq!((addresses().await, settings()), (vec![(VIP.into(), false)], [2, 0]));
+        });
+    }
+
+    #[test]
+    fn a_value_that_somebody_changed_meanwhile_stays() {
+        in_new_netns(async || {
+            let directory = tempfile::tempdir().expect("a directory");
+            set([0, 0]);
+            let vips = Vips::establish(&[VIP], &state_in(&directory)).await.expect("set up").expect("something");
+            set([8, 2]);
+            vips.withdraw().await.expect("taken away");
+            assert_eq!(settings(), [8, 0]);
+        });
+    }
+
+    #[test]
+    fn after_a_crash_the_next_start_takes_over_and_cleans_up() {
+        in_new_netns(async || {
+            let directory = tempfile::tempdir().expect("a directory");
+            let state = state_in(&directory);
+            set([0, 1]);
+            drop(Vips::establish(&[VIP, SECOND], &state).await.expect("set up"));
+            let vips = Vips::establish(&[SECOND], &state).await.expect("set up").expect("something");
+            assert_eq!(addresses().await, [(SECOND.into(), true)], "the other one is no longer wanted");
+            vips.withdraw().await.expect("taken away");
+            assert_eq!((addresses().await, settings()), (vec![], [0, 1]), "the values before the crash");
+
+            drop(Vips::establish(&[VIP], &state).await.expect("set up"));
+            assert!(Vips::establish(&[], &state).await.expect("cleaned up").is_none());
+            assert_eq!((addresses().await, settings(), state.exists()), (vec![], [0, 1], false));
+        });
+    }
+
+    #[test]
+    fn leftovers_of_another_namespace_are_not_undone_here() {
+        in_new_netns(async || {
+            let directory = tempfile::tempdir().expect("a directory");
+            let state = state_in(&directory);
+            let changed = SETTINGS.map(|(path, after)| Changed { path: path.into(), before: 0, after }).to_vec();
+            let foreign = State { place: "another boot/1".into(), changed };
+            fs::write(&state, serde_json::to_string(&foreign).expect("JSON")).expect("written");
+            set([1, 2]);
+            assert!(Vips::establish(&[], &state).await.expect("nothing to do").is_none());
+            assert_eq!((settings(), state.exists()), ([1, 2], false));
+        });
+    }
+
+    #[test]
+    fn a_broken_state_file_is_no_obstacle() {
+        in_new_netns(async || {
+            let directory = tempfile::tempdir().expect("a directory");
+            let state = state_in(&directory);
+            fs::write(&state, b"{\"place\": 7").expect("written");
+            let vips = Vips::establish(&[VIP], &state).await.expect("set up").expect("something");
+            vips.withdraw().await.expect("taken away");
+            assert!(!state.exists());
+        });
+    }
+
+    #[test]
+    fn a_failure_takes_back_what_was_done() {
+        in_new_netns(async || {
+            let directory = tempfile::tempdir().expect("a directory");
+            let state = state_in(&directory);
+            set([0, 0]);
+            let error = Vips::establish(&[VIP, Ipv4Addr::new(224, 0, 0, 1)], &state).await;
+            assert!(matches!(error, Err(VipError::Address(_))), "{error:?}");
+            assert_eq!((addresses().await, settings(), state.exists()), (vec![], [0, 0], false));
+        });
+    }
+}
