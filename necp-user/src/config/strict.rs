@@ -7,7 +7,9 @@
 use std::fmt;
 use std::path::{Path, PathBuf};
 
-use serde::de::DeserializeOwned;
+use std::str::FromStr;
+
+use serde::de::{self, Deserialize, DeserializeOwned, Deserializer};
 use thiserror::Error;
 
 /// Why a configuration file could not be read. The text is for the operator: `FILE:LINE:COLUMN: what to do`.
@@ -65,10 +67,39 @@ pub fn read_file<T: DeserializeOwned>(path: &Path) -> Result<T, FileError> {
 /// # Errors
 /// The first [`Mistake`]: bad syntax, a value of the wrong type, a missing or an unknown key.
 pub fn parse<T: DeserializeOwned>(text: &str) -> Result<T, Mistake> {
-    toml::from_str(text).map_err(|error| Mistake {
-        place: error.span().map(|span| place(text, span.start)),
-        message: unknown_key(error.message()).unwrap_or_else(|| error.message().trim_end().to_owned()),
+    toml::from_str(text).map_err(|error| {
+        let (offset, message) = match placed(error.message()) {
+            Some((offset, message)) => (Some(offset), message),
+            None => (error.span().map(|span| span.start), error.message()),
+        };
+        Mistake {
+            place: offset.map(|offset| place(text, offset)),
+            message: unknown_key(message).unwrap_or_else(|| message.trim_end().to_owned()),
+        }
     })
+}
+
+/// A value that is written as a string and read by its [`FromStr`], such as an address or `tcp/80`: what `FromStr` says
+/// about a bad one is reported at its place in the file. For TOML only.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Text<T>(pub T);
+
+impl<'de, T: FromStr<Err: fmt::Display>> Deserialize<'de> for Text<T> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let text = toml::Spanned::<String>::deserialize(deserializer)?;
+        let offset = text.span().start;
+        text.get_ref().parse().map(Self).map_err(|error| de::Error::custom(format_args!("{MARK}{offset}{MARK}{error}")))
+    }
+}
+
+/// Sets off an offset at the head of a message, see [`placed`]. No message of serde or toml begins with it.
+const MARK: char = '\u{1}';
+
+/// Takes the offset off a message of [`Text`]: toml itself would name the beginning of the array that the value is in,
+/// which may be lines away.
+fn placed(message: &str) -> Option<(usize, &str)> {
+    let (offset, message) = message.strip_prefix(MARK)?.split_once(MARK)?;
+    Some((offset.parse().ok()?, message))
 }
 
 /// Line and column (both from 1, the column in characters) of a byte offset in `text`, for mistakes that are found
@@ -181,6 +212,17 @@ mod tests {
         assert_eq!(mistake("interfaces = []\nkeepalive = 'x'\n").place, Some((2, 13)));
         assert_eq!(mistake("interfaces = [\n").place.map(|(line, _)| line), Some(1));
         assert!(mistake("[[farm]]\nservers = []\n").message.contains("missing field `name`"));
+    }
+
+    #[test]
+    fn a_text_that_does_not_parse_is_found_at_its_place() {
+        #[derive(Debug, Deserialize)]
+        struct Ports {
+            ports: Vec<Text<u16>>,
+        }
+        let found = parse::<Ports>("ports = ['1',\n  'x']\n").expect_err("x is no port");
+        assert_eq!((found.place, found.message.as_str()), (Some((2, 3)), "invalid digit found in string"));
+        assert_eq!(parse::<Ports>("ports = ['1']").expect("a port").ports, [Text(1)]);
     }
 
     #[test]
