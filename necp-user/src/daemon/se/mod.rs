@@ -1,6 +1,195 @@
-//! The server element's agent.
+//! The server element's agent, `necp se`.
+//!
+//! ```text
+//!   signals ──► Control ──orders──► Peer (one task per network element) ◄──index── health (one task)
+//!                  ▲                  │
+//!                  └────standing──────┘   then: drain (kernel's socket tables), VIPs away, lock released
+//! ```
 
+mod dial;
 pub mod drain;
 pub mod health;
 pub mod lock;
+mod peer;
+pub mod settings;
 pub mod vip;
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use anyhow::Context as _;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::watch;
+use tokio::task::JoinSet;
+use tokio::time::{sleep_until, timeout};
+
+pub use settings::{Args, Settings};
+
+use drain::{Drain, Step};
+use lock::HostLock;
+use peer::{Order, Peer, Standing};
+use vip::Vips;
+
+use crate::necp::service::TCP;
+
+/// How long STOP may go unacknowledged before the drain begins without it.
+const STOP_WAIT: Duration = Duration::from_secs(5);
+/// How long the sessions may take to close at the end.
+const CLOSE_WAIT: Duration = Duration::from_secs(2);
+
+/// Runs the agent in the foreground until SIGTERM or SIGINT; the first one drains, the second leaves at once.
+///
+/// # Errors
+/// Settings that make no sense, a lock that another agent holds, VIPs that cannot be set up or taken away.
+pub async fn run(args: Args) -> anyhow::Result<()> {
+    let settings = Settings::load(args)?;
+    let control = Control::new();
+    tokio::spawn(follow_signals(control.clone())?);
+    serve(settings, &control).await
+}
+
+/// Asks the agent to leave.
+#[derive(Debug, Clone)]
+pub struct Control {
+    asked: watch::Sender<Asked>,
+}
+
+/// What the agent was asked to do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Asked {
+    Nothing,
+    Drain,
+    Abort,
+}
+
+impl Control {
+    /// A control that has asked for nothing yet.
+    #[must_use]
+    pub fn new() -> Self {
+        Self { asked: watch::Sender::new(Asked::Nothing) }
+    }
+
+    /// STOP everywhere, wait for the connections, leave: what the first signal does.
+    pub fn drain(&self) {
+        self.ask(Asked::Drain);
+    }
+
+    /// Leave at once, sessions closed and VIPs taken away: what the second signal does.
+    pub fn abort(&self) {
+        self.ask(Asked::Abort);
+    }
+
+    fn ask(&self, what: Asked) {
+        self.asked.send_if_modified(|asked| what > std::mem::replace(asked, what.max(*asked)));
+    }
+
+    async fn asked(&self, what: Asked) {
+        // The sender is in `self`, so the channel is open.
+        let _ = self.asked.subscribe().wait_for(|asked| *asked >= what).await;
+    }
+}
+
+impl Default for Control {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+fn follow_signals(control: Control) -> anyhow::Result<impl Future<Output = ()>> {
+    let mut terminate = signal(SignalKind::terminate()).context("cannot listen for SIGTERM")?;
+    let mut interrupt = signal(SignalKind::interrupt()).context("cannot listen for SIGINT")?;
+    Ok(async move {
+        let mut next = async || tokio::select! { _ = terminate.recv() => "SIGTERM", _ = interrupt.recv() => "SIGINT" };
+        tracing::info!("{}: leaving; a second signal leaves at once", next().await);
+        control.drain();
+        tracing::warn!("{}: leaving at once", next().await);
+        control.abort();
+    })
+}
+
+/// The whole life of an agent, from the lock to its release.
+///
+/// # Errors
+/// As [`run`].
+pub async fn serve(settings: Settings, control: &Control) -> anyhow::Result<()> {
+    let _lock = HostLock::acquire(&settings.lock)?;
+    let vips = Vips::establish(&settings.vips, &vip::state_path(&settings.lock)).await?;
+    let (health, interval) = (settings.health.clone(), settings.health_interval);
+    let health = health.watch(interval, settings.health_timeout).await;
+    let (orders, receiver) = watch::channel(Order::Serve);
+    let settings = Arc::new(settings);
+    let mut peers = JoinSet::new();
+    let mut standings = Vec::new();
+    for ne in &settings.nes {
+        let (peer, standing) = Peer::new(ne.clone(), Arc::clone(&settings), health.clone(), receiver.clone());
+        peers.spawn(peer.run());
+        standings.push(standing);
+    }
+    drop((receiver, health));
+    control.asked(Asked::Drain).await;
+    tokio::select! {
+        () = leave_in_peace(&settings, &orders, &mut standings) => {}
+        () = control.asked(Asked::Abort) => {}
+    }
+    orders.send_replace(Order::Leave);
+    let closed = timeout(CLOSE_WAIT, async { while peers.join_next().await.is_some() {} }).await;
+    if closed.is_err() {
+        tracing::warn!("a session did not close in time; dropped");
+    }
+    if let Some(vips) = vips {
+        vips.withdraw().await?;
+    }
+    Ok(())
+}
+
+/// STOP everywhere, then wait for the connections of what was served.
+async fn leave_in_peace(
+    settings: &Settings,
+    orders: &watch::Sender<Order>,
+    standings: &mut [watch::Receiver<Standing>],
+) {
+    let began = Instant::now();
+    orders.send_replace(Order::Drain);
+    let stopped = async {
+        for standing in standings.iter_mut() {
+            // An element that is away cannot be told; a task that is gone has nothing more to say.
+            let _ = standing.wait_for(|now| *now != Standing::Serving).await;
+        }
+    };
+    if timeout(STOP_WAIT, stopped).await.is_err() {
+        tracing::warn!("STOP was not acknowledged everywhere within {} s; going on", STOP_WAIT.as_secs());
+    }
+    let offers = settings.offers.iter().map(|offer| offer.key());
+    let ports: BTreeSet<u16> = offers.filter(|key| key.protocol() == TCP).map(|key| key.port()).collect();
+    if !ports.is_empty() {
+        drain_connections(Drain::new(began, settings.drain), ports).await;
+    }
+}
+
+async fn drain_connections(mut drain: Drain, ports: BTreeSet<u16>) {
+    loop {
+        let ports = ports.clone();
+        // The tables can be long.
+        let counted = tokio::task::spawn_blocking(move || drain::connections(&ports)).await;
+        let left = match counted.map_err(std::io::Error::from).flatten() {
+            Ok(left) => left,
+            Err(error) => return tracing::warn!("cannot count connections, leaving without waiting: {error}"),
+        };
+        match drain.counted(Instant::now(), left) {
+            Step::Done => return tracing::info!("drained: no connections left"),
+            Step::TimeIsUp => {
+                return tracing::warn!("{left} connections left, but the time is up (--drain); they may break");
+            }
+            Step::Wait { until, report } => {
+                if report {
+                    tracing::info!("draining: {left} connections left");
+                }
+                sleep_until(until.into()).await;
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,348 @@
+//! What the agent is told: the command line, a file with the same keys, and what the two make together.
+
+use std::fmt;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::path::PathBuf;
+use std::str::FromStr;
+use std::time::Duration;
+
+use clap::Args as ClapArgs;
+use serde::{Deserialize, Deserializer};
+use thiserror::Error;
+
+use super::health::{HealthIndex, HealthSource};
+use crate::config::strict::{self, FileError, Text};
+use crate::necp::{PORT, ServiceKey, ServiceUnit};
+
+/// Where the lock is unless told otherwise.
+const LOCK: &str = "/run/necp/se.lock";
+
+/// `necp se`: the agent of a server (SE). It tells the network elements (NE) what this server serves and how healthy it
+/// is, and leaves only when its connections have ended.
+#[derive(Debug, Clone, Default, ClapArgs)]
+#[command(after_help = EXAMPLES)]
+pub struct Args {
+    /// A network element to join; the port is 3262 unless given. Repeat it for several
+    #[arg(long, value_name = "ADDR[:PORT]")]
+    pub ne: Vec<NeAddress>,
+    /// What this server serves and how it wants its packets: SERVICE=FORWARDING, as tcp/80=l2, udp/443=gre, tcp/22=l3
+    #[arg(long, value_name = "SERVICE=FORWARDING")]
+    pub serve: Vec<Offer>,
+    /// Where the Health Index (0-100) comes from: constant:N, exec:COMMAND, http://HOST[:PORT]/PATH, load, psi or
+    /// file:PATH [default: constant:100]
+    #[arg(long, value_name = "SOURCE")]
+    pub health: Option<HealthSource>,
+    /// Time between two evaluations of the health source [default: 1]
+    #[arg(long, value_name = "SECS")]
+    pub health_interval: Option<Seconds>,
+    /// How long one evaluation may take before it counts as failed (health 0) [default: 2]
+    #[arg(long, value_name = "SECS")]
+    pub health_timeout: Option<Seconds>,
+    /// The address to dial from, which is the one that the network element knows this server by
+    #[arg(long, value_name = "ADDR")]
+    pub source: Option<IpAddr>,
+    /// Time between two keepalives; three unanswered ones and the network element is dead [default: 5]
+    #[arg(long, value_name = "SECS")]
+    pub keepalive: Option<Seconds>,
+    /// The longest time between two attempts to connect; they begin 1 s apart and double [default: 256]
+    #[arg(long, value_name = "SECS")]
+    pub retry_max: Option<Seconds>,
+    /// At the end, how long to wait for this server's connections to end [default: 30]
+    #[arg(long, value_name = "SECS")]
+    pub drain: Option<Seconds>,
+    /// A virtual address to set up on lo while the agent runs, so that ARP does not know it (layer 2 and GRE). Repeat it
+    /// for several
+    #[arg(long, value_name = "ADDR")]
+    pub vip: Vec<Ipv4Addr>,
+    /// The lock that keeps a second agent from this host [default: /run/necp/se.lock]
+    #[arg(long, value_name = "PATH")]
+    pub lock: Option<PathBuf>,
+    /// A TOML file with the same keys (ne, serve, health, source, keepalive, retry_max, drain, vips, lock, ...); the
+    /// command line wins
+    #[arg(long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+}
+
+const EXAMPLES: &str = "\
+Examples:
+  A web server that takes its packets unchanged, with the virtual address on lo:
+    necp se --ne 10.0.0.1 --serve tcp/80=l2 --serve tcp/443=l2 --vip 192.0.2.10 --health http://127.0.0.1/healthz
+
+  Two network elements, health by a command (exit code 0, or a number from 0 to 100 on its output):
+    necp se --ne 10.0.0.1 --ne 10.0.0.2 --serve udp/53=l2 --health 'exec:dig +time=1 @127.0.0.1 example.com >/dev/null'
+
+  From a file (ne = [\"10.0.0.1\"], serve = [\"tcp/80=l2\"], health = \"load\", vips = [\"192.0.2.10\"]):
+    necp se --config /etc/necp/se.toml
+
+SIGTERM and SIGINT: STOP everywhere, wait for the connections of the served ports to end (at most --drain), leave.
+A second signal: leave at once.";
+
+/// The file of `--config`.
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct File {
+    ne: Vec<Text<NeAddress>>,
+    serve: Vec<Text<Offer>>,
+    health: Option<Text<HealthSource>>,
+    health_interval: Option<Seconds>,
+    health_timeout: Option<Seconds>,
+    source: Option<Text<IpAddr>>,
+    keepalive: Option<Seconds>,
+    retry_max: Option<Seconds>,
+    drain: Option<Seconds>,
+    vips: Vec<Text<Ipv4Addr>>,
+    lock: Option<PathBuf>,
+}
+
+/// All that the agent needs to know.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Settings {
+    /// The network elements to join; at least one, no two the same.
+    pub nes: Vec<NeAddress>,
+    /// What to START everywhere; no service twice. Empty is a session that serves nothing (§5.4).
+    pub offers: Vec<ServiceUnit>,
+    /// Where the Health Index comes from.
+    pub health: HealthSource,
+    /// Time between two evaluations of it.
+    pub health_interval: Duration,
+    /// How long one may take.
+    pub health_timeout: Duration,
+    /// The local address to dial from.
+    pub source: Option<IpAddr>,
+    /// Time between two KEEPALIVEs (§5.5).
+    pub keepalive: Duration,
+    /// Longest time between two attempts to connect, at least 1 s (§5.4).
+    pub retry_max: Duration,
+    /// How long to wait for connections at the end.
+    pub drain: Duration,
+    /// Virtual addresses to set up on `lo`.
+    pub vips: Vec<Ipv4Addr>,
+    /// The lock file.
+    pub lock: PathBuf,
+}
+
+/// Why the agent cannot start as it was told to.
+#[derive(Debug, Error)]
+pub enum SettingsError {
+    /// The file of `--config`.
+    #[error(transparent)]
+    File(#[from] FileError),
+    /// No network element.
+    #[error("no network element to join: give at least one with `--ne ADDR[:PORT]` (or `ne = [..]` in the file)")]
+    NoNe,
+    /// The same network element twice.
+    #[error("the network element {0} is named twice")]
+    NeTwice(NeAddress),
+    /// The same service twice.
+    #[error("the service {0} is offered twice; a service has one forwarding type")]
+    ServiceTwice(ServiceKey),
+    /// A time that makes no sense for its purpose.
+    #[error("{name} must be from {least} to {most} seconds")]
+    OutOfRange {
+        /// The option, as on the command line.
+        name: &'static str,
+        /// Least value in seconds.
+        least: f64,
+        /// Greatest value in seconds.
+        most: f64,
+    },
+    /// An address that cannot be a VIP.
+    #[error("{0} cannot be a virtual address of a server")]
+    Vip(Ipv4Addr),
+    /// `--source` and a network element's address are of different families.
+    #[error("{ne} cannot be dialled from {from}: one is IPv4, the other IPv6")]
+    Family {
+        /// The network element.
+        ne: NeAddress,
+        /// The address of `--source`.
+        from: IpAddr,
+    },
+}
+
+impl Settings {
+    /// Reads the file that `args` names, if any, and lays the command line over it: an option that is given replaces
+    /// the file's, lists as a whole.
+    ///
+    /// # Errors
+    /// See [`SettingsError`].
+    pub fn load(args: Args) -> Result<Self, SettingsError> {
+        let file: File = args.config.as_deref().map(strict::read_file).transpose()?.unwrap_or_default();
+        Self::merge(args, file)
+    }
+
+    fn merge(args: Args, file: File) -> Result<Self, SettingsError> {
+        fn list<T>(first: Vec<T>, second: Vec<Text<T>>) -> Vec<T> {
+            if first.is_empty() { second.into_iter().map(|Text(value)| value).collect() } else { first }
+        }
+        let time = |name, first: Option<Seconds>, second: Option<Seconds>, default, range| {
+            in_range(name, first.or(second).map_or(default, |Seconds(value)| value), range)
+        };
+        let this = Self {
+            nes: list(args.ne, file.ne),
+            offers: list(args.serve, file.serve).into_iter().map(|Offer(unit)| unit).collect(),
+            health: args
+                .health
+                .or(file.health.map(|Text(source)| source))
+                .unwrap_or(HealthSource::Constant(HealthIndex::FULL)),
+            health_interval: time(
+                "--health-interval",
+                args.health_interval,
+                file.health_interval,
+                1.0,
+                (0.01, 3600.0),
+            )?,
+            health_timeout: time("--health-timeout", args.health_timeout, file.health_timeout, 2.0, (0.01, 3600.0))?,
+            source: args.source.or(file.source.map(|Text(address)| address)),
+            keepalive: time("--keepalive", args.keepalive, file.keepalive, 5.0, (0.01, 3600.0))?,
+            retry_max: time("--retry-max", args.retry_max, file.retry_max, 256.0, (1.0, 86_400.0))?,
+            drain: time("--drain", args.drain, file.drain, 30.0, (0.0, 604_800.0))?,
+            vips: list(args.vip, file.vips),
+            lock: args.lock.or(file.lock).unwrap_or_else(|| LOCK.into()),
+        };
+        this.check()?;
+        Ok(this)
+    }
+
+    fn check(&self) -> Result<(), SettingsError> {
+        if self.nes.is_empty() {
+            return Err(SettingsError::NoNe);
+        }
+        for (at, ne) in self.nes.iter().enumerate() {
+            if self.nes[..at].contains(ne) {
+                return Err(SettingsError::NeTwice(ne.clone()));
+            }
+            if let (Some(from), Ok(to)) = (self.source, ne.host.parse::<IpAddr>())
+                && from.is_ipv4() != to.is_ipv4()
+            {
+                return Err(SettingsError::Family { ne: ne.clone(), from });
+            }
+        }
+        for (at, offer) in self.offers.iter().enumerate() {
+            if self.offers[..at].iter().any(|other| other.key() == offer.key()) {
+                return Err(SettingsError::ServiceTwice(offer.key()));
+            }
+        }
+        let unfit =
+            |vip: &&Ipv4Addr| vip.is_unspecified() || vip.is_loopback() || vip.is_multicast() || vip.octets()[0] >= 240;
+        self.vips.iter().find(unfit).map_or(Ok(()), |vip| Err(SettingsError::Vip(*vip)))
+    }
+}
+
+fn in_range(name: &'static str, value: f64, (least, most): (f64, f64)) -> Result<Duration, SettingsError> {
+    if (least..=most).contains(&value) {
+        Ok(Duration::from_secs_f64(value))
+    } else {
+        Err(SettingsError::OutOfRange { name, least, most })
+    }
+}
+
+/// A time in seconds, fractions allowed; never negative, never without end.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Seconds(f64);
+
+impl Seconds {
+    fn new(value: f64) -> Result<Self, &'static str> {
+        if value.is_finite() && value >= 0.0 {
+            Ok(Self(value))
+        } else {
+            Err("a time is a number of seconds, such as 5 or 0.5")
+        }
+    }
+}
+
+impl FromStr for Seconds {
+    type Err = &'static str;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        Self::new(text.parse().unwrap_or(f64::NAN))
+    }
+}
+
+impl<'de> Deserialize<'de> for Seconds {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        Self::new(f64::deserialize(deserializer)?).map_err(serde::de::Error::custom)
+    }
+}
+
+/// A network element: a name or an address, and a port.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NeAddress {
+    /// A host name, or an address without brackets.
+    pub host: String,
+    /// TCP port, 1–65535.
+    pub port: u16,
+}
+
+/// Why a text names no network element.
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+#[error("`{0}` is no address of a network element; write 10.0.0.1, 10.0.0.1:3262, [2001:db8::1]:3262 or a host name")]
+pub struct ParseNeError(String);
+
+impl FromStr for NeAddress {
+    type Err = ParseNeError;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let wrong = || ParseNeError(text.into());
+        if let Ok(address) = text.parse::<Ipv6Addr>() {
+            return Ok(Self { host: address.to_string(), port: PORT });
+        }
+        let (host, port) = match text.strip_prefix('[') {
+            Some(rest) => {
+                let (host, port) = rest.split_once(']').ok_or_else(wrong)?;
+                let host = host.parse::<Ipv6Addr>().map_err(|_| wrong())?.to_string();
+                let port = if port.is_empty() { None } else { Some(port.strip_prefix(':').ok_or_else(wrong)?) };
+                (host, port)
+            }
+            None => match text.split_once(':') {
+                Some((host, port)) => (host.to_owned(), Some(port)),
+                None => (text.to_owned(), None),
+            },
+        };
+        let is_name = |c: char| c.is_ascii_alphanumeric() || "-._:".contains(c);
+        let digits_and_dots = host.chars().all(|c| c.is_ascii_digit() || c == '.');
+        if host.is_empty() || !host.chars().all(is_name) || (digits_and_dots && host.parse::<Ipv4Addr>().is_err()) {
+            return Err(wrong());
+        }
+        let port = port.map_or(Ok(PORT), |port| port.parse().map_err(|_| wrong()))?;
+        if port == 0 { Err(wrong()) } else { Ok(Self { host, port }) }
+    }
+}
+
+impl fmt::Display for NeAddress {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.host.contains(':') {
+            write!(f, "[{}]:{}", self.host, self.port)
+        } else {
+            write!(f, "{}:{}", self.host, self.port)
+        }
+    }
+}
+
+/// `SERVICE=FORWARDING`, as `tcp/80=l2`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Offer(pub ServiceUnit);
+
+/// Why a text is no offer.
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+pub enum ParseOfferError {
+    /// There is no `=` in it.
+    #[error("`{0}` lacks its forwarding type; write {0}=l2, {0}=gre or {0}=l3")]
+    NoForwarding(String),
+    /// One of the two parts is wrong.
+    #[error("{0}")]
+    Part(String),
+}
+
+impl FromStr for Offer {
+    type Err = ParseOfferError;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let (service, forwarding) = text.split_once('=').ok_or_else(|| ParseOfferError::NoForwarding(text.into()))?;
+        let service = service.trim().parse().map_err(|error| ParseOfferError::Part(format!("{error}")))?;
+        let forwarding = forwarding.trim().parse().map_err(|error| ParseOfferError::Part(format!("{error}")))?;
+        Ok(Self(ServiceUnit::new(forwarding, service)))
+    }
+}
+
+#[cfg(test)]
+mod tests;
