@@ -50,8 +50,8 @@ pub const MAX_SERVERS: u32 = 65_536;
 pub const MAX_PORTS: u32 = 64;
 /// Entries in a bucket of the flow table, 64 bytes together.
 pub const FLOWS_PER_BUCKET: usize = 4;
-/// Default number of flow buckets (16 MiB, 1,048,576 flows). A power of two; set at load.
-pub const DEFAULT_FLOW_BUCKETS: u32 = 262_144;
+/// Default number of flow buckets (32 MiB, 2,097,152 flows). A power of two; set at load.
+pub const DEFAULT_FLOW_BUCKETS: u32 = 524_288;
 /// Default capacity of the slot map, in slots (8 bytes each); set at load.
 pub const DEFAULT_SLOTS: u32 = 1 << 20;
 

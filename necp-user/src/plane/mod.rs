@@ -25,6 +25,10 @@ pub use attach::{AttachMode, AttachedMode, unload};
 /// The kernel program, as `build.rs` left it.
 pub static PROGRAM: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/necp"));
 
+/// The wrapper of `cargo xtask bench`; nothing in the product refers to it, so no product binary holds it.
+#[doc(hidden)]
+pub static BENCH_WRAPPER: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/necp-bench-wrapper"));
+
 /// What [`Plane::open`] needs to know.
 #[derive(Clone, Debug)]
 pub struct PlaneConfig {

@@ -1,0 +1,89 @@
+//! The benchmark's wrapper: writes a frame of the next flow into the buffer, then runs the target on it.
+//!
+//! BPF_PROG_TEST_RUN with `repeat` hands the same buffer to every run and restores nothing, so a program that changes its
+//! packet would see its own output from the second run on. The cost of the wrapper is measured with a target that does
+//! nothing, and subtracted.
+#![cfg_attr(target_arch = "bpf", no_std, no_main)]
+
+#[cfg(target_arch = "bpf")]
+mod bpf {
+    use aya_ebpf::{
+        bindings::xdp_action::{XDP_ABORTED, XDP_PASS},
+        btf_maps::{Array, ProgramArray},
+        macros::{btf_map, xdp},
+        programs::XdpContext,
+    };
+    use necp_ebpf::frame::Frame;
+
+    /// Words of a frame's template: an Ethernet frame of 64 bytes, whose source address and port come from the flow's number.
+    const WORDS: usize = 16;
+    /// Where the IPv4 source address stands, in bytes.
+    const SOURCE: usize = 26;
+    /// Where the source port stands, in bytes.
+    const SOURCE_PORT: usize = 34;
+
+    #[btf_map(name = "target")]
+    static TARGET: ProgramArray<1> = ProgramArray::new();
+    #[btf_map(name = "template")]
+    static TEMPLATE: Array<[u32; WORDS], 1> = Array::new();
+    /// Number of the last packet.
+    #[btf_map(name = "position")]
+    static POSITION: Array<u64, 1> = Array::new();
+
+    /// Number of flows less one; the number is a power of two.
+    #[unsafe(no_mangle)]
+    static FLOW_NUMBERS: u32 = 0;
+
+    #[xdp]
+    #[inline(always)]
+    fn wrapper(ctx: XdpContext) -> u32 {
+        // SAFETY: the kernel's own bounds of the frame.
+        let frame = unsafe { Frame::new(ctx.data(), ctx.data_end()) };
+        if write(&frame).is_none() {
+            return XDP_ABORTED;
+        }
+        // SAFETY: returns only if there is no target.
+        let _ = unsafe { TARGET.tail_call(&ctx, 0) };
+        XDP_ABORTED
+    }
+
+    #[inline(always)]
+    fn write(frame: &Frame) -> Option<()> {
+        let template = TEMPLATE.get(0)?;
+        let position = POSITION.get_ptr_mut(0)?;
+        // SAFETY: one run at a time.
+        let number = unsafe {
+            *position += 1;
+            *position
+        };
+        // SAFETY: initialised and never written while the program is loaded.
+        let numbers = unsafe { (&raw const FLOW_NUMBERS).read_volatile() };
+        // An odd step visits every flow once a round, never two neighbours one after the other.
+        let flow = (number as u32).wrapping_mul(0x9e37_79b1) & numbers;
+        let (address, port) = necp_ebpf::bench_flow(flow);
+        (frame.write(0, *template) && frame.write(SOURCE, address) && frame.write(SOURCE_PORT, port)).then_some(())
+    }
+
+    /// The floor.
+    #[xdp]
+    #[inline(always)]
+    fn nothing(_: XdpContext) -> u32 {
+        XDP_PASS
+    }
+
+    #[panic_handler]
+    fn panic(_: &core::panic::PanicInfo<'_>) -> ! {
+        // SAFETY: the verifier refuses a program that could get here.
+        unsafe { core::hint::unreachable_unchecked() }
+    }
+
+    #[unsafe(link_section = "license")]
+    #[unsafe(no_mangle)]
+    static LICENSE: [u8; 13] = *b"Dual MIT/GPL\0";
+}
+
+#[cfg(not(target_arch = "bpf"))]
+fn main() {
+    eprintln!("this is a kernel program: `cargo xtask bench` loads it");
+    std::process::exit(1);
+}

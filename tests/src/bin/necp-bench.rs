@@ -1,0 +1,285 @@
+//! `cargo xtask bench`: cost per packet of the kernel program, net of a floor that is measured in the same run.
+
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, ensure};
+use aya::{
+    Ebpf, EbpfLoader, Pod, TestRun as _,
+    maps::{Array, ProgramArray},
+    programs::{ProgramFd, TestRunOptions, Xdp},
+};
+use clap::Parser;
+use etherparse::PacketBuilder;
+use necp_ebpf::{
+    abi::{ACCEPTS, ALIVE, REACHABLE, Server, Service, UDP_CLASS},
+    bench_flow,
+    hash::service_bucket,
+    host::View,
+    packet::Packet,
+    slot::{SlotWord, TRACKED},
+    steer::steer,
+    verdict::Reason,
+};
+use necp_tests::kernel::{Kernel, OWN_MAC};
+use necp_user::plane::BENCH_WRAPPER;
+
+/// Measures what the kernel program costs per packet (BPF_PROG_TEST_RUN on one CPU, in nanoseconds).
+///
+/// Every figure is net: a small wrapper writes the frame of the next flow and calls the program; the same wrapper with a
+/// program that does nothing is the floor, measured right before and after. Needs root.
+#[derive(Parser)]
+#[command(after_help = "Examples:\n  cargo xtask bench\n  cargo xtask bench --rounds 15 --json")]
+struct Args {
+    /// Rounds of each measurement; the median is shown
+    #[arg(long, default_value_t = 9)]
+    rounds: usize,
+    /// Packets in a round
+    #[arg(long, default_value_t = 2_000_000)]
+    packets: u32,
+    /// Print JSON: a list of {case, flows, ns, min_ns, aim_ns}
+    #[arg(long)]
+    json: bool,
+}
+
+const VIP: [u8; 4] = [192, 0, 2, 10];
+const SLOTS: u32 = 65_537;
+const FLOW_BUCKETS: u32 = 524_288;
+const FLOWS: [u32; 3] = [1, 65_536, 1_048_576];
+/// Two servers: the owner of every slot, and the one that flows on record are on.
+const OWNER: u32 = 2;
+const RECORDED: u32 = 3;
+
+/// What is measured.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Case {
+    Plain,
+    Record,
+    NotOurs,
+    Syn,
+    Udp,
+}
+
+impl Case {
+    const ALL: [Self; 5] = [Self::Plain, Self::Record, Self::NotOurs, Self::Syn, Self::Udp];
+
+    fn name(self) -> &'static str {
+        match self {
+            Self::Plain => "plain slot, established TCP",
+            Self::Record => "tracked slot, record hit",
+            Self::NotOurs => "not ours, passed on",
+            Self::Syn => "plain slot, new flow (SYN)",
+            Self::Udp => "UDP, record hit",
+        }
+    }
+
+    /// The most that this should cost, in ns, by number of flows.
+    fn aims(self) -> [Option<u32>; 3] {
+        match self {
+            Self::Plain => [Some(18), Some(26), Some(26)],
+            Self::Record => [Some(28), Some(130), Some(240)],
+            Self::NotOurs => [Some(12); 3],
+            Self::Syn | Self::Udp => [None; 3],
+        }
+    }
+
+    fn expected(self) -> Reason {
+        match self {
+            Self::Plain | Self::Syn => Reason::Plain,
+            Self::Record | Self::Udp => Reason::Record,
+            Self::NotOurs => Reason::NotOurs,
+        }
+    }
+
+    fn service(self) -> Option<Service> {
+        let protocol = if self == Self::Udp { 17 } else { 6 };
+        let flags = if self == Self::Udp { necp_ebpf::abi::ALWAYS_TRACKED } else { 0 };
+        let id = if self == Self::Udp { 1 | UDP_CLASS } else { 1 };
+        let service = Service {
+            address: VIP,
+            port: 80u16.to_be_bytes(),
+            protocol,
+            state: 1,
+            slots_base: 0,
+            slots_size: SLOTS,
+            seed: 7,
+            id,
+            flags,
+            farm: 0,
+        };
+        (self != Self::NotOurs).then_some(service)
+    }
+
+    fn frame(self) -> Result<Vec<u8>> {
+        let builder = PacketBuilder::ethernet2([2, 0, 0, 0, 8, 8], OWN_MAC).ipv4([10, 1, 0, 0], VIP, 64);
+        let mut frame = Vec::new();
+        match self {
+            Self::Udp => builder.udp(0x8000, 80).write(&mut frame, &[0; 22])?,
+            Self::Syn => builder.tcp(0x8000, 80, 1, 1000).syn().write(&mut frame, &[0; 10])?,
+            _ => builder.tcp(0x8000, 80, 1, 1000).ack(1).write(&mut frame, &[0; 10])?,
+        }
+        ensure!(frame.len() == 64, "the frame has {} bytes", frame.len());
+        Ok(frame)
+    }
+}
+
+fn main() -> Result<()> {
+    let args = Args::parse();
+    let kernel = Kernel::load(SLOTS, FLOW_BUCKETS).context("the benchmark needs root and a BPF file system")?;
+    let verified = kernel.program()?.info()?.verified_instruction_count();
+    if !args.json {
+        println!("program: {} instructions verified", verified.map_or("?".into(), |n| n.to_string()));
+        println!("net ns per packet, median of {} rounds (fastest), {} packets each", args.rounds, args.packets);
+        println!("{:<30}{:>16}{:>16}{:>16}   aims", "", "1 flow", "65,536", "1,048,576");
+    }
+    let mut rows = Vec::new();
+    for case in Case::ALL {
+        let mut cells = Vec::new();
+        for (flows, aim) in FLOWS.into_iter().zip(case.aims()) {
+            let cost = measure(&kernel, case, flows, &args)?;
+            rows.push(serde_json::json!({
+                "case": case.name(), "flows": flows, "ns": cost.median, "min_ns": cost.least, "aim_ns": aim,
+            }));
+            cells.push(format!("{:.0} ({:.0})", cost.median, cost.least));
+        }
+        if !args.json {
+            let aims = case.aims().map(|aim| aim.map_or("-".into(), |ns| format!("≤{ns}"))).join(" ");
+            println!("{:<30}{:>16}{:>16}{:>16}   {aims}", case.name(), cells[0], cells[1], cells[2]);
+        }
+    }
+    if args.json {
+        println!("{}", serde_json::to_string_pretty(&rows)?);
+    }
+    Ok(())
+}
+
+struct Cost {
+    median: f64,
+    least: f64,
+}
+
+fn measure(kernel: &Kernel, case: Case, flows: u32, args: &Args) -> Result<Cost> {
+    prepare(kernel.view(), case, flows)?;
+    let frame = case.frame()?;
+    let mut wrapper = Wrapper::load(&frame, flows)?;
+    let target = kernel.program()?.fd()?.try_clone()?;
+    let before = kernel.plane().reasons()?;
+    wrapper.run(&target, args.packets, &frame)?;
+    let after = kernel.plane().reasons()?;
+    let expected = case.expected() as usize;
+    ensure!(
+        after[expected] - before[expected] == args.packets as u64,
+        "{}: {} of {} packets took the path that is to be measured",
+        case.name(),
+        after[expected] - before[expected],
+        args.packets
+    );
+    let nothing = wrapper.nothing()?;
+    let mut net = Vec::new();
+    for _ in 0..args.rounds {
+        let floor = wrapper.run(&nothing, args.packets, &frame)?;
+        let cost = wrapper.run(&target, args.packets, &frame)?;
+        let again = wrapper.run(&nothing, args.packets, &frame)?;
+        net.push(cost.as_nanos() as f64 - (floor + again).as_nanos() as f64 / 2.0);
+    }
+    net.sort_by(f64::total_cmp);
+    Ok(Cost { median: net[net.len() / 2], least: net[0] })
+}
+
+/// Fills the tables for a case.
+fn prepare(view: View<'_>, case: Case, flows: u32) -> Result<()> {
+    let packet = |number| {
+        let (source, port) = bench_flow(number);
+        Packet {
+            source: u32::from_ne_bytes(source),
+            destination: u32::from_ne_bytes(VIP),
+            source_port: u16::from_ne_bytes(port),
+            destination_port: 80u16.to_be(),
+            protocol: if case == Case::Udp { 17 } else { 6 },
+            sequence: 1,
+            payload: 10,
+            ..Packet::default()
+        }
+    };
+    for bucket in view.flows() {
+        for entry in &bucket.entries {
+            entry.key.store(0);
+            entry.word.store(0);
+        }
+    }
+    // The service tables of all cases have one entry, in the bucket of its own key.
+    for protocol in [6, 17] {
+        let key = Packet { protocol, ..packet(0) }.service_key();
+        ensure!(view.set_service(service_bucket(key), 0, &Service::default()), "no such bucket");
+    }
+    if let Some(service) = case.service() {
+        ensure!(view.set_service(service_bucket(packet(0).service_key()), 0, &service), "no such bucket");
+    }
+    let flags = ALIVE | ACCEPTS | REACHABLE;
+    for id in [OWNER, RECORDED] {
+        view.set_server(id, &Server { mac: [2, 0, 0, 0, 9, id as u8], flags, ..Server::default() });
+    }
+    let set = |word: SlotWord| view.slots().iter().take(SLOTS as usize).for_each(|slot| slot.store(word.0));
+    set(SlotWord::plain(OWNER));
+    if case == Case::Record {
+        // Flows of a legacy record themselves with their first packet.
+        set(SlotWord::plain(OWNER).with_legacy(RECORDED));
+    }
+    if matches!(case, Case::Record | Case::Udp) {
+        let recorded = (0..flows).filter(|&n| steer(&packet(n), &view).reason != Reason::Legacy).count();
+        ensure!(recorded == flows as usize, "only {recorded} of {flows} flows found room");
+    }
+    if case == Case::Record {
+        set(SlotWord(SlotWord::plain(OWNER).0 | TRACKED));
+    }
+    Ok(())
+}
+
+/// The wrapper program.
+struct Wrapper {
+    ebpf: Ebpf,
+    target: ProgramArray<aya::maps::MapData>,
+}
+
+#[repr(transparent)]
+#[derive(Clone, Copy)]
+struct Template([u32; 16]);
+
+// SAFETY: plain old data without padding.
+unsafe impl Pod for Template {}
+
+impl Wrapper {
+    fn load(frame: &[u8], flows: u32) -> Result<Self> {
+        let numbers = flows - 1;
+        let mut ebpf = EbpfLoader::new().override_global("FLOW_NUMBERS", &numbers, true).load(BENCH_WRAPPER)?;
+        let mut words = [0; 16];
+        for (word, bytes) in words.iter_mut().zip(frame.chunks_exact(4)) {
+            *word = u32::from_ne_bytes(bytes.try_into()?);
+        }
+        let mut template =
+            Array::<_, Template>::try_from(ebpf.map_mut("template").context("no map `template` in the wrapper")?)?;
+        template.set(0, Template(words), 0)?;
+        for name in ["wrapper", "nothing"] {
+            let program: &mut Xdp = ebpf.program_mut(name).context("a program is missing")?.try_into()?;
+            program.load()?;
+        }
+        let target = ProgramArray::try_from(ebpf.take_map("target").context("no map `target` in the wrapper")?)?;
+        Ok(Self { ebpf, target })
+    }
+
+    fn nothing(&self) -> Result<ProgramFd> {
+        let program: &Xdp = self.ebpf.program("nothing").context("a program is missing")?.try_into()?;
+        Ok(program.fd()?.try_clone()?)
+    }
+
+    /// Mean time of a packet.
+    fn run(&mut self, target: &ProgramFd, packets: u32, frame: &[u8]) -> Result<Duration> {
+        self.target.set(0, target, 0)?;
+        let program: &Xdp = self.ebpf.program("wrapper").context("a program is missing")?.try_into()?;
+        let mut options = TestRunOptions::new();
+        options.data_in = Some(frame);
+        options.repeat = packets;
+        let result = program.test_run(options)?;
+        ensure!(result.return_value != 0, "the wrapper could not call its target");
+        Ok(result.duration)
+    }
+}
