@@ -165,10 +165,12 @@ impl FlowWord {
 /// The first word of a flow's entries: the first eight bytes of a [`Flow`].
 #[inline(always)]
 pub fn flow_key(packet: &Packet, service_id: u16) -> u64 {
-    let [a, b, c, d] = packet.source.to_ne_bytes();
-    let [e, f] = packet.source_port.to_ne_bytes();
-    let [g, h] = service_id.to_ne_bytes();
-    u64::from_ne_bytes([a, b, c, d, e, f, g, h])
+    let (address, port, service) = (packet.source as u64, packet.source_port as u64, service_id as u64);
+    if cfg!(target_endian = "little") {
+        service << 48 | port << 32 | address
+    } else {
+        address << 32 | port << 16 | service
+    }
 }
 
 /// Where [`UDP_CLASS`] stands in a key: the service id is its last two bytes, in the host's order.

@@ -34,6 +34,14 @@ impl Frame {
         self.at(offset).map(|header: *mut H| unsafe { header.read_unaligned() })
     }
 
+    /// Looks at a header, whose every bit pattern must be valid, at `offset`. Fields are read one by one, as they are used.
+    #[inline(always)]
+    pub fn header<H: Copy>(&self, offset: usize) -> Option<&H> {
+        const { assert!(align_of::<H>() == 1, "headers may begin at any byte") };
+        // SAFETY: `at` has checked that the header lies within the frame; it needs no alignment.
+        self.at(offset).map(|header: *mut H| unsafe { &*header })
+    }
+
     /// Writes a header at `offset`; false, and nothing written, if it does not fit.
     #[inline(always)]
     pub fn write<H: Copy>(&self, offset: usize, header: H) -> bool {

@@ -53,8 +53,50 @@ impl Packet {
     /// The first eight bytes of the service entry that this packet would match.
     #[inline(always)]
     pub const fn service_key(&self) -> u64 {
-        let [a, b, c, d] = self.destination.to_ne_bytes();
-        let [e, f] = self.destination_port.to_ne_bytes();
-        u64::from_ne_bytes([a, b, c, d, e, f, self.protocol, 1])
+        let (address, port, protocol) = (self.destination as u64, self.destination_port as u64, self.protocol as u64);
+        if cfg!(target_endian = "little") {
+            1 << 56 | protocol << 48 | port << 32 | address
+        } else {
+            address << 32 | port << 16 | protocol << 8 | 1
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::abi::Service;
+
+    #[test]
+    fn a_service_key_is_the_first_eight_bytes_of_its_entry() {
+        let entry = Service {
+            address: [192, 0, 2, 10],
+            port: 80u16.to_be_bytes(),
+            protocol: 6,
+            state: 1,
+            ..Service::default()
+        };
+        let packet = Packet {
+            destination: u32::from_ne_bytes(entry.address),
+            destination_port: u16::from_ne_bytes(entry.port),
+            protocol: entry.protocol,
+            ..Packet::default()
+        };
+        // SAFETY: the entry is aligned to eight bytes and longer.
+        let key = unsafe { core::ptr::from_ref(&entry).cast::<u64>().read() };
+        assert_eq!(packet.service_key(), key);
+    }
+
+    #[test]
+    fn a_flow_key_is_the_first_eight_bytes_of_its_entry() {
+        let entry = crate::abi::Flow { source: [10, 1, 2, 3], source_port: [4, 5], service: 0x8006, state: 0, isn: 0 };
+        let packet = Packet {
+            source: u32::from_ne_bytes(entry.source),
+            source_port: u16::from_ne_bytes(entry.source_port),
+            ..Packet::default()
+        };
+        // SAFETY: the entry is aligned to eight bytes and longer.
+        let key = unsafe { core::ptr::from_ref(&entry).cast::<u64>().read() };
+        assert_eq!(crate::flows::flow_key(&packet, entry.service), key);
     }
 }

@@ -1,5 +1,7 @@
 //! A frame's bytes → a [`Packet`], or the reason why it is none.
 
+use core::mem::offset_of;
+
 use network_types::{
     eth::{EthHdr, EtherType},
     ip::Ipv4Hdr,
@@ -39,11 +41,11 @@ const UDP_LEN: u16 = UdpHdr::LEN as u16;
 /// Checks an Ethernet frame's headers and reads them.
 #[inline(always)]
 pub fn parse(frame: &Frame) -> Result<Packet, Reason> {
-    let ethernet: EthHdr = frame.read(0).ok_or(Reason::Malformed)?;
-    if ethernet.ether_type != u16::from(EtherType::Ipv4) {
+    let ether_type: u16 = frame.read(offset_of!(EthHdr, ether_type)).ok_or(Reason::Malformed)?;
+    if ether_type != u16::from(EtherType::Ipv4) {
         return Err(Reason::NotIpv4);
     }
-    let ip: Ipv4Hdr = frame.read(L2_LEN).ok_or(Reason::Malformed)?;
+    let ip: &Ipv4Hdr = frame.header(L2_LEN).ok_or(Reason::Malformed)?;
     let header = ip.vihl as u16 & 0xf;
     let header = header << 2;
     let total = u16::from_be_bytes(ip.tot_len);
@@ -69,7 +71,7 @@ pub fn parse(frame: &Frame) -> Result<Packet, Reason> {
 fn transport(frame: &Frame, offset: usize, length: u16, packet: &mut Packet) -> Result<(), Reason> {
     match packet.protocol {
         protocol::TCP => {
-            let tcp: TcpFields = frame.read(offset).ok_or(Reason::Malformed)?;
+            let tcp: &TcpFields = frame.header(offset).ok_or(Reason::Malformed)?;
             let header = (tcp.offset >> 4) as u16 * 4;
             if header < TCP_LEN || header > length {
                 return Err(Reason::Malformed);
@@ -81,7 +83,7 @@ fn transport(frame: &Frame, offset: usize, length: u16, packet: &mut Packet) -> 
             packet.payload = length - header;
         }
         protocol::UDP => {
-            let udp: UdpHdr = frame.read(offset).ok_or(Reason::Malformed)?;
+            let udp: &UdpHdr = frame.header(offset).ok_or(Reason::Malformed)?;
             let announced = u16::from_be_bytes(udp.len);
             if announced < UDP_LEN || announced > length {
                 return Err(Reason::Malformed);
