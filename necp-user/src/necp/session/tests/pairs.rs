@@ -1,5 +1,7 @@
 //! An NE and an SE on one virtual clock, with a wire between them that can be cut.
 
+use std::collections::VecDeque;
+
 use super::*;
 
 /// A pair of sessions and the state that their callers would hold.
@@ -7,6 +9,8 @@ struct Pair {
     ne: NeSession,
     se: SeSession,
     now: Instant,
+    wire_to_ne: VecDeque<u8>,
+    wire_to_se: VecDeque<u8>,
     to_ne: bool,
     to_se: bool,
     /// Bytes carried at once, at most.
@@ -26,6 +30,8 @@ impl Pair {
             ne: NeSession::new(config.clone(), now, 1),
             se: SeSession::new(config, now, 2),
             now,
+            wire_to_ne: VecDeque::new(),
+            wire_to_se: VecDeque::new(),
             to_ne: true,
             to_se: true,
             piece: usize::MAX,
@@ -82,20 +88,42 @@ impl Pair {
         any
     }
 
+    /// Carries bytes, at most what the receiver wants; takes more only when the wire is empty.
+    fn carry(&mut self) -> bool {
+        let mut any = false;
+        if self.wire_to_ne.is_empty() {
+            self.wire_to_ne.extend(self.se.poll_transmit().into_iter().flatten());
+        }
+        while (self.ne.wants_input() || !self.to_ne) && !self.wire_to_ne.is_empty() {
+            any = true;
+            let piece: Vec<u8> = self.wire_to_ne.drain(..self.piece.min(self.wire_to_ne.len())).collect();
+            if self.to_ne {
+                self.ne.handle_input(self.now, &piece);
+            }
+        }
+        if self.wire_to_se.is_empty() {
+            self.wire_to_se.extend(self.ne.poll_transmit().into_iter().flatten());
+        }
+        while (self.se.wants_input() || !self.to_se) && !self.wire_to_se.is_empty() {
+            any = true;
+            let piece: Vec<u8> = self.wire_to_se.drain(..self.piece.min(self.wire_to_se.len())).collect();
+            if self.to_se {
+                self.se.handle_input(self.now, &piece);
+            }
+        }
+        any
+    }
+
     /// Carries bytes and events until all is quiet.
     fn settle(&mut self) {
         loop {
             let mut any = self.ne_events() | self.se_events();
-            while let Some(bytes) = self.se.poll_transmit() {
-                any = true;
-                if self.to_ne {
-                    bytes.chunks(self.piece).for_each(|piece| self.ne.handle_input(self.now, piece));
-                }
-            }
-            while let Some(bytes) = self.ne.poll_transmit() {
-                any = true;
-                if self.to_se {
-                    bytes.chunks(self.piece).for_each(|piece| self.se.handle_input(self.now, piece));
+            any |= self.carry();
+            for due in [self.ne.poll_timeout(), self.se.poll_timeout()] {
+                if due.is_some_and(|due| due <= self.now) {
+                    self.ne.handle_timeout(self.now);
+                    self.se.handle_timeout(self.now);
+                    any = true;
                 }
             }
             if !any {
