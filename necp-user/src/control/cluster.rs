@@ -1,0 +1,508 @@
+//! Farms, server elements and their offers: what the network element knows, and what changes it.
+
+use std::{
+    collections::{BTreeMap, BTreeSet, VecDeque},
+    net::Ipv4Addr,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use necp_ebpf::abi;
+
+use super::{
+    config::{ClusterConfig, ConfigError, Forwarding, ServiceKey},
+    ids::{Ids, NoIdLeft, OfferKey},
+    layout::{Layout, PlacedService},
+    plan::Ledger,
+    slots::Member,
+    weight::{self, Health},
+};
+
+/// Number of an input: once [`Applied::through`](super::plan::Applied::through) has reached it, it is in the maps.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Change(pub u64);
+
+/// Who may join.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Admission {
+    /// Indices of the farms in the configuration, at least one.
+    pub farms: Vec<usize>,
+}
+
+/// Where a host's packets go on the link.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Hop {
+    /// The next hop's MAC address.
+    pub mac: [u8; 6],
+    /// Index of the interface in [`abi::names::PORTS`].
+    pub port: u8,
+}
+
+/// The address may not join any farm.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{0} may not join: no farm's `servers` contains it")]
+pub struct NotAdmitted(pub Ipv4Addr);
+
+/// Why a START unit fails (draft §5.6.1).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum StartError {
+    /// No INIT, or its session is lost.
+    #[error("no session")]
+    NoSession,
+    /// The configuration does not offer this service to this SE.
+    #[error("no farm that admits the server has the service {0}: add it to the farm's `services`")]
+    NotOffered(ServiceKey),
+    /// The farm does not allow this forwarding type.
+    #[error("the farm does not allow forwarding type {}: add it to the farm's `forwarding`", .0.name())]
+    NotAllowed(Forwarding),
+    /// The packet path does not have this forwarding type.
+    #[error("forwarding type {} is not supported", .0.name())]
+    Unsupported(Forwarding),
+    /// Layer 2 needs a server on a directly connected link.
+    #[error("layer 2 needs a server on a directly connected link")]
+    NotOnLink,
+    /// All server ids are in use.
+    #[error(transparent)]
+    NoIdLeft(#[from] NoIdLeft),
+}
+
+/// Something that an operator wants to know; drained by [`Cluster::poll_notice`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Notice {
+    /// Most servers of a farm were lost at once: its slot tables are kept.
+    PanicBegan {
+        /// Index of the farm.
+        farm: usize,
+    },
+    /// Enough servers of the farm are back, or gone for good.
+    PanicEnded {
+        /// Index of the farm.
+        farm: usize,
+    },
+    /// A server's flows were given up.
+    Died {
+        /// The server id.
+        id: u32,
+        /// The SE.
+        address: Ipv4Addr,
+        /// Its host is gone; else it stayed away for `orphan_time`.
+        host_gone: bool,
+    },
+    /// An adopted server's SE did not come back, or came and did not start it again.
+    AdoptedExpired {
+        /// The server id.
+        id: u32,
+        /// The SE.
+        address: Ipv4Addr,
+    },
+}
+
+/// How long an offer outlives its SE's INIT, if it may.
+pub(super) const AFTER_INIT: Duration = Duration::from_secs(1);
+/// Notices that wait for somebody to ask; older ones are forgotten.
+const NOTICES: usize = 1024;
+
+/// The state of all farms.
+#[derive(Debug)]
+pub struct Cluster {
+    pub(super) config: ClusterConfig,
+    pub(super) layout: Layout,
+    pub(super) ids: Ids,
+    pub(super) hosts: BTreeMap<Ipv4Addr, Host>,
+    pub(super) offers: BTreeMap<u32, Offer>,
+    /// Ids that the maps knew and the configuration does not: their records, not alive.
+    pub(super) strangers: BTreeMap<u32, abi::Server>,
+    /// As [`Layout::services`].
+    pub(super) services: Vec<ServiceState>,
+    /// As [`ClusterConfig::farms`].
+    pub(super) farms: Vec<FarmState>,
+    /// Server records that may differ from the maps', and the changes that wait for them.
+    pub(super) dirty_servers: BTreeMap<u32, Vec<Change>>,
+    /// The service entries may differ from the maps'.
+    pub(super) dirty_entries: bool,
+    pub(super) ledger: Ledger,
+    pub(super) change: Change,
+    /// When time was last told.
+    pub(super) ticked: Instant,
+    notices: VecDeque<Notice>,
+}
+
+/// An SE's host.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Host {
+    pub(super) session: Session,
+    pub(super) on_link: bool,
+    pub(super) hop: Option<Hop>,
+    /// It had a next hop once: before that it is given no slots.
+    pub(super) known: bool,
+    /// Since when its neighbour entry has been FAILED.
+    pub(super) gone: Option<Instant>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Session {
+    /// Never, or not since a restart.
+    Absent,
+    Up,
+    Lost {
+        since: Instant,
+    },
+}
+
+/// A server id in use.
+#[derive(Clone, Debug)]
+pub(super) struct Offer {
+    pub(super) key: OfferKey,
+    pub(super) service: usize,
+    pub(super) state: OfferState,
+    pub(super) alive: bool,
+    pub(super) health: Health,
+    /// Beginning of its slow start.
+    pub(super) joined: Option<Instant>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum OfferState {
+    Started,
+    Stopped,
+    /// Serves, until its SE says something or the time has come.
+    Adopted {
+        until: Instant,
+    },
+}
+
+#[derive(Clone, Debug)]
+pub(super) struct ServiceState {
+    pub(super) members: Vec<Member>,
+    /// The slot table wanted.
+    pub(super) owners: Arc<[u32]>,
+    /// It has had a server.
+    pub(super) served: bool,
+    /// The region's slots are not this service's yet.
+    pub(super) fresh: bool,
+    /// Members may have changed.
+    pub(super) dirty: bool,
+    /// The table may differ from the maps'.
+    pub(super) unwritten: bool,
+    /// Changes that wait for the table.
+    pub(super) changes: Vec<Change>,
+}
+
+#[derive(Clone, Debug, Default)]
+pub(super) struct FarmState {
+    /// Servers that were lost with most of the others and go on serving.
+    pub(super) kept: BTreeSet<Ipv4Addr>,
+}
+
+impl Host {
+    const UNKNOWN: Self = Self { session: Session::Absent, on_link: false, hop: None, known: false, gone: None };
+
+    pub(super) fn reachable(&self) -> bool {
+        self.hop.is_some() && self.gone.is_none()
+    }
+}
+
+impl Cluster {
+    /// A cluster that no server has joined, on maps that are empty.
+    pub fn new(config: ClusterConfig, now: Instant) -> Result<Self, ConfigError> {
+        config.validate()?;
+        let layout = Layout::new(&config, &[])?;
+        let services = layout.services.iter().map(ServiceState::new).collect();
+        Ok(Self {
+            ids: Ids::new(config.servers.min(abi::MAX_SERVERS)),
+            hosts: BTreeMap::new(),
+            offers: BTreeMap::new(),
+            strangers: BTreeMap::new(),
+            services,
+            farms: vec![FarmState::default(); config.farms.len()],
+            dirty_servers: BTreeMap::new(),
+            dirty_entries: true,
+            ledger: Ledger::new(config.slots, now),
+            change: Change(0),
+            ticked: now,
+            notices: VecDeque::new(),
+            layout,
+            config,
+        })
+    }
+
+    /// What it was configured with.
+    pub fn config(&self) -> &ClusterConfig {
+        &self.config
+    }
+
+    /// Where everything stands in the maps.
+    pub fn layout(&self) -> &Layout {
+        &self.layout
+    }
+
+    /// Which farms admit this address; none: it may not connect at all.
+    pub fn may_join(&self, address: Ipv4Addr) -> Option<Admission> {
+        let farms = self.config.farms.iter().enumerate().filter(|(_, farm)| farm.admits(address));
+        let farms: Vec<usize> = farms.map(|(index, _)| index).collect();
+        (!farms.is_empty()).then_some(Admission { farms })
+    }
+
+    /// A session begins: the SE's offers are gone (draft §5.4), its flows are not. `on_link`: it is on a directly connected
+    /// link. The end of a session that this one supersedes must not be told with [`Cluster::session_lost`].
+    pub fn init(&mut self, address: Ipv4Addr, on_link: bool, now: Instant) -> Result<Change, NotAdmitted> {
+        if self.may_join(address).is_none() {
+            return Err(NotAdmitted(address));
+        }
+        let change = self.begin();
+        let host = self.hosts.entry(address).or_insert(Host::UNKNOWN);
+        host.session = Session::Up;
+        host.on_link = on_link;
+        let until = now + AFTER_INIT;
+        for (&id, offer) in self.offers.iter_mut().filter(|(_, offer)| offer.key.address == address) {
+            let kept = self.farms[offer.key.farm].kept.contains(&address);
+            offer.state = match offer.state {
+                OfferState::Started if kept => OfferState::Adopted { until },
+                OfferState::Adopted { until: old } => OfferState::Adopted { until: old.min(until) },
+                OfferState::Started | OfferState::Stopped => OfferState::Stopped,
+            };
+            if offer.state == OfferState::Stopped {
+                self.ids.retire(id);
+            }
+        }
+        self.touch_host(address, change);
+        self.review_panic(now, change);
+        Ok(change)
+    }
+
+    /// START of one service (draft §5.6.1). Idempotent; another forwarding type than before counts for new flows only.
+    pub fn start(
+        &mut self,
+        address: Ipv4Addr,
+        forwarding: Forwarding,
+        protocol: u8,
+        port: u16,
+        now: Instant,
+    ) -> Result<Change, StartError> {
+        let host = self.hosts.get(&address).filter(|host| host.session == Session::Up).ok_or(StartError::NoSession)?;
+        let service = ServiceKey::new(protocol, port);
+        let (farm, index) = self.offered(address, service).ok_or(StartError::NotOffered(service))?;
+        if !self.config.farms[farm].forwarding.contains(&forwarding) {
+            return Err(StartError::NotAllowed(forwarding));
+        }
+        if !self.config.implemented.contains(&forwarding) {
+            return Err(StartError::Unsupported(forwarding));
+        }
+        if forwarding == Forwarding::Layer2 && !host.on_link {
+            return Err(StartError::NotOnLink);
+        }
+        let key = OfferKey { farm, address, service, forwarding };
+        let id = self.ids.assign(key)?;
+        let change = self.begin();
+        let joins = !self.services[index].members.iter().all(|member| member.id == id);
+        let new = Offer {
+            key,
+            service: index,
+            state: OfferState::Stopped,
+            alive: true,
+            health: Health::default(),
+            joined: None,
+        };
+        let offer = self.offers.entry(id).or_insert(new);
+        if offer.state == OfferState::Stopped {
+            offer.joined = joins.then_some(now);
+        }
+        offer.state = OfferState::Started;
+        self.stop_offers(address, |other, offer| other != id && offer.key.service == service);
+        self.touch_server(id, change);
+        self.touch_host(address, change);
+        Ok(change)
+    }
+
+    /// STOP of one service, whatever its forwarding type. Of something that was not started: nothing happens.
+    pub fn stop(&mut self, address: Ipv4Addr, protocol: u8, port: u16, _now: Instant) -> Change {
+        let change = self.begin();
+        let service = ServiceKey::new(protocol, port);
+        self.stop_offers(address, |_, offer| offer.key.service == service);
+        self.touch_host(address, change);
+        change
+    }
+
+    /// An answer to a query for the health index (draft §5.5.1) of one service; above 100 it is ignored.
+    pub fn health(&mut self, address: Ipv4Addr, protocol: u8, port: u16, index: u8, _now: Instant) -> Change {
+        let change = self.begin();
+        let service = ServiceKey::new(protocol, port);
+        let mut moved = false;
+        for offer in self.offers.values_mut() {
+            if offer.key.address == address && offer.key.service == service && offer.state != OfferState::Stopped {
+                moved |= offer.health.observe(index);
+            }
+        }
+        if moved {
+            self.touch_host(address, change);
+        }
+        change
+    }
+
+    /// The SE's session was closed, reset or found dead: no new flows; those that there are stay.
+    pub fn session_lost(&mut self, address: Ipv4Addr, now: Instant) -> Change {
+        let change = self.begin();
+        if let Some(host) = self.hosts.get_mut(&address).filter(|host| host.session == Session::Up) {
+            host.session = Session::Lost { since: now };
+            self.touch_host(address, change);
+            self.review_panic(now, change);
+            self.review_deaths(now, change);
+        }
+        change
+    }
+
+    /// The next hop of an address is known, perhaps again, perhaps another one.
+    pub fn host_reachable(&mut self, address: Ipv4Addr, hop: Hop, _now: Instant) -> Change {
+        let change = self.begin();
+        if self.may_join(address).is_some() || self.hosts.contains_key(&address) {
+            let host = self.hosts.entry(address).or_insert(Host::UNKNOWN);
+            if host.hop != Some(hop) || host.gone.is_some() {
+                (host.hop, host.gone, host.known) = (Some(hop), None, true);
+                self.touch_host(address, change);
+            }
+        }
+        change
+    }
+
+    /// The next hop of an address is not known for now; that says nothing about the host's life.
+    pub fn host_unreachable(&mut self, address: Ipv4Addr, _now: Instant) -> Change {
+        let change = self.begin();
+        if let Some(host) = self.hosts.get_mut(&address) {
+            (host.hop, host.gone) = (None, None);
+            self.touch_host(address, change);
+            self.forget_host(address);
+        }
+        change
+    }
+
+    /// The neighbour entry of an address is FAILED: no new flows; with its session lost too, the host is gone.
+    pub fn host_gone(&mut self, address: Ipv4Addr, now: Instant) -> Change {
+        let change = self.begin();
+        if let Some(host) = self.hosts.get_mut(&address)
+            && host.gone.is_none()
+        {
+            host.gone = Some(now);
+            self.touch_host(address, change);
+            self.review_deaths(now, change);
+            self.forget_host(address);
+        }
+        change
+    }
+
+    /// Hosts whose neighbour entries matter: those with a session or with an id that may have flows.
+    pub fn hosts(&self) -> impl Iterator<Item = Ipv4Addr> + '_ {
+        let used = |address: &Ipv4Addr| self.offers.values().any(|offer| offer.alive && offer.key.address == *address);
+        self.hosts.iter().filter(move |(address, host)| host.session == Session::Up || used(address)).map(|(a, _)| *a)
+    }
+
+    /// The id of an SE's offer, if it has one that is not dead.
+    pub fn id_of(&self, key: &OfferKey) -> Option<u32> {
+        self.ids.get(key)
+    }
+
+    /// Whether flows may go to this id.
+    pub fn is_alive(&self, id: u32) -> bool {
+        id == abi::DIRECT || self.offers.get(&id).is_some_and(|offer| offer.alive)
+    }
+
+    /// The next thing to tell the operator.
+    pub fn poll_notice(&mut self) -> Option<Notice> {
+        self.notices.pop_front()
+    }
+
+    pub(super) fn notice(&mut self, notice: Notice) {
+        if self.notices.len() == NOTICES {
+            self.notices.pop_front();
+        }
+        self.notices.push_back(notice);
+    }
+
+    pub(super) fn begin(&mut self) -> Change {
+        self.change.0 += 1;
+        self.change
+    }
+
+    /// The farm and the service's index, if the configuration offers it to this SE.
+    fn offered(&self, address: Ipv4Addr, service: ServiceKey) -> Option<(usize, usize)> {
+        let admits = |placed: &PlacedService| placed.key == service && self.config.farms[placed.farm].admits(address);
+        let index = self.layout.services.iter().position(admits)?;
+        Some((self.layout.services[index].farm, index))
+    }
+
+    fn stop_offers(&mut self, address: Ipv4Addr, which: impl Fn(u32, &Offer) -> bool) {
+        for (&id, offer) in self.offers.iter_mut() {
+            if offer.key.address == address && offer.alive && which(id, offer) {
+                offer.state = OfferState::Stopped;
+                self.ids.retire(id);
+            }
+        }
+    }
+
+    /// A server's record may have to change.
+    pub(super) fn touch_server(&mut self, id: u32, change: Change) {
+        let changes = self.dirty_servers.entry(id).or_default();
+        if changes.last() != Some(&change) {
+            changes.push(change);
+        }
+    }
+
+    /// All that a host's state decides may have to change.
+    pub(super) fn touch_host(&mut self, address: Ipv4Addr, change: Change) {
+        let offers = self.offers.iter().filter(|(_, offer)| offer.key.address == address);
+        let touched: Vec<(u32, usize)> = offers.map(|(&id, offer)| (id, offer.service)).collect();
+        for (id, service) in touched {
+            self.touch_server(id, change);
+            self.services[service].touch(change);
+        }
+    }
+
+    pub(super) fn forget_host(&mut self, address: Ipv4Addr) {
+        let used = self.offers.values().any(|offer| offer.key.address == address);
+        if !used && self.hosts.get(&address).is_some_and(|host| host.session != Session::Up && !host.reachable()) {
+            self.hosts.remove(&address);
+        }
+    }
+
+    /// New flows may go to this offer, as far as its SE is concerned.
+    pub(super) fn serves(&self, offer: &Offer) -> bool {
+        let address = &offer.key.address;
+        let up = || self.hosts.get(address).is_some_and(|host| host.session == Session::Up);
+        offer.alive
+            && match offer.state {
+                OfferState::Started => up() || self.farms[offer.key.farm].kept.contains(address),
+                OfferState::Adopted { .. } => true,
+                OfferState::Stopped => false,
+            }
+    }
+
+    /// Its weight in the slot table; 0: it is not in it.
+    pub(super) fn weight_of(&self, offer: &Offer, now: Instant) -> u32 {
+        let address = &offer.key.address;
+        if !self.serves(offer) || !self.hosts.get(address).is_some_and(|host| host.known) {
+            return 0;
+        }
+        let capacity = self.config.farms[offer.key.farm].capacity_of(*address);
+        weight::weight(offer.health.level(), capacity, offer.joined, self.config.slow_start, now)
+    }
+}
+
+impl ServiceState {
+    pub(super) fn new(placed: &PlacedService) -> Self {
+        Self {
+            members: Vec::new(),
+            owners: vec![abi::NONE; placed.size as usize].into(),
+            served: false,
+            fresh: true,
+            dirty: false,
+            unwritten: true,
+            changes: Vec::new(),
+        }
+    }
+
+    pub(super) fn touch(&mut self, change: Change) {
+        self.dirty = true;
+        if self.changes.last() != Some(&change) {
+            self.changes.push(change);
+        }
+    }
+}

@@ -1,0 +1,382 @@
+//! What the cluster is configured with, as plain values; the configuration file is somebody else's.
+
+use std::{collections::BTreeMap, fmt, net::Ipv4Addr, time::Duration};
+
+use ipnet::Ipv4Net;
+use necp_ebpf::{abi, packet::protocol};
+
+/// What a client asks for at a VIP.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct ServiceKey {
+    /// IP protocol, not 0.
+    pub protocol: u8,
+    /// Destination port (host byte order); 0 exactly for protocols other than TCP and UDP.
+    pub port: u16,
+}
+
+impl ServiceKey {
+    /// From START's or STOP's fields (draft §5.6.1): the port has no meaning unless TCP or UDP.
+    pub const fn new(protocol: u8, port: u16) -> Self {
+        Self { protocol, port: if matches!(protocol, protocol::TCP | protocol::UDP) { port } else { 0 } }
+    }
+}
+
+impl fmt::Display for ServiceKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.protocol {
+            protocol::TCP => write!(f, "tcp/{}", self.port),
+            protocol::UDP => write!(f, "udp/{}", self.port),
+            other => write!(f, "ip/{other}"),
+        }
+    }
+}
+
+/// How packets get to a server (draft §5.6.1).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[repr(u8)]
+pub enum Forwarding {
+    /// Unchanged, to its MAC address.
+    Layer2 = 1,
+    /// Unchanged, inside GRE.
+    Gre = 2,
+    /// Addressed to it.
+    Layer3 = 3,
+}
+
+impl Forwarding {
+    /// From START's data0; none if the draft knows no such type.
+    pub const fn from_wire(value: u32) -> Option<Self> {
+        match value {
+            1 => Some(Self::Layer2),
+            2 => Some(Self::Gre),
+            3 => Some(Self::Layer3),
+            _ => None,
+        }
+    }
+
+    /// Its name in configuration and status.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Layer2 => "l2",
+            Self::Gre => "gre",
+            Self::Layer3 => "l3",
+        }
+    }
+}
+
+/// One farm.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct FarmConfig {
+    /// Its name, unique.
+    pub name: String,
+    /// The VIPs; all offer all services.
+    pub vips: Vec<Ipv4Addr>,
+    /// What may be served.
+    pub services: Vec<ServiceKey>,
+    /// What forwarding types servers may ask for.
+    pub forwarding: Vec<Forwarding>,
+    /// Who may join.
+    pub servers: Vec<Ipv4Net>,
+    /// Slots of each service's table; a prime.
+    pub table_size: u32,
+    /// How long after its session was lost a server keeps its flows while its host is not known to be gone.
+    pub orphan_time: Duration,
+    /// How long a TCP flow may be silent (RFC 5382: at least 2 h 4 min).
+    pub tcp_idle: Duration,
+    /// How long flows of other protocols may be silent.
+    pub udp_idle: Duration,
+    /// Flows of protocols other than TCP are recorded; false: consistent hashing alone places every packet.
+    pub udp_tracking: bool,
+    /// Seed of the flow hash; none: derived from the name.
+    pub hash_seed: Option<u64>,
+    /// Capacity by server, in thousandths; 1000 for those not named, at most 1,000,000.
+    pub capacity: BTreeMap<Ipv4Addr, u32>,
+}
+
+impl FarmConfig {
+    /// A farm with default times and sizes; without VIPs, services and servers.
+    pub fn new(name: impl Into<String>) -> Self {
+        Self {
+            name: name.into(),
+            vips: Vec::new(),
+            services: Vec::new(),
+            forwarding: vec![Forwarding::Layer2, Forwarding::Gre, Forwarding::Layer3],
+            servers: Vec::new(),
+            table_size: 65_537,
+            orphan_time: Duration::from_secs(300),
+            tcp_idle: Duration::from_secs(2 * 3600 + 4 * 60),
+            udp_idle: Duration::from_secs(180),
+            udp_tracking: true,
+            hash_seed: None,
+            capacity: BTreeMap::new(),
+        }
+    }
+
+    /// The seed in force.
+    pub fn seed(&self) -> u64 {
+        self.hash_seed.unwrap_or_else(|| super::stable::hash_bytes(self.name.as_bytes()))
+    }
+
+    /// Whether this address may join.
+    pub fn admits(&self, address: Ipv4Addr) -> bool {
+        self.servers.iter().any(|prefix| prefix.contains(&address))
+    }
+
+    /// Capacity of a server, in thousandths.
+    pub fn capacity_of(&self, address: Ipv4Addr) -> u32 {
+        self.capacity.get(&address).copied().unwrap_or(super::weight::CAPACITY_ONE)
+    }
+}
+
+/// All of it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ClusterConfig {
+    /// The farms, in the order of the file.
+    pub farms: Vec<FarmConfig>,
+    /// Interval of keepalives: losses within one interval count as one event (the panic rule).
+    pub keepalive: Duration,
+    /// After a restart, how long adopted offers serve while their SE stays away.
+    pub grace: Duration,
+    /// How long a server that joins others takes to its full weight; zero: no slow start.
+    pub slow_start: Duration,
+    /// How long a closing TCP flow may be silent.
+    pub closing: Duration,
+    /// How long a SYN may go unanswered.
+    pub half_open: Duration,
+    /// Capacity of the map `slots`.
+    pub slots: u32,
+    /// Capacity of the map `servers`.
+    pub servers: u32,
+    /// Forwarding types that the packet path has.
+    pub implemented: Vec<Forwarding>,
+}
+
+impl Default for ClusterConfig {
+    fn default() -> Self {
+        Self {
+            farms: Vec::new(),
+            keepalive: Duration::from_secs(5),
+            grace: Duration::from_secs(60),
+            slow_start: Duration::from_secs(10),
+            closing: Duration::from_secs(120),
+            half_open: Duration::from_secs(60),
+            slots: abi::DEFAULT_SLOTS,
+            servers: abi::MAX_SERVERS,
+            implemented: vec![Forwarding::Layer2],
+        }
+    }
+}
+
+/// Why a configuration cannot be.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ConfigError {
+    /// Two farms of one name.
+    #[error("two farms are named {0:?}: give each a name of its own")]
+    FarmName(String),
+    /// A time of less than a second, or more than a hundred days.
+    #[error("{what} = {value:?} of {farm:?}: must be between 1 second and 100 days")]
+    Time {
+        /// The farm's name; empty for what all farms share.
+        farm: String,
+        /// The key.
+        what: &'static str,
+        /// Its value.
+        value: Duration,
+    },
+    /// Not a prime, or too large.
+    #[error("table_size = {size} of farm {farm:?}: must be a prime between 3 and 1048573 (the default is 65537)")]
+    TableSize {
+        /// The farm's name.
+        farm: String,
+        /// Its value.
+        size: u32,
+    },
+    /// A capacity beyond [`CAPACITY_MAX`](super::weight::CAPACITY_MAX).
+    #[error("capacity of {address} in farm {farm:?}: must be at most 1000")]
+    Capacity {
+        /// The farm's name.
+        farm: String,
+        /// The server.
+        address: Ipv4Addr,
+    },
+    /// Protocol 0, or TCP or UDP with port 0, or another protocol with a port.
+    #[error(
+        "service {service} of farm {farm:?}: TCP and UDP need a port, other protocols have none, protocol 0 is none"
+    )]
+    Service {
+        /// The farm's name.
+        farm: String,
+        /// The service.
+        service: ServiceKey,
+    },
+    /// Two farms, or one twice, claim the same service at the same address.
+    #[error("{service} at {vip} is claimed twice, by farm {first:?} and farm {second:?}: give one of them another VIP")]
+    Claimed {
+        /// The VIP.
+        vip: Ipv4Addr,
+        /// The service.
+        service: ServiceKey,
+        /// One farm.
+        first: String,
+        /// The other.
+        second: String,
+    },
+    /// START names no farm (draft §5.6.1), so this would be ambiguous.
+    #[error(
+        "servers in {prefix} may join both farm {first:?} and farm {second:?} for {service}, and START names no farm: make `servers` of the two disjoint"
+    )]
+    Ambiguous {
+        /// The narrower of the overlapping prefixes.
+        prefix: Ipv4Net,
+        /// The service.
+        service: ServiceKey,
+        /// One farm.
+        first: String,
+        /// The other.
+        second: String,
+    },
+    /// A bucket of the service table is full.
+    #[error("{service} at {vip} finds no place in the service table: use another VIP or port, or fewer of them")]
+    BucketFull {
+        /// The VIP.
+        vip: Ipv4Addr,
+        /// The service.
+        service: ServiceKey,
+    },
+    /// Too many entries for their ids.
+    #[error("more than 32767 pairs of VIP and service: use fewer")]
+    TooManyServices,
+    /// The map `slots` is too small.
+    #[error("the slot tables need {needed} slots and there are {capacity}: lower table_size, or make the map larger")]
+    Slots {
+        /// What all tables need together.
+        needed: u64,
+        /// What there is.
+        capacity: u32,
+    },
+}
+
+/// Slots that the tables of these farms need together.
+pub fn slots_needed(farms: &[FarmConfig]) -> u64 {
+    farms.iter().map(|farm| farm.services.len() as u64 * u64::from(farm.table_size)).sum()
+}
+
+impl ClusterConfig {
+    /// Checks what can be checked without the maps.
+    pub fn validate(&self) -> Result<(), ConfigError> {
+        for (what, value) in [("closing", self.closing), ("half_open", self.half_open)] {
+            check_time("", what, value)?;
+        }
+        for (index, farm) in self.farms.iter().enumerate() {
+            if self.farms[..index].iter().any(|other| other.name == farm.name) {
+                return Err(ConfigError::FarmName(farm.name.clone()));
+            }
+            farm.validate()?;
+            for other in &self.farms[..index] {
+                unambiguous(other, farm)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+impl FarmConfig {
+    fn validate(&self) -> Result<(), ConfigError> {
+        let farm = || self.name.clone();
+        for (what, value) in
+            [("orphan_time", self.orphan_time), ("tcp_idle", self.tcp_idle), ("udp_idle", self.udp_idle)]
+        {
+            check_time(&self.name, what, value)?;
+        }
+        if self.table_size < 3 || self.table_size > abi::DEFAULT_SLOTS || !is_prime(self.table_size) {
+            return Err(ConfigError::TableSize { farm: farm(), size: self.table_size });
+        }
+        for (&address, &capacity) in &self.capacity {
+            if capacity > super::weight::CAPACITY_MAX {
+                return Err(ConfigError::Capacity { farm: farm(), address });
+            }
+        }
+        for &service in &self.services {
+            let has_port = matches!(service.protocol, protocol::TCP | protocol::UDP);
+            if service.protocol == 0 || has_port != (service.port != 0) {
+                return Err(ConfigError::Service { farm: farm(), service });
+            }
+        }
+        Ok(())
+    }
+}
+
+fn check_time(farm: &str, what: &'static str, value: Duration) -> Result<(), ConfigError> {
+    if (Duration::from_secs(1)..=Duration::from_secs(100 * 86_400)).contains(&value) {
+        return Ok(());
+    }
+    Err(ConfigError::Time { farm: farm.to_owned(), what, value })
+}
+
+fn unambiguous(first: &FarmConfig, second: &FarmConfig) -> Result<(), ConfigError> {
+    let Some(&service) = first.services.iter().find(|service| second.services.contains(service)) else {
+        return Ok(());
+    };
+    for a in &first.servers {
+        for b in &second.servers {
+            if a.contains(b) || b.contains(a) {
+                let prefix = if a.contains(b) { *b } else { *a };
+                let (first, second) = (first.name.clone(), second.name.clone());
+                return Err(ConfigError::Ambiguous { prefix, service, first, second });
+            }
+        }
+    }
+    Ok(())
+}
+
+fn is_prime(number: u32) -> bool {
+    number > 1 && (2..).take_while(|d| d * d <= number).all(|d| !number.is_multiple_of(d))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn farm(name: &str, prefix: &str) -> FarmConfig {
+        let mut farm = FarmConfig::new(name);
+        farm.vips = vec![Ipv4Addr::new(192, 0, 2, 10)];
+        farm.services = vec![ServiceKey::new(protocol::TCP, 80)];
+        farm.servers = vec![prefix.parse().expect("a prefix")];
+        farm
+    }
+
+    fn check(farms: Vec<FarmConfig>) -> Result<(), ConfigError> {
+        ClusterConfig { farms, ..ClusterConfig::default() }.validate()
+    }
+
+    #[test]
+    fn an_address_that_two_farms_admit_for_a_service_is_an_error() {
+        let mut other = farm("b", "10.0.0.128/25");
+        assert!(matches!(check(vec![farm("a", "10.0.0.0/24"), other.clone()]), Err(ConfigError::Ambiguous { .. })));
+        other.services = vec![ServiceKey::new(protocol::TCP, 81)];
+        assert_eq!(check(vec![farm("a", "10.0.0.0/24"), other]), Ok(()));
+        assert_eq!(check(vec![farm("a", "10.0.0.0/24"), farm("b", "10.0.1.0/24")]), Ok(()));
+    }
+
+    #[test]
+    fn what_cannot_be_is_named() {
+        let good = || farm("a", "10.0.0.0/24");
+        assert_eq!(check(vec![good(), good()]), Err(ConfigError::FarmName("a".into())));
+        let even = FarmConfig { table_size: 65_536, ..good() };
+        assert!(matches!(check(vec![even]), Err(ConfigError::TableSize { size: 65_536, .. })));
+        let hasty = FarmConfig { udp_idle: Duration::from_millis(10), ..good() };
+        assert!(matches!(check(vec![hasty]), Err(ConfigError::Time { what: "udp_idle", .. })));
+        let portless = FarmConfig { services: vec![ServiceKey { protocol: 6, port: 0 }], ..good() };
+        assert!(matches!(check(vec![portless]), Err(ConfigError::Service { .. })));
+        let strong = FarmConfig { capacity: [(Ipv4Addr::LOCALHOST, 1_000_001)].into(), ..good() };
+        assert!(matches!(check(vec![strong]), Err(ConfigError::Capacity { .. })));
+    }
+
+    #[test]
+    fn seeds_come_from_the_name_unless_configured() {
+        let farm = FarmConfig::new("web");
+        assert_eq!(farm.seed(), FarmConfig::new("web").seed());
+        assert_ne!(farm.seed(), FarmConfig::new("api").seed());
+        assert_eq!(FarmConfig { hash_seed: Some(7), ..farm }.seed(), 7);
+    }
+}

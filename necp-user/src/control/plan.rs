@@ -1,0 +1,419 @@
+//! Desired − installed: what has to be written, in the order in which the packet path can bear it.
+
+use std::{
+    collections::BTreeSet,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use necp_ebpf::{
+    abi::{self, DIRECT, FIRST_SERVER, NONE, Server},
+    host::View,
+    slot::SlotWord,
+    tables::{NextHop, Tables},
+};
+
+use super::{
+    cluster::{Change, Cluster},
+    slots::{self, Member},
+};
+
+/// Writes that bring the maps up to [`Plan::change`]. Each names the changes that wait for it.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Plan {
+    /// The last input that it takes into account.
+    pub change: Change,
+    /// Written first: no slot may name a server without a record, nor be moved away from one that still accepts flows.
+    pub servers: Vec<ServerWrite>,
+    /// Then the slots.
+    pub tables: Vec<TableWrite>,
+    /// Last the entries that lead to them.
+    pub services: Vec<ServiceWrite>,
+}
+
+/// A server's record.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ServerWrite {
+    /// The server id.
+    pub id: u32,
+    /// What it should say.
+    pub server: Server,
+    /// Who waits for it.
+    pub changes: Vec<Change>,
+}
+
+/// The slots of one service.
+#[derive(Clone, Debug, PartialEq)]
+pub struct TableWrite {
+    /// Index in [`Layout::services`](super::layout::Layout::services).
+    pub service: usize,
+    /// Its first slot.
+    pub base: u32,
+    /// The owners wanted.
+    pub owners: Arc<[u32]>,
+    /// What becomes of the old ones.
+    pub kind: TableKind,
+    /// Who waits for it.
+    pub changes: Vec<Change>,
+}
+
+/// What a change of owner means.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum TableKind {
+    /// The region was nobody's: what stands there means nothing.
+    Fresh,
+    /// Flows of the old owner stay with it.
+    Moved,
+    /// The service never asks its slots where an old flow is: all its flows are on record, or none.
+    Stateless,
+}
+
+/// An entry of the service table.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ServiceWrite {
+    /// Bucket of the service table.
+    pub bucket: u32,
+    /// Entry in the bucket.
+    pub entry: usize,
+    /// What it should say; the default: nothing.
+    pub service: abi::Service,
+    /// The table that it leads to; none for an entry that goes.
+    pub table: Option<usize>,
+}
+
+/// A write that could not be made; it stays pending.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum WriteError {
+    /// The map `servers` has no such id.
+    #[error("server id {0} is beyond the map `servers`")]
+    Server(u32),
+    /// The map `slots` has no such slot.
+    #[error("slot {0} is beyond the map `slots`")]
+    Slot(u32),
+    /// A slot kept changing.
+    #[error("slot {0} could not be changed: it changed all the time")]
+    Busy(u32),
+    /// The table names a server whose record could not be written.
+    #[error("the slots of service number {0} were not moved: a server's record is missing")]
+    Waits(usize),
+    /// The service table has no such entry.
+    #[error("bucket {0} is beyond the map `services`")]
+    Service(u32),
+}
+
+/// What came of a plan.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Applied {
+    /// All changes up to this one are in the maps, but for those in `failed`.
+    pub through: Change,
+    /// Changes that wait for a write that failed.
+    pub failed: BTreeSet<Change>,
+    /// The failed writes.
+    pub errors: Vec<WriteError>,
+    /// Slots whose owner changed.
+    pub slots_moved: usize,
+    /// Server records and service entries written.
+    pub records_written: usize,
+    failed_servers: BTreeSet<u32>,
+    failed_tables: BTreeSet<usize>,
+    failed_entries: bool,
+}
+
+/// What user space remembers of the slots: since when each has its legacy.
+#[derive(Debug)]
+pub struct Ledger {
+    epoch: Instant,
+    legacy_since: Vec<u32>,
+}
+
+/// Attempts at one slot; the packet path changes a slot only by setting one bit.
+const ATTEMPTS: u32 = 64;
+
+impl Ledger {
+    /// For a map of this many slots; times count from `epoch` on.
+    pub(super) fn new(slots: u32, epoch: Instant) -> Self {
+        Self { epoch, legacy_since: vec![0; slots as usize] }
+    }
+
+    /// Notes that a slot has its legacy from now on.
+    pub(super) fn set(&mut self, slot: u32, now: Instant) {
+        let seconds = now.saturating_duration_since(self.epoch).as_secs().min(u64::from(u32::MAX)) as u32;
+        if let Some(since) = self.legacy_since.get_mut(slot as usize) {
+            *since = seconds;
+        }
+    }
+
+    /// When a slot's legacy was set, never earlier than it was.
+    pub(super) fn since(&self, slot: u32) -> Instant {
+        let seconds = self.legacy_since.get(slot as usize).copied().unwrap_or(0);
+        self.epoch + Duration::from_secs(u64::from(seconds) + 1)
+    }
+}
+
+impl Plan {
+    /// Nothing to write.
+    pub fn is_empty(&self) -> bool {
+        self.servers.is_empty() && self.tables.is_empty() && self.services.is_empty()
+    }
+
+    /// Writes it all; what fails is left out and told. Must not run at the same time as another one or a collector's step.
+    pub fn apply(&self, view: &View<'_>, ledger: &mut Ledger, now: Instant) -> Applied {
+        let mut applied = Applied { through: self.change, ..Applied::default() };
+        for write in &self.servers {
+            match write.apply(view) {
+                Ok(written) => applied.records_written += usize::from(written),
+                Err(error) => applied.fail_server(write, error),
+            }
+        }
+        for write in self.services.iter().filter(|write| write.table.is_none()) {
+            applied.entry(write, view);
+        }
+        for write in &self.tables {
+            if write.owners.iter().any(|owner| applied.failed_servers.contains(owner)) {
+                applied.fail_table(write, WriteError::Waits(write.service));
+                continue;
+            }
+            match write.apply(view, ledger, now) {
+                Ok(moved) => applied.slots_moved += moved,
+                Err(error) => applied.fail_table(write, error),
+            }
+        }
+        for write in &self.services {
+            match write.table {
+                Some(table) if applied.failed_tables.contains(&table) => applied.failed_entries = true,
+                Some(_) => applied.entry(write, view),
+                None => {}
+            }
+        }
+        applied
+    }
+}
+
+impl ServerWrite {
+    fn apply(&self, view: &View<'_>) -> Result<bool, WriteError> {
+        let old = view.server(self.id).ok_or(WriteError::Server(self.id))?;
+        let new = self.server;
+        if old == new {
+            return Ok(false);
+        }
+        let same_offer = Server { mac: new.mac, flags: new.flags, port: new.port, ..old } == new;
+        let written = if same_offer {
+            view.set_next_hop(self.id, NextHop::new(new.mac, new.flags, new.port))
+        } else {
+            view.set_server(self.id, &new)
+        };
+        if written { Ok(true) } else { Err(WriteError::Server(self.id)) }
+    }
+}
+
+impl TableWrite {
+    /// Returns how many slots changed owner.
+    fn apply(&self, view: &View<'_>, ledger: &mut Ledger, now: Instant) -> Result<usize, WriteError> {
+        let mut moved = 0;
+        for (index, &owner) in (self.base..).zip(self.owners.iter()) {
+            let slot = view.slots().get(index as usize).ok_or(WriteError::Slot(index))?;
+            if self.kind == TableKind::Fresh {
+                slot.store(SlotWord::plain(owner).0);
+                moved += 1;
+                continue;
+            }
+            let mut old = SlotWord(slot.load());
+            let mut attempts = 0..ATTEMPTS;
+            while old.owner() != owner {
+                attempts.next().ok_or(WriteError::Busy(index))?;
+                let new = self.moved(old, owner, view);
+                let found = SlotWord(slot.compare_exchange(old.0, new.0));
+                if found == old {
+                    moved += 1;
+                    if new.legacy() != old.legacy() && new.legacy() != NONE {
+                        ledger.set(index, now);
+                    }
+                    break;
+                }
+                old = found;
+            }
+        }
+        Ok(moved)
+    }
+
+    fn moved(&self, old: SlotWord, owner: u32, view: &View<'_>) -> SlotWord {
+        if self.kind == TableKind::Stateless {
+            return old.moved_to(owner, |_| false).with_legacy(NONE);
+        }
+        let alive = |id| id == DIRECT || view.next_hop(id).is_some_and(NextHop::is_alive);
+        old.moved_to(owner, alive)
+    }
+}
+
+impl Applied {
+    fn fail_server(&mut self, write: &ServerWrite, error: WriteError) {
+        self.failed.extend(&write.changes);
+        self.failed_servers.insert(write.id);
+        self.errors.push(error);
+    }
+
+    fn fail_table(&mut self, write: &TableWrite, error: WriteError) {
+        self.failed.extend(&write.changes);
+        self.failed_tables.insert(write.service);
+        self.errors.push(error);
+    }
+
+    fn entry(&mut self, write: &ServiceWrite, view: &View<'_>) {
+        let old = view.services(write.bucket).and_then(|bucket| bucket.entries.get(write.entry).copied());
+        if old == Some(write.service) {
+            return;
+        }
+        if old.is_some() && view.set_service(write.bucket, write.entry, &write.service) {
+            self.records_written += 1;
+        } else {
+            self.failed_entries = true;
+            self.errors.push(WriteError::Service(write.bucket));
+        }
+    }
+
+    /// Whether a change is in the maps; none: it has not been tried yet.
+    pub fn outcome(&self, change: Change) -> Option<bool> {
+        (change <= self.through).then(|| !self.failed.contains(&change))
+    }
+}
+
+impl Cluster {
+    /// What has to be written now. Does what is due first, as [`Cluster::tick`].
+    pub fn plan(&mut self, now: Instant) -> Plan {
+        self.tick(now);
+        for index in 0..self.services.len() {
+            if std::mem::take(&mut self.services[index].dirty) {
+                self.recompute(index, now);
+            }
+        }
+        let servers = self.dirty_servers.iter().map(|(&id, changes)| ServerWrite {
+            id,
+            server: self.server_record(id),
+            changes: changes.clone(),
+        });
+        let servers = servers.collect();
+        let unwritten = self.services.iter().enumerate().filter(|(_, service)| service.unwritten);
+        let tables = unwritten.map(|(index, _)| self.table_write(index)).collect();
+        let services = if self.dirty_entries { self.service_writes() } else { Vec::new() };
+        // A table that did not change keeps nobody waiting.
+        for service in self.services.iter_mut().filter(|service| !service.unwritten) {
+            service.changes.clear();
+        }
+        Plan { change: self.change, servers, tables, services }
+    }
+
+    /// Takes note of what [`Plan::apply`] has done; must follow it before the next input.
+    pub fn applied(&mut self, applied: &Applied) {
+        self.dirty_servers.retain(|id, changes| {
+            changes.clear();
+            applied.failed_servers.contains(id)
+        });
+        for (index, service) in self.services.iter_mut().enumerate() {
+            service.changes.clear();
+            service.unwritten = applied.failed_tables.contains(&index);
+            service.fresh &= service.unwritten;
+        }
+        self.dirty_entries = applied.failed_entries;
+    }
+
+    /// Plans, applies and takes note.
+    pub fn sync(&mut self, view: &View<'_>, now: Instant) -> Applied {
+        let plan = self.plan(now);
+        let applied = plan.apply(view, &mut self.ledger, now);
+        self.applied(&applied);
+        applied
+    }
+
+    /// For [`Plan::apply`].
+    pub fn ledger_mut(&mut self) -> &mut Ledger {
+        &mut self.ledger
+    }
+
+    /// Writes that failed and are being retried.
+    pub(super) fn pending_writes(&self) -> usize {
+        let tables = self.services.iter().filter(|service| service.unwritten).count();
+        self.dirty_servers.len() + tables + usize::from(self.dirty_entries)
+    }
+
+    /// What a server's record should say.
+    pub(super) fn server_record(&self, id: u32) -> Server {
+        let Some(offer) = self.offers.get(&id) else {
+            return self.strangers.get(&id).copied().unwrap_or_default();
+        };
+        let host = self.hosts.get(&offer.key.address);
+        let hop = host.and_then(|host| host.hop);
+        let takes_flows = self.serves(offer)
+            && offer.health.level() > 0
+            && self.config.farms[offer.key.farm].capacity_of(offer.key.address) > 0;
+        let flag = |set: bool, flag: u8| if set { flag } else { 0 };
+        let flags = flag(offer.alive, abi::ALIVE)
+            | flag(takes_flows, abi::ACCEPTS)
+            | flag(host.is_some_and(|host| host.reachable()), abi::REACHABLE);
+        Server {
+            mac: hop.map_or([0; 6], |hop| hop.mac),
+            flags,
+            port: hop.map_or(0, |hop| hop.port),
+            address: offer.key.address.to_ipv6_mapped().octets(),
+            farm: offer.key.farm as u16,
+            service_port: offer.key.service.port,
+            protocol: offer.key.service.protocol,
+            forwarding: offer.key.forwarding as u8,
+            reserved: 0,
+        }
+    }
+
+    /// The slot table that a service should have.
+    fn recompute(&mut self, index: usize, now: Instant) {
+        let offers = self.offers.iter().filter(|(_, offer)| offer.service == index);
+        let members = offers.map(|(&id, offer)| Member {
+            id,
+            identity: super::stable::identity(offer.key.address, offer.key.service.protocol, offer.key.service.port),
+            weight: self.weight_of(offer, now),
+        });
+        let members: Vec<Member> = members.filter(|member| member.weight > 0).collect();
+        let size = self.layout.services[index].size;
+        let service = &mut self.services[index];
+        if members == service.members && !(members.is_empty() && service.served) {
+            return;
+        }
+        let nobody = if service.served { DIRECT } else { NONE };
+        let owners = match members.is_empty() {
+            true => vec![nobody; size as usize],
+            false => slots::table(&members, size),
+        };
+        service.served |= !members.is_empty();
+        service.members = members;
+        if service.owners[..] != owners[..] {
+            service.owners = owners.into();
+            service.unwritten = true;
+        }
+    }
+
+    fn table_write(&self, index: usize) -> TableWrite {
+        let (service, placed) = (&self.services[index], &self.layout.services[index]);
+        let kind = match (service.fresh, placed.flags) {
+            (true, _) => TableKind::Fresh,
+            (false, 0) => TableKind::Moved,
+            (false, _) => TableKind::Stateless,
+        };
+        let owners = service.owners.clone();
+        debug_assert!(owners.iter().all(|&owner| owner < FIRST_SERVER || self.offers.contains_key(&owner)));
+        TableWrite { service: index, base: placed.base, owners, kind, changes: service.changes.clone() }
+    }
+
+    fn service_writes(&self) -> Vec<ServiceWrite> {
+        let gone = self.layout.stale.iter().map(|&(bucket, entry)| ServiceWrite {
+            bucket,
+            entry,
+            service: abi::Service::default(),
+            table: None,
+        });
+        let wanted = self.layout.frontends.iter().map(|frontend| ServiceWrite {
+            bucket: frontend.bucket,
+            entry: frontend.entry,
+            service: self.layout.entry(&self.config, frontend),
+            table: Some(frontend.service),
+        });
+        gone.chain(wanted).collect()
+    }
+}

@@ -1,0 +1,157 @@
+//! What `necp status` shows of the cluster; packets are somebody else's to add.
+
+use std::net::Ipv4Addr;
+
+use super::{
+    cluster::{Cluster, OfferState, Session},
+    config::{Forwarding, ServiceKey},
+};
+
+/// Everything at one moment.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ClusterStatus {
+    /// In the order of the configuration.
+    pub farms: Vec<FarmStatus>,
+    /// Writes to the maps that failed and are being retried.
+    pub pending: usize,
+}
+
+/// One farm.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct FarmStatus {
+    /// Its name.
+    pub name: String,
+    /// Its VIPs.
+    pub vips: Vec<Ipv4Addr>,
+    /// Most of its servers were lost at once: they are kept in the slot tables.
+    pub alarm: bool,
+    /// In the order of the configuration.
+    pub services: Vec<ServiceStatus>,
+}
+
+/// One service.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ServiceStatus {
+    /// The service.
+    pub key: ServiceKey,
+    /// Number of its slots.
+    pub slots: u32,
+    /// By address, then id.
+    pub servers: Vec<ServerStatus>,
+}
+
+/// One server id.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ServerStatus {
+    /// The server id.
+    pub id: u32,
+    /// The SE.
+    pub address: Ipv4Addr,
+    /// Its forwarding type.
+    pub forwarding: Forwarding,
+    /// What it is doing.
+    pub state: ServerState,
+    /// Its next hop is known.
+    pub reachable: bool,
+    /// Its last health index, 0–100; none before the first answer.
+    pub health: Option<u8>,
+    /// Its weight; 0 if it gets no new flows.
+    pub weight: u32,
+    /// Slots it owns.
+    pub slots: u32,
+}
+
+/// What a server is doing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum ServerState {
+    /// Started.
+    Up,
+    /// From before a restart: it serves, its SE has not come back yet.
+    Adopted,
+    /// Its session is lost; its flows stay.
+    Lost,
+    /// Its session is lost, with those of most others at once: it goes on serving.
+    Kept,
+    /// Stopped, or replaced by another forwarding type; flows of it may be left.
+    Draining,
+    /// Stopped, and the last collection found no flow of it.
+    Stopped,
+    /// Its host is gone, or it stayed away for too long; its flows were given up.
+    Dead,
+}
+
+impl ServerState {
+    /// Its name in `necp status`.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Up => "up",
+            Self::Adopted => "adopted",
+            Self::Lost => "lost",
+            Self::Kept => "kept",
+            Self::Draining => "draining",
+            Self::Stopped => "stopped",
+            Self::Dead => "dead",
+        }
+    }
+}
+
+impl Cluster {
+    /// What there is now.
+    pub fn snapshot(&self) -> ClusterStatus {
+        let farms = (0..self.config.farms.len()).map(|farm| self.farm_status(farm)).collect();
+        ClusterStatus { farms, pending: self.pending_writes() }
+    }
+
+    fn farm_status(&self, index: usize) -> FarmStatus {
+        let farm = &self.config.farms[index];
+        let services = self.layout.services.iter().enumerate().filter(|(_, service)| service.farm == index);
+        FarmStatus {
+            name: farm.name.clone(),
+            vips: farm.vips.clone(),
+            alarm: !self.farms[index].kept.is_empty(),
+            services: services
+                .map(|(service, placed)| ServiceStatus {
+                    key: placed.key,
+                    slots: placed.size,
+                    servers: self.server_statuses(service),
+                })
+                .collect(),
+        }
+    }
+
+    fn server_statuses(&self, service: usize) -> Vec<ServerStatus> {
+        let mut slots = std::collections::BTreeMap::<u32, u32>::new();
+        for &owner in self.services[service].owners.iter() {
+            *slots.entry(owner).or_default() += 1;
+        }
+        let offers = self.offers.iter().filter(|(_, offer)| offer.service == service);
+        let mut servers: Vec<ServerStatus> = offers
+            .map(|(&id, offer)| ServerStatus {
+                id,
+                address: offer.key.address,
+                forwarding: offer.key.forwarding,
+                state: self.server_state(id),
+                reachable: self.hosts.get(&offer.key.address).is_some_and(|host| host.reachable()),
+                health: offer.health.index(),
+                weight: self.services[service].members.iter().find(|m| m.id == id).map_or(0, |m| m.weight),
+                slots: slots.get(&id).copied().unwrap_or(0),
+            })
+            .collect();
+        servers.sort_by_key(|server| (server.address, server.id));
+        servers
+    }
+
+    fn server_state(&self, id: u32) -> ServerState {
+        let offer = &self.offers[&id];
+        let up = self.hosts.get(&offer.key.address).is_some_and(|host| matches!(host.session, Session::Up));
+        match offer.state {
+            _ if !offer.alive => ServerState::Dead,
+            OfferState::Started if up => ServerState::Up,
+            OfferState::Started if self.farms[offer.key.farm].kept.contains(&offer.key.address) => ServerState::Kept,
+            OfferState::Started => ServerState::Lost,
+            OfferState::Adopted { .. } => ServerState::Adopted,
+            OfferState::Stopped if self.ids.may_be_named(id) => ServerState::Draining,
+            OfferState::Stopped => ServerState::Stopped,
+        }
+    }
+}
