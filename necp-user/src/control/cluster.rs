@@ -506,3 +506,6 @@ impl ServiceState {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

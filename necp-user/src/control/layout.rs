@@ -228,3 +228,6 @@ fn key_word(vip: Ipv4Addr, key: ServiceKey) -> u64 {
     let [e, f] = key.port.to_be_bytes();
     u64::from_ne_bytes([a, b, c, d, e, f, key.protocol, 1])
 }
+
+#[cfg(test)]
+mod tests;

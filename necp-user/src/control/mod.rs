@@ -26,4 +26,6 @@ pub mod plan;
 pub mod slots;
 pub mod stable;
 pub mod status;
+#[cfg(test)]
+mod testbed;
 pub mod weight;

@@ -417,3 +417,6 @@ impl Cluster {
         gone.chain(wanted).collect()
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,145 @@
+//! Writes: few, in order, and none of them lost.
+
+use necp_ebpf::{
+    abi::{ACCEPTS, FIRST_SERVER},
+    host::Owned,
+    slot::TRACKED,
+};
+
+use super::{
+    super::{
+        config::{ClusterConfig, Forwarding},
+        testbed::{Bed, config, se},
+    },
+    *,
+};
+
+fn with_size(size: u32) -> ClusterConfig {
+    let mut config = config();
+    config.farms[0].table_size = size;
+    config.slots = 4 * size;
+    config
+}
+
+#[test]
+fn a_plan_writes_what_differs_and_no_more() {
+    let mut bed = Bed::with(with_size(251));
+    assert_eq!(bed.sync().records_written, 4, "two VIPs with two services each");
+    assert!(bed.cluster.plan(bed.now).is_empty());
+    bed.join(1);
+    bed.start(1);
+    let applied = bed.sync();
+    assert_eq!((applied.records_written, applied.slots_moved), (1, 251));
+    bed.join(2);
+    bed.start(2);
+    let before = bed.slots(0);
+    let applied = bed.sync();
+    let moved = bed.slots(0).iter().zip(&before).filter(|(a, b)| a.owner() != b.owner()).count();
+    assert_eq!((applied.records_written, applied.slots_moved), (1, moved));
+    assert!((125..=126).contains(&moved), "{moved} slots moved to the second of two equals");
+    bed.health(2, 97);
+    assert!(bed.cluster.plan(bed.now).is_empty());
+}
+
+#[test]
+fn several_inputs_make_one_plan_and_what_comes_to_nothing_writes_nothing() {
+    let mut bed = Bed::new();
+    bed.serve(1);
+    bed.join(2);
+    let started = bed.start(2);
+    let stopped = bed.cluster.stop(se(2), 6, 80, bed.now);
+    let applied = bed.sync();
+    assert_eq!(applied.slots_moved, 0);
+    assert_eq!((applied.outcome(started), applied.outcome(stopped)), (Some(true), Some(true)));
+    assert_eq!(applied.outcome(bed.cluster.stop(se(2), 6, 80, bed.now)), None, "not tried yet");
+}
+
+#[test]
+fn services_of_one_farm_share_slots_among_vips_and_have_ids_of_their_own() {
+    let mut bed = Bed::new();
+    bed.serve(1);
+    let entries: Vec<abi::Service> = (0..abi::SERVICE_BUCKETS)
+        .flat_map(|bucket| bed.view.services(bucket).expect("a bucket").entries)
+        .filter(|service| service.state == 1)
+        .collect();
+    assert_eq!(entries.len(), 4);
+    let ids: BTreeSet<u16> = entries.iter().map(|service| service.id & !abi::UDP_CLASS).collect();
+    assert_eq!(ids.len(), 4);
+    for service in &entries {
+        let udp = service.protocol == 17;
+        assert_eq!((service.id & abi::UDP_CLASS != 0, service.flags), (udp, u16::from(udp) * abi::ALWAYS_TRACKED));
+        assert_eq!(service.slots_base, if udp { 11 } else { 0 });
+        assert_eq!(service.seed, bed.cluster.config().farms[0].seed());
+    }
+}
+
+#[test]
+fn the_record_is_there_before_the_slots_and_a_stop_before_they_move() {
+    let mut bed = Bed::new();
+    bed.join(1);
+    bed.start(1);
+    let plan = bed.cluster.plan(bed.now);
+    let first = plan.servers[0].id;
+    assert_eq!((first, plan.servers[0].server.flags & ACCEPTS), (FIRST_SERVER, ACCEPTS));
+    // The slots are refused, and yet the record has been written.
+    let short = Box::leak(Box::new(Owned::new(5, 32, 64))).view();
+    let applied = plan.apply(&short, bed.cluster.ledger_mut(), bed.now);
+    assert_eq!(applied.errors, [WriteError::Slot(5), WriteError::Slot(11)]);
+    assert_eq!(short.server(first), Some(plan.servers[0].server));
+    assert!((0..abi::SERVICE_BUCKETS).all(|bucket| short.services(bucket) == Some(Default::default())), "entries last");
+    bed.cluster.applied(&applied);
+    bed.cluster.stop(se(1), 6, 80, bed.now);
+    let applied = bed.cluster.sync(&short, bed.now);
+    assert!(!applied.errors.is_empty());
+    assert_eq!(short.server(first).map(|server| server.flags & ACCEPTS), Some(0));
+}
+
+#[test]
+fn what_failed_is_told_stays_pending_and_is_tried_again() {
+    let mut bed = Bed::new();
+    let small = Box::leak(Box::new(Owned::new(64, 3, 64))).view();
+    bed.join(1);
+    bed.join(2);
+    let (first, second) = (bed.start(1), bed.start(2));
+    let applied = bed.cluster.sync(&small, bed.now);
+    assert_eq!(applied.errors[0], WriteError::Server(3));
+    assert_eq!(applied.outcome(second), Some(false));
+    assert_eq!(applied.outcome(first), Some(false), "the table that both are in names a server without a record");
+    assert!(small.slots().iter().all(|slot| slot.load() == 0));
+    assert!(bed.cluster.snapshot().pending > 0);
+    let later = bed.cluster.stop(se(2), 6, 80, bed.now);
+    let applied = bed.cluster.sync(&small, bed.now);
+    assert_eq!(applied.outcome(later), Some(false), "its record is still missing");
+    let unrelated = bed.cluster.host_unreachable(se(9), bed.now);
+    let applied = bed.sync();
+    assert_eq!(applied.outcome(unrelated), Some(true));
+    assert_eq!(bed.cluster.snapshot().pending, 0, "with room for it all is well");
+    assert_eq!(bed.owned(FIRST_SERVER), 11);
+}
+
+#[test]
+fn the_packet_path_may_set_tracked_at_any_time() {
+    let mut bed = Bed::new();
+    let first = bed.serve(1);
+    bed.view.slots().iter().for_each(|slot| slot.set_bits(TRACKED));
+    let second = bed.serve(2);
+    for slot in bed.slots(0) {
+        assert!(slot.is_tracked());
+        assert_eq!(slot.legacy(), if slot.owner() == second { first } else { NONE });
+    }
+}
+
+#[test]
+fn slots_of_services_whose_flows_are_all_on_record_have_no_legacy() {
+    let mut bed = Bed::new();
+    for number in [1, 2] {
+        bed.join(number);
+        bed.cluster.start(se(number), Forwarding::Layer2, 17, 53, bed.now).expect("it may start udp/53");
+        bed.sync();
+    }
+    assert!(bed.slots(1).iter().all(|slot| slot.is_plain() && slot.owner() >= FIRST_SERVER));
+    let servers: Vec<u32> = (1..40).map(|client| bed.udp(client)).collect();
+    bed.cluster.stop(se(1), 17, 53, bed.now);
+    bed.sync();
+    assert_eq!((1..40).map(|client| bed.udp(client)).collect::<Vec<_>>(), servers, "no flow moves");
+}
