@@ -1,0 +1,195 @@
+//! The network element's configuration: `necp ne --config FILE`.
+//!
+//! ```toml
+//! interfaces = ["eth0"]
+//! listen = ["0.0.0.0:3262"]
+//!
+//! [[farm]]
+//! name = "web"
+//! vips = ["192.0.2.10"]
+//! services = ["tcp/80", "tcp/443"]
+//! forwarding = ["l2"]
+//! servers = ["10.0.0.0/24"]
+//! auth = "none"
+//! ```
+
+mod check;
+mod file;
+#[cfg(test)]
+mod tests;
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::net::{Ipv4Addr, SocketAddrV4};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use ipnet::Ipv4Net;
+use thiserror::Error;
+
+use super::strict::{self, FileError, Mistake};
+use crate::necp::{Forwarding, ServiceKey};
+
+/// Where maps, program and links are pinned unless `pin` says otherwise.
+pub const PIN: &str = "/sys/fs/bpf/necp";
+/// Where the daemon answers `necp status` unless `socket` says otherwise.
+pub const SOCKET: &str = "/run/necp/ne.sock";
+
+/// What a network element is told; every value was checked.
+#[derive(Debug, Clone, PartialEq)]
+pub struct NeConfig {
+    /// Names of the interfaces that the packet path runs on; whether they exist is found out at start.
+    pub interfaces: Vec<String>,
+    /// Where server elements connect to; `0.0.0.0:3262` by default.
+    pub listen: Vec<SocketAddrV4>,
+    /// The directory of pinned maps, one per instance; [`PIN`] by default.
+    pub pin: PathBuf,
+    /// The Unix socket of `necp status`; [`SOCKET`] by default.
+    pub socket: PathBuf,
+    /// How the program is attached.
+    pub mode: Mode,
+    /// Whether the daemon puts the VIPs on this host, announces them and takes them away; true by default.
+    pub manage_vips: bool,
+    /// Time between two KEEPALIVEs (draft §5.5), 0.05 s to 1 h; 5 s by default.
+    pub keepalive: Duration,
+    /// After a restart: how long the offers of servers that have not come back serve on; 60 s by default.
+    pub grace: Duration,
+    /// The farms, in the order of the file.
+    pub farms: Vec<FarmConfig>,
+    /// What is legal but will surprise, to be logged.
+    pub notes: Vec<Mistake>,
+}
+
+/// One farm: servers behind one or more virtual addresses.
+#[derive(Debug, Clone, PartialEq)]
+pub struct FarmConfig {
+    /// Its name, unique.
+    pub name: String,
+    /// The virtual addresses.
+    pub vips: Vec<Ipv4Addr>,
+    /// What may be started on each of them.
+    pub services: Vec<ServiceKey>,
+    /// What servers may ask for and this build can do.
+    pub forwarding: Vec<Forwarding>,
+    /// Who may join. No other farm admits any of these for any of the same services.
+    pub servers: Vec<Ipv4Net>,
+    /// Slots per service, a prime; 65,537 by default.
+    pub table_size: u32,
+    /// How long flows of a lost server are kept when its host is not known to be gone; 300 s by default.
+    pub orphan_time: Duration,
+    /// Idle time of TCP flows on record; 7440 s by default (RFC 5382 §5).
+    pub tcp_idle: Duration,
+    /// Idle time of UDP flows on record; 180 s by default.
+    pub udp_idle: Duration,
+    /// Whether UDP flows are recorded; true by default. If not, every datagram goes where the slot table says.
+    pub udp_tracking: bool,
+    /// Whether this farm's servers may install exceptions for all of its servers (§5.7); false by default.
+    pub global_exceptions: bool,
+    /// Seed of the flow hash: the same on every NE that shares this farm's traffic. If none, it comes from the name.
+    pub hash_seed: Option<u64>,
+    /// Relative capacity of servers, 0.01 to 1000; 1 for those that are not named.
+    pub capacity: BTreeMap<Ipv4Addr, f64>,
+}
+
+/// How the program is attached to interfaces.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Mode {
+    /// In the driver, or not at all.
+    Native,
+    /// In the kernel's own stack: on every driver, slower.
+    Generic,
+    /// Native, else generic, and the log says which.
+    #[default]
+    Auto,
+}
+
+/// Why a configuration is not used. Each line is `FILE:LINE:COLUMN: what to do`.
+#[derive(Debug, Error)]
+pub enum ConfigError {
+    /// It cannot be read, is no TOML, has an unknown key or a value of a wrong type.
+    #[error(transparent)]
+    File(#[from] FileError),
+    /// Values that make no sense, all of them.
+    #[error("{}", lines(path, mistakes))]
+    Mistakes {
+        /// The file that was read.
+        path: PathBuf,
+        /// At least one, in the order of the file's sections.
+        mistakes: Vec<Mistake>,
+    },
+}
+
+impl NeConfig {
+    /// Reads and checks a file.
+    ///
+    /// # Errors
+    /// See [`ConfigError`].
+    pub fn read(path: &Path) -> Result<Self, ConfigError> {
+        let text = std::fs::read_to_string(path).map_err(|source| FileError::Read { path: path.into(), source })?;
+        Self::parse(&text).map_err(|mut mistakes| match mistakes.len() {
+            1 => FileError::Mistake { path: path.into(), mistake: mistakes.remove(0) }.into(),
+            _ => ConfigError::Mistakes { path: path.into(), mistakes },
+        })
+    }
+
+    /// Reads and checks a text.
+    ///
+    /// # Errors
+    /// The first mistake of form, else all those of content.
+    pub fn parse(text: &str) -> Result<Self, Vec<Mistake>> {
+        let file = strict::parse(text).map_err(|mistake| vec![mistake])?;
+        check::check(text, file)
+    }
+
+    /// Index of the first farm that admits this address, if any does: only those may join.
+    pub fn admits(&self, address: Ipv4Addr) -> Option<usize> {
+        self.farms.iter().position(|farm| farm.admits(address))
+    }
+
+    /// Slots that the tables of all services take together; a service has one table, however many addresses it is on.
+    pub fn slots(&self) -> u32 {
+        self.farms.iter().map(|farm| farm.table_size * farm.services.len() as u32).sum()
+    }
+}
+
+impl FarmConfig {
+    /// Whether a server of this address may join.
+    pub fn admits(&self, address: Ipv4Addr) -> bool {
+        self.servers.iter().any(|net| net.contains(&address))
+    }
+}
+
+impl fmt::Display for Mode {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Self::Native => "native",
+            Self::Generic => "generic",
+            Self::Auto => "auto",
+        })
+    }
+}
+
+/// One line, as `necp ne --check` prints it: `web: 192.0.2.10 tcp/80 by l2, servers 10.0.0.0/24, …`.
+impl fmt::Display for FarmConfig {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "{}: {} on {} by {}, servers {}, {} slots per service, auth none",
+            self.name,
+            list(&self.services),
+            list(&self.vips),
+            list(&self.forwarding),
+            list(&self.servers),
+            self.table_size
+        )
+    }
+}
+
+fn list<T: fmt::Display>(items: &[T]) -> String {
+    items.iter().map(T::to_string).collect::<Vec<_>>().join(" ")
+}
+
+fn lines(path: &Path, mistakes: &[Mistake]) -> String {
+    let line = |mistake| format!("{}:{mistake}", path.display());
+    mistakes.iter().map(line).collect::<Vec<_>>().join("\n")
+}

@@ -1,0 +1,137 @@
+//! The file as it is written: which keys there are. What the values may be is `check`'s.
+
+use std::collections::BTreeMap;
+use std::net::{Ipv4Addr, SocketAddrV4};
+use std::path::PathBuf;
+use std::str::FromStr;
+
+use ipnet::Ipv4Net;
+use serde::Deserialize;
+use toml::Spanned;
+
+use super::Mode;
+use crate::config::strict::{Text, nearest};
+use crate::necp::{Forwarding, PORT, ServiceKey};
+
+/// Any number; whole ones need no point.
+pub(super) type Number = Spanned<f64>;
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct File {
+    pub(super) interfaces: Spanned<Vec<Spanned<String>>>,
+    pub(super) listen: Option<Spanned<Vec<Spanned<Text<Listen>>>>>,
+    pub(super) pin: Option<Spanned<PathBuf>>,
+    pub(super) socket: Option<Spanned<PathBuf>>,
+    pub(super) mode: Option<Text<Mode>>,
+    pub(super) manage_vips: Option<bool>,
+    pub(super) keepalive: Option<Number>,
+    pub(super) grace: Option<Number>,
+    #[serde(default)]
+    pub(super) farm: Vec<Spanned<Farm>>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Farm {
+    pub(super) name: Spanned<String>,
+    pub(super) vips: Spanned<Vec<Spanned<Text<Vip>>>>,
+    pub(super) services: Spanned<Vec<Spanned<Text<ServiceKey>>>>,
+    pub(super) forwarding: Spanned<Vec<Spanned<Text<Forwarding>>>>,
+    pub(super) servers: Spanned<Vec<Spanned<Text<Prefix>>>>,
+    pub(super) auth: Option<Spanned<String>>,
+    pub(super) key_file: Option<Spanned<PathBuf>>,
+    pub(super) keys: Option<Spanned<BTreeMap<String, PathBuf>>>,
+    pub(super) table_size: Option<Spanned<i64>>,
+    pub(super) orphan_time: Option<Number>,
+    pub(super) tcp_idle: Option<Number>,
+    pub(super) udp_idle: Option<Number>,
+    pub(super) udp_tracking: Option<bool>,
+    pub(super) global_exceptions: Option<Spanned<bool>>,
+    pub(super) hash_seed: Option<Spanned<i64>>,
+    pub(super) capacity: Option<BTreeMap<Spanned<String>, Number>>,
+}
+
+/// `ADDRESS` or `ADDRESS:PORT`.
+pub(super) struct Listen(pub(super) SocketAddrV4);
+
+impl FromStr for Listen {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let address = text.parse().or_else(|_| text.parse().map(|address| SocketAddrV4::new(address, PORT)));
+        match address {
+            Ok(address) if address.port() != 0 => Ok(Self(address)),
+            _ if is_ipv6(text) => Err(not_ipv6(text)),
+            _ => Err(format!("`{text}` is no address to listen on; write ADDRESS:PORT, such as 0.0.0.0:{PORT}")),
+        }
+    }
+}
+
+/// An address that clients may connect to.
+pub(super) struct Vip(pub(super) Ipv4Addr);
+
+impl FromStr for Vip {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let no_host = |vip: &Ipv4Addr| {
+            vip.is_unspecified()
+                || vip.is_loopback()
+                || vip.is_multicast()
+                || vip.octets()[0] == 0
+                || vip.octets()[0] >= 240
+        };
+        match text.parse::<Ipv4Addr>() {
+            Ok(vip) if no_host(&vip) => {
+                Err(format!("`{text}` cannot be a virtual address; write an address that clients connect to"))
+            }
+            Ok(vip) => Ok(Self(vip)),
+            Err(_) if is_ipv6(text) => Err(not_ipv6(text)),
+            Err(_) => Err(format!(
+                "`{text}` is no IPv4 address; write a virtual address such as 192.0.2.10, without a prefix length"
+            )),
+        }
+    }
+}
+
+/// `PREFIX/LENGTH` or one address.
+pub(super) struct Prefix(pub(super) Ipv4Net);
+
+impl FromStr for Prefix {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text.parse::<Ipv4Net>().or_else(|_| text.parse::<Ipv4Addr>().map(Ipv4Net::from)) {
+            Ok(net) if net.trunc() == net => Ok(Self(net)),
+            Ok(net) => Err(format!(
+                "`{text}` has host bits set; write {} (or {}/32 for that one server)",
+                net.trunc(),
+                net.addr()
+            )),
+            Err(_) if is_ipv6(text) => Err(not_ipv6(text)),
+            Err(_) => Err(format!("`{text}` is no IPv4 prefix; write who may join as 10.0.0.0/24 or 10.0.0.11")),
+        }
+    }
+}
+
+impl FromStr for Mode {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let modes = [Self::Native, Self::Generic, Self::Auto];
+        modes.into_iter().find(|mode| mode.to_string() == text).ok_or_else(|| {
+            let near = nearest(text, ["native", "generic", "auto"]);
+            let hint = near.map_or(String::new(), |near| format!(" (did you mean {near}?)"));
+            format!("`{text}` is no mode; write \"native\", \"generic\" or \"auto\"{hint}")
+        })
+    }
+}
+
+fn is_ipv6(text: &str) -> bool {
+    text.matches(':').count() > 1
+}
+
+fn not_ipv6(text: &str) -> String {
+    format!("`{text}`: IPv6 is not built yet; write an IPv4 address")
+}

@@ -1,0 +1,225 @@
+//! A good file, and every mistake with its place and text.
+
+use super::*;
+
+const GOOD: &str = r#"interfaces = ["eth0"]
+listen = ["0.0.0.0:3262"]
+
+[[farm]]
+name = "web"
+vips = ["192.0.2.10"]
+services = ["tcp/80", "tcp/443", "udp/443"]
+forwarding = ["l2", "gre", "l3"]      # what servers may ask for
+servers = ["10.0.0.0/24"]             # who may join
+auth = "none"
+"#;
+
+/// The mistakes in GOOD after a replacement, which must hit.
+fn mistakes(from: &str, to: &str) -> Vec<String> {
+    assert!(GOOD.contains(from), "{from:?} is not in the text");
+    let changed = GOOD.replacen(from, to, 1);
+    NeConfig::parse(&changed).expect_err(&changed).iter().map(Mistake::to_string).collect()
+}
+
+/// GOOD with more keys of the farm.
+fn with(keys: &str) -> Vec<String> {
+    mistakes("auth = \"none\"\n", &format!("auth = \"none\"\n{keys}\n"))
+}
+
+fn only(found: Vec<String>, expected: &str) {
+    assert_eq!(found, [expected]);
+}
+
+#[test]
+fn the_example_is_read_with_its_defaults() {
+    let config = NeConfig::parse(GOOD).expect("no mistake in it");
+    assert_eq!(config.interfaces, ["eth0"]);
+    assert_eq!(config.listen, ["0.0.0.0:3262".parse().expect("an address")]);
+    assert_eq!((config.pin.as_path(), config.socket.as_path()), (Path::new(PIN), Path::new(SOCKET)));
+    assert_eq!((config.mode, config.manage_vips), (Mode::Auto, true));
+    assert_eq!((config.keepalive, config.grace), (Duration::from_secs(5), Duration::from_secs(60)));
+    let farm = &config.farms[0];
+    assert_eq!((farm.table_size, farm.udp_tracking, farm.global_exceptions), (65_537, true, false));
+    assert_eq!(farm.forwarding, [Forwarding::L2], "what this build can do");
+    assert_eq!((farm.tcp_idle.as_secs(), farm.udp_idle.as_secs(), farm.orphan_time.as_secs()), (7440, 180, 300));
+    assert_eq!(config.admits(Ipv4Addr::new(10, 0, 0, 11)), Some(0));
+    assert_eq!(config.admits(Ipv4Addr::new(10, 0, 1, 11)), None);
+    assert_eq!(config.slots(), 3 * 65_537);
+    let notes: Vec<String> = config.notes.iter().map(Mistake::to_string).collect();
+    only(notes, "8:14: gre l3 is not built yet: a server of farm `web` that asks for it gets a failed unit");
+    assert_eq!(
+        farm.to_string(),
+        "web: tcp/80 tcp/443 udp/443 on 192.0.2.10 by l2, servers 10.0.0.0/24, 65537 slots per service, auth none"
+    );
+}
+
+#[test]
+fn every_optional_key_is_read() {
+    let top = "interfaces = [\"eth0\", \"eth1\"]\nlisten = [\"10.0.0.1\", \"10.0.1.1:4000\"]\npin = \"/sys/fs/bpf/b\"\n\
+               socket = \"/run/b.sock\"\nmode = \"native\"\nmanage_vips = false\nkeepalive = 1\ngrace = 2.5\n";
+    let text = GOOD.split_once("[[farm]]").map(|(_, farm)| format!("{top}[[farm]]{farm}")).expect("a farm")
+        + "table_size = 251\norphan_time = 10\ntcp_idle = 60\nudp_idle = 1.5\nudp_tracking = false\n\
+           global_exceptions = false\nhash_seed = 7\ncapacity = { \"10.0.0.11\" = 2 }\n";
+    let config = NeConfig::parse(&text).expect("no mistake in it");
+    assert_eq!(config.listen.iter().map(ToString::to_string).collect::<Vec<_>>(), ["10.0.0.1:3262", "10.0.1.1:4000"]);
+    assert_eq!((config.mode, config.manage_vips), (Mode::Native, false));
+    assert_eq!((config.keepalive.as_millis(), config.grace.as_millis()), (1000, 2500));
+    let farm = &config.farms[0];
+    assert_eq!((farm.table_size, farm.hash_seed, farm.udp_tracking), (251, Some(7), false));
+    assert_eq!(farm.capacity, BTreeMap::from([(Ipv4Addr::new(10, 0, 0, 11), 2.0)]));
+    assert_eq!(farm.udp_idle.as_millis(), 1500);
+}
+
+#[test]
+fn unknown_keys_name_their_line_and_the_nearest_key() {
+    only(mistakes("listen =", "listn ="), "2:1: unknown key `listn`; did you mean `listen`?");
+    only(with("tablesize = 251"), "11:1: unknown key `tablesize`; did you mean `table_size`?");
+}
+
+#[test]
+fn the_top_is_checked() {
+    only(
+        mistakes("[\"eth0\"]", "[]"),
+        "1:14: no interface; write the one that clients' packets come in by, such as interfaces = [\"eth0\"]",
+    );
+    only(mistakes("\"eth0\"", "\"eth0\", \"eth0\""), "1:23: interface `eth0` is listed twice; write it once");
+    only(mistakes("eth0", "a/b"), "1:15: `a/b` is no interface name; `ip link` lists what there is");
+    only(
+        mistakes("eth0", "a234567890123456"),
+        "1:15: `a234567890123456` is no interface name; `ip link` lists what there is",
+    );
+    only(
+        mistakes("0.0.0.0:3262", "eth0:3262"),
+        "2:11: `eth0:3262` is no address to listen on; write ADDRESS:PORT, such as 0.0.0.0:3262",
+    );
+    only(mistakes("0.0.0.0:3262", "[::]:3262"), "2:11: `[::]:3262`: IPv6 is not built yet; write an IPv4 address");
+    only(
+        mistakes("\"0.0.0.0:3262\"", "\"0.0.0.0\", \"10.0.0.1\""),
+        "2:22: 10.0.0.1:3262 is already listened on by 0.0.0.0:3262; write only one of them",
+    );
+    let top = |line: &str| mistakes("\n\n[[farm]]", &format!("\n{line}\n[[farm]]"));
+    only(
+        top("mode = \"nativ\""),
+        "3:8: `nativ` is no mode; write \"native\", \"generic\" or \"auto\" (did you mean native?)",
+    );
+    only(top("keepalive = 0"), "3:13: `keepalive` is 0 s; write a number of seconds from 0.05 to 3600 (default 5)");
+    only(top("keepalive = nan"), "3:13: `keepalive` is NaN s; write a number of seconds from 0.05 to 3600 (default 5)");
+    only(top("grace = -1"), "3:9: `grace` is -1 s; write a number of seconds from 0 to 86400 (default 60)");
+    only(top("pin = \"necp\""), "3:7: `pin` must be an absolute path, such as /sys/fs/bpf/necp");
+    let long = top(&format!("socket = \"/{}\"", "x".repeat(110)));
+    only(long, "3:10: the path of a Unix socket has at most 107 bytes; write a shorter one, such as /run/necp/ne.sock");
+    let bare = NeConfig::parse("interfaces = [\"eth0\"]").expect_err("no farm");
+    assert!(bare[0].message.starts_with("there is no farm; write a section [[farm]]"), "{bare:?}");
+}
+
+#[test]
+fn a_farm_is_checked() {
+    only(mistakes("\"web\"", "\"a b\""), "5:8: `a b` is no farm name; write 1 to 32 letters, digits, `-`, `_` or `.`");
+    only(
+        mistakes("192.0.2.10", "192.0.2.10/32"),
+        "6:9: `192.0.2.10/32` is no IPv4 address; write a virtual address such as 192.0.2.10, without a prefix length",
+    );
+    only(mistakes("192.0.2.10", "2001:db8::1"), "6:9: `2001:db8::1`: IPv6 is not built yet; write an IPv4 address");
+    only(
+        mistakes("192.0.2.10", "127.0.0.1"),
+        "6:9: `127.0.0.1` cannot be a virtual address; write an address that clients connect to",
+    );
+    only(
+        mistakes("\"192.0.2.10\"", "\"192.0.2.10\", \"192.0.2.10\""),
+        "6:23: VIP 192.0.2.10 is listed twice; write it once",
+    );
+    only(
+        mistakes("[\"192.0.2.10\"]", "[]"),
+        "6:8: `vips` is empty; write the address that clients connect to, such as vips = [\"192.0.2.10\"]",
+    );
+    assert!(mistakes("tcp/80", "tpc/80")[0].starts_with("7:13: `tpc/80` is no service; write tcp/PORT or udp/PORT"));
+    only(mistakes("tcp/80", "47"), "7:13: protocol 47: only TCP and UDP are built yet; write tcp/PORT or udp/PORT");
+    only(mistakes("\"l2\"", "\"l4\""), "8:15: `l4` is no forwarding type; write l2, gre or l3");
+    only(mistakes("\"l2\", ", ""), "8:14: gre l3 is not built yet, so no server of farm `web` could start; add \"l2\"");
+    only(
+        mistakes("10.0.0.0/24", "10.0.0.1/24"),
+        "9:12: `10.0.0.1/24` has host bits set; write 10.0.0.0/24 (or 10.0.0.1/32 for that one server)",
+    );
+    only(
+        mistakes("10.0.0.0/24", "web1"),
+        "9:12: `web1` is no IPv4 prefix; write who may join as 10.0.0.0/24 or 10.0.0.11",
+    );
+    only(
+        mistakes("udp/443", "tcp/3262"),
+        "7:12: tcp/3262 on 192.0.2.10 is where this NE itself listens for servers; take it out of `services`, or listen on another port",
+    );
+}
+
+#[test]
+fn a_farms_options_are_checked() {
+    only(
+        with("table_size = 65536"),
+        "11:14: `table_size` must be a prime, and 65536 is none; write 65537 (default 65537)",
+    );
+    only(with("table_size = 2"), "11:14: `table_size` is 2; write a prime from 3 to 1048573 (default 65537)");
+    only(with("udp_idle = 0"), "11:12: `udp_idle` is 0 s; write a number of seconds from 1 to 8640000 (default 180)");
+    assert!(with("hash_seed = -1")[0].starts_with("11:13: `hash_seed` must not be negative; write"));
+    only(
+        with("capacity = { \"10.0.1.1\" = 2 }"),
+        "11:14: 10.0.1.1 has a capacity but may not join; add it to `servers`, or take it away here",
+    );
+    only(
+        with("capacity = { \"10.0.0.1\" = 0 }"),
+        "11:27: the capacity of 10.0.0.1 is 0; write a number from 0.01 to 1000 (1 = an ordinary server)",
+    );
+    assert!(with("capacity = { web = 1 }")[0].starts_with("11:14: `web` is no IPv4 address"));
+}
+
+#[test]
+fn authentication_is_never_silently_absent() {
+    let not_built =
+        "authentication is not built yet; write auth = \"none\" and admit only prefixes that you trust in `servers`";
+    only(mistakes("auth = \"none\"", "key_file = \"/etc/necp/web.key\""), &format!("10:12: {not_built}"));
+    only(mistakes("auth = \"none\"", "keys = { \"10.0.0.11\" = \"/etc/necp/11.key\" }"), &format!("10:8: {not_built}"));
+    only(mistakes("auth = \"none\"", "auth = \"hmac\""), &format!("10:8: auth = \"hmac\": {not_built}"));
+    only(with("key_file = \"/etc/necp/web.key\""), &format!("11:12: {not_built}"));
+    only(
+        mistakes("auth = \"none\"", ""),
+        "5:8: farm `web` does not say how its servers prove who they are; write auth = \"none\"",
+    );
+}
+
+#[test]
+fn two_farms_may_not_claim_the_same() {
+    let two = |vip: &str, services: &str, servers: &str| {
+        let more = format!(
+            "{GOOD}[[farm]]\nname = \"b\"\nvips = [\"{vip}\"]\nservices = [\"{services}\"]\nforwarding = [\"l2\"]\n\
+             servers = [\"{servers}\"]\nauth = \"none\"\n"
+        );
+        NeConfig::parse(&more).map_err(|mistakes| mistakes.iter().map(Mistake::to_string).collect::<Vec<_>>())
+    };
+    only(
+        two("192.0.2.11", "tcp/443", "10.0.0.128/25").expect_err("overlap"),
+        "16:12: farms `web` and `b` would both admit 10.0.0.128/25 for tcp/443, and START names no farm; give them disjoint `servers` or different `services`",
+    );
+    only(
+        two("192.0.2.10", "tcp/80", "10.0.1.0/24").expect_err("one VIP twice"),
+        "13:9: tcp/80 on VIP 192.0.2.10 belongs to farm `web` already; give `b` another VIP or other services",
+    );
+    assert!(two("192.0.2.10", "tcp/81", "10.0.0.0/24").is_ok(), "other services may share both");
+    only(
+        mistakes(
+            "auth = \"none\"\n",
+            "auth = \"none\"\n[[farm]]\nname = \"web\"\nvips = [\"192.0.2.11\"]\nservices = [\"tcp/22\"]\nforwarding = [\"l2\"]\nservers = [\"10.0.1.0/24\"]\nauth = \"none\"\n",
+        ),
+        "12:8: two farms are named `web`; give each its own name",
+    );
+}
+
+#[test]
+fn all_mistakes_are_shown_at_once() {
+    let text = GOOD.replace("\"none\"", "\"hmac\"").replace("[\"eth0\"]", "[]");
+    let directory = tempfile::tempdir().expect("a directory");
+    let path = directory.path().join("ne.toml");
+    std::fs::write(&path, text).expect("written");
+    let error = NeConfig::read(&path).expect_err("two mistakes").to_string();
+    let lines: Vec<&str> = error.lines().collect();
+    assert_eq!(lines.len(), 2, "{error}");
+    assert!(lines[0].starts_with(&format!("{}:1:14: ", path.display())), "{error}");
+    assert!(lines[1].starts_with(&format!("{}:10:8: ", path.display())), "{error}");
+}
