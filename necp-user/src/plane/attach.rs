@@ -141,17 +141,26 @@ pub(super) fn detach_others(pin: &Path, ports: &[LoadedPort]) -> Result<(), Plan
     Ok(())
 }
 
+/// Whether a link to an interface of this name is pinned.
+///
+/// # Errors
+/// If the pins cannot be read.
+pub fn attached(pin: &Path, interface: &str) -> Result<bool, PlaneError> {
+    Ok(links(pin)?.iter().any(|(name, _)| is_link_of(name, interface)))
+}
+
+fn is_link_of(name: &str, interface: &str) -> bool {
+    let prefix = format!("link-{}-", interface.replace('.', "_"));
+    let rest = name.strip_prefix(&prefix).and_then(|rest| rest.split_once('-'));
+    rest.is_some_and(|(index, _)| index.bytes().all(|b| b.is_ascii_digit()))
+}
+
 /// Takes the program off one interface, and the maps away with the last one; false if it was not there.
 ///
 /// # Errors
 /// If the pins cannot be read or removed.
 pub fn unload(pin: &Path, interface: &str) -> Result<bool, PlaneError> {
-    let prefix = format!("link-{}-", interface.replace('.', "_"));
-    let is_it = |name: &str| {
-        let rest = name.strip_prefix(&prefix).and_then(|rest| rest.split_once('-'));
-        rest.is_some_and(|(index, _)| index.bytes().all(|b| b.is_ascii_digit()))
-    };
-    let (mine, others): (Vec<_>, Vec<_>) = links(pin)?.into_iter().partition(|(name, _)| is_it(name));
+    let (mine, others): (Vec<_>, Vec<_>) = links(pin)?.into_iter().partition(|(name, _)| is_link_of(name, interface));
     for (_, path) in &mine {
         remove(path)?;
     }

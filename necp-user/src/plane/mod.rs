@@ -8,6 +8,7 @@ mod counters;
 pub mod host_address;
 mod load;
 mod memory;
+pub mod neighbours;
 #[cfg(test)]
 pub(crate) mod throwaway_netns;
 
@@ -20,7 +21,7 @@ use aya_log::EbpfLogger;
 use log::Log;
 use necp_ebpf::{abi::Layout, host::View};
 
-pub use attach::{AttachMode, AttachedMode, unload};
+pub use attach::{AttachMode, AttachedMode, attached, unload};
 
 /// The kernel program, as `build.rs` left it.
 pub static PROGRAM: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/necp"));

@@ -1,0 +1,268 @@
+//! The network element's daemon: `necp ne`.
+//!
+//! ```text
+//!  listener ──► peer (one task per connection) ──┐ inputs, bounded
+//!  admin socket ─────────────────────────────────┤
+//!                                                ▼
+//!  rtnetlink ──────── changes ───────────────► owner ──► cluster ──► plan ──► the maps
+//! ```
+
+pub mod hosts;
+pub mod input;
+pub mod listener;
+pub mod load;
+pub mod lock;
+pub mod owner;
+pub mod vips;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use anyhow::Context as _;
+use futures_util::Stream;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::mpsc;
+use tokio::task::JoinSet;
+
+use self::hosts::Hosts;
+use self::input::Input;
+use self::listener::Door;
+use self::lock::InstanceLock;
+use self::owner::Owner;
+use self::vips::Vips;
+use super::admin::AdminSocket;
+use crate::config::ne::{Mode, NeConfig};
+use crate::control::cluster::Cluster;
+use crate::control::config::{ClusterConfig, FarmConfig, Forwarding, ServiceKey};
+use crate::plane::neighbours::{Change, Neighbours};
+use crate::plane::{AttachMode, Plane, PlaneConfig};
+
+/// How long the network may take to be asked at the end.
+const GOODBYE: Duration = Duration::from_secs(3);
+
+/// `necp ne`: the network element, a layer-4 load balancer whose servers tell it what they serve.
+#[derive(Debug, Clone, clap::Args)]
+#[command(after_help = "\
+Example configuration:
+  interfaces = [\"eth0\"]
+
+  [[farm]]
+  name = \"web\"
+  vips = [\"192.0.2.10\"]
+  services = [\"tcp/80\", \"tcp/443\"]
+  forwarding = [\"l2\"]
+  servers = [\"10.0.0.0/24\"]
+  auth = \"none\"
+
+Examples:
+  necp ne --config /etc/necp/ne.toml --check
+  necp ne --config /etc/necp/ne.toml
+
+Signals: SIGTERM and SIGINT end the daemon and take the packet path away; SIGQUIT (or --leave) leaves it forwarding for
+the next daemon, as a crash does. RUST_LOG=debug logs more.")]
+pub struct Args {
+    /// The configuration
+    #[arg(long, value_name = "FILE")]
+    pub config: PathBuf,
+    /// Only check the configuration: print one line per farm and exit 0, or its mistakes and exit 1
+    #[arg(long)]
+    pub check: bool,
+    /// At the end, leave the packet path and the VIPs for the next daemon
+    #[arg(long)]
+    pub leave: bool,
+}
+
+/// Runs until a signal ends it.
+pub fn run(args: &Args) -> ExitCode {
+    let config = match NeConfig::read(&args.config) {
+        Ok(config) => config,
+        Err(error) => {
+            eprintln!("{error}");
+            return ExitCode::FAILURE;
+        }
+    };
+    if args.check {
+        return check(args, &config);
+    }
+    for note in &config.notes {
+        tracing::warn!("{}:{note}", args.config.display());
+    }
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
+    match runtime.context("starting tokio").and_then(|runtime| runtime.block_on(serve(config, args.leave))) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            tracing::error!("{error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn check(args: &Args, config: &NeConfig) -> ExitCode {
+    if let Err(error) = cluster_config(config).validate() {
+        eprintln!("{}: {error}", args.config.display());
+        return ExitCode::FAILURE;
+    }
+    for note in &config.notes {
+        eprintln!("{}:{note}", args.config.display());
+    }
+    for farm in &config.farms {
+        println!("{farm}");
+    }
+    ExitCode::SUCCESS
+}
+
+async fn serve(config: NeConfig, leave: bool) -> anyhow::Result<()> {
+    let config = Arc::new(config);
+    // Before anything is changed: signals, the lock, whatever can be in somebody else's hands.
+    let end = End::new(leave)?;
+    let _lock = InstanceLock::acquire(&config.pin)?;
+    let admin = AdminSocket::bind(&config.socket)
+        .with_context(|| format!("cannot listen on the admin socket {}", config.socket.display()))?;
+    let mut listeners = Vec::new();
+    for address in &config.listen {
+        let listener = listener::bind(*address).with_context(|| format!("cannot listen on {address}"))?;
+        listeners.push(listener);
+    }
+    let (mut owner, mut inputs, sender, mut changes, door) = start(&config).await?;
+
+    let mut tasks = JoinSet::new();
+    tasks.spawn(admin.serve(sender));
+    for listener in listeners {
+        tasks.spawn(Arc::clone(&door).serve(listener));
+    }
+    tracing::info!("listening on {}", list(&config.listen));
+    let leave = std::sync::atomic::AtomicBool::new(leave);
+    let stop = async { leave.store(end.wait().await, std::sync::atomic::Ordering::Relaxed) };
+    owner.run(&mut inputs, &mut changes, stop).await;
+    tasks.shutdown().await;
+    tracing::info!("all sessions are closed");
+    finish(owner, leave.into_inner()).await
+}
+
+type Started<C> = (Owner, mpsc::Receiver<Input>, mpsc::Sender<Input>, C, Arc<Door>);
+
+/// The packet path, and the owner of it.
+async fn start(config: &Arc<NeConfig>) -> anyhow::Result<Started<impl Stream<Item = Change> + Unpin + use<>>> {
+    let plane = Plane::open(&plane_config(config))?;
+    for port in plane.ports() {
+        tracing::info!(interface = port.name, "the packet path is on {} in {} mode", port.name, port.mode);
+    }
+    let now = Instant::now();
+    let mut cluster = Cluster::new(cluster_config(config), now)?;
+    if plane.reused() {
+        let adopted = cluster.adopt(&plane.view(), now)?;
+        tracing::info!(
+            "took over the maps in {}: {} services ({} anew), {} servers serve on, {} drain, {} are given up",
+            config.pin.display(),
+            adopted.services,
+            adopted.services_new,
+            adopted.serving,
+            adopted.draining,
+            adopted.given_up
+        );
+    }
+    let (neighbours, changes, driver) = Neighbours::open()?;
+    tokio::spawn(driver);
+    let ports = plane.ports();
+    let hosts = Hosts::new(neighbours, ports.iter().map(|port| (port.ifindex, port.index)));
+    let vips = if config.manage_vips {
+        let all = config.farms.iter().flat_map(|farm| farm.vips.iter().copied());
+        let distinct: std::collections::BTreeSet<_> = all.collect();
+        Some(Vips::put(distinct.into_iter().collect(), &ports).await?)
+    } else {
+        None
+    };
+    let (sender, inputs) = mpsc::channel(input::CAPACITY);
+    let door = Door::new(Arc::clone(config), sender.clone());
+    let mut owner = Owner::new(Arc::clone(config), plane, cluster, hosts, vips, Arc::clone(&door));
+    owner.begin().await;
+    Ok((owner, inputs, sender, changes, door))
+}
+
+async fn finish(owner: Owner, leave: bool) -> anyhow::Result<()> {
+    let Owner { plane, vips, .. } = owner;
+    if leave {
+        tracing::info!("the packet path and the VIPs stay, pinned in {}, for the next daemon", plane.pin().display());
+        return Ok(plane.close(true)?);
+    }
+    if let Some(vips) = vips
+        && tokio::time::timeout(GOODBYE, vips.withdraw()).await.is_err()
+    {
+        tracing::warn!("not all VIPs could be withdrawn: see `ip addr`");
+    }
+    let pin = plane.pin().to_path_buf();
+    plane.close(false)?;
+    tracing::info!("the packet path is detached and its pins in {} are removed", pin.display());
+    Ok(())
+}
+
+/// The signals that end the daemon.
+struct End {
+    leave: bool,
+    terminate: tokio::signal::unix::Signal,
+    interrupt: tokio::signal::unix::Signal,
+    quit: tokio::signal::unix::Signal,
+}
+
+impl End {
+    fn new(leave: bool) -> anyhow::Result<Self> {
+        let on = |kind| signal(kind).context("signals");
+        let (terminate, interrupt) = (on(SignalKind::terminate())?, on(SignalKind::interrupt())?);
+        Ok(Self { leave, terminate, interrupt, quit: on(SignalKind::quit())? })
+    }
+
+    /// Waits for one, and says whether the packet path stays.
+    async fn wait(mut self) -> bool {
+        tokio::select! {
+            _ = self.terminate.recv() => self.leave,
+            _ = self.interrupt.recv() => self.leave,
+            _ = self.quit.recv() => true,
+        }
+    }
+}
+
+/// What the packet path needs to know.
+pub(super) fn plane_config(config: &NeConfig) -> PlaneConfig {
+    PlaneConfig {
+        pin: config.pin.clone(),
+        interfaces: config.interfaces.clone(),
+        mode: match config.mode {
+            Mode::Native => AttachMode::Native,
+            Mode::Generic => AttachMode::Generic,
+            Mode::Auto => AttachMode::Auto,
+        },
+        slots: config.slots(),
+        flow_buckets: necp_ebpf::abi::DEFAULT_FLOW_BUCKETS,
+    }
+}
+
+/// What the cluster needs to know.
+pub(super) fn cluster_config(config: &NeConfig) -> ClusterConfig {
+    let farm = |farm: &crate::config::ne::FarmConfig| FarmConfig {
+        name: farm.name.clone(),
+        vips: farm.vips.clone(),
+        services: farm.services.iter().map(|key| ServiceKey::new(key.protocol(), key.port())).collect(),
+        forwarding: farm.forwarding.iter().filter_map(|one| Forwarding::from_wire(one.code().into())).collect(),
+        servers: farm.servers.clone(),
+        table_size: farm.table_size,
+        orphan_time: farm.orphan_time,
+        tcp_idle: farm.tcp_idle,
+        udp_idle: farm.udp_idle,
+        udp_tracking: farm.udp_tracking,
+        hash_seed: farm.hash_seed,
+        capacity: farm.capacity.iter().map(|(server, one)| (*server, (one * 1000.0).round() as u32)).collect(),
+    };
+    ClusterConfig {
+        farms: config.farms.iter().map(farm).collect(),
+        keepalive: config.keepalive,
+        grace: config.grace,
+        slots: config.slots().max(necp_ebpf::abi::DEFAULT_SLOTS),
+        ..ClusterConfig::default()
+    }
+}
+
+fn list<T: ToString>(items: &[T]) -> String {
+    items.iter().map(T::to_string).collect::<Vec<_>>().join(", ")
+}

@@ -1,0 +1,163 @@
+//! Where the servers' hosts are: routes and neighbour entries, kept as the kernel has them, for the hosts that matter.
+
+use std::collections::{BTreeSet, HashMap};
+use std::net::Ipv4Addr;
+use std::time::Duration;
+
+use tokio::time::timeout;
+
+use crate::control::cluster::Hop;
+use crate::plane::neighbours::{Neighbour, NeighbourError, Neighbours, Reachability, Route};
+
+/// How long the kernel may take for an answer.
+const PATIENCE: Duration = Duration::from_secs(1);
+
+/// What is known of a host.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Sight {
+    /// Its next hop.
+    At(Hop),
+    /// On a link of ours, and it does not answer there.
+    Gone,
+    /// No route by any of our interfaces leads to it.
+    NoWay,
+    /// Not known, which says nothing.
+    Unknown,
+}
+
+/// The hosts that matter.
+pub struct Hosts {
+    neighbours: Neighbours,
+    /// Port numbers by kernel index of the interface.
+    ports: HashMap<u32, u8>,
+    routes: HashMap<Ipv4Addr, Option<Route>>,
+    entries: HashMap<(u32, Ipv4Addr), Reachability>,
+    by_next_hop: HashMap<(u32, Ipv4Addr), BTreeSet<Ipv4Addr>>,
+}
+
+impl Hosts {
+    /// Hosts that are reached by these interfaces: (kernel index, port number).
+    pub fn new(neighbours: Neighbours, ports: impl IntoIterator<Item = (u32, u8)>) -> Self {
+        Self {
+            neighbours,
+            ports: ports.into_iter().collect(),
+            routes: HashMap::new(),
+            entries: HashMap::new(),
+            by_next_hop: HashMap::new(),
+        }
+    }
+
+    /// Looks a host's route up, and follows its neighbour entry from now on.
+    pub async fn follow(&mut self, host: Ipv4Addr) {
+        self.look_up(host).await;
+        if self.sight(host) == Sight::Unknown {
+            // The event may still be on its way: a connection has just come from there.
+            self.list().await;
+        }
+        if self.sight(host) == Sight::Unknown {
+            self.probe([host]);
+        }
+    }
+
+    /// Hosts that nobody asks for any more are forgotten.
+    pub fn keep(&mut self, wanted: &BTreeSet<Ipv4Addr>) {
+        self.routes.retain(|host, _| wanted.contains(host));
+        self.by_next_hop.retain(|_, hosts| {
+            hosts.retain(|host| wanted.contains(host));
+            !hosts.is_empty()
+        });
+    }
+
+    /// What is known of a host now.
+    pub fn sight(&self, host: Ipv4Addr) -> Sight {
+        let Some(Some(route)) = self.routes.get(&host) else { return Sight::NoWay };
+        let Some(&port) = self.ports.get(&route.ifindex) else { return Sight::NoWay };
+        match self.entries.get(&(route.ifindex, route.next_hop(host))) {
+            Some(&Reachability::At(mac)) => Sight::At(Hop { mac, port }),
+            Some(Reachability::Failed) if route.on_link() => Sight::Gone,
+            Some(Reachability::Failed | Reachability::Unknown) | None => Sight::Unknown,
+        }
+    }
+
+    /// Whether a host is on a link that one of our interfaces is on.
+    pub fn is_on_link(&self, host: Ipv4Addr) -> bool {
+        let route = self.routes.get(&host).copied().flatten();
+        route.is_some_and(|route| route.on_link() && self.ports.contains_key(&route.ifindex))
+    }
+
+    /// Takes note of an entry, and says whose next hop it is.
+    pub fn on_neighbour(&mut self, neighbour: Neighbour) -> Vec<Ipv4Addr> {
+        let key = (neighbour.ifindex, neighbour.address);
+        if neighbour.reachability == Reachability::Unknown {
+            self.entries.remove(&key);
+        } else if self.ports.contains_key(&neighbour.ifindex) {
+            self.entries.insert(key, neighbour.reachability);
+        }
+        self.by_next_hop.get(&key).into_iter().flatten().copied().collect()
+    }
+
+    /// Looks everything up again; all hosts may have changed.
+    pub async fn refresh(&mut self) -> Vec<Ipv4Addr> {
+        self.list().await;
+        let hosts: Vec<Ipv4Addr> = self.routes.keys().copied().collect();
+        for host in &hosts {
+            self.look_up(*host).await;
+        }
+        hosts
+    }
+
+    /// Makes the kernel ask whether hosts are still there.
+    pub fn probe(&self, hosts: impl IntoIterator<Item = Ipv4Addr>) {
+        let whom: Vec<(u32, Ipv4Addr)> = hosts
+            .into_iter()
+            .filter_map(|host| {
+                self.routes.get(&host).copied().flatten().map(|route| (route.ifindex, route.next_hop(host)))
+            })
+            .collect();
+        let neighbours = self.neighbours.clone();
+        tokio::spawn(async move {
+            for (ifindex, address) in whom {
+                if let Err(error) = neighbours.probe(ifindex, address).await {
+                    tracing::debug!(%error, "probe");
+                }
+            }
+        });
+    }
+
+    async fn look_up(&mut self, host: Ipv4Addr) {
+        let route = match answer(self.neighbours.route(host)).await {
+            Some(route) => route,
+            // The kernel does not answer: what was known before is the best there is.
+            None => self.routes.get(&host).copied().flatten(),
+        };
+        if let Some(Some(old)) = self.routes.insert(host, route)
+            && let Some(hosts) = self.by_next_hop.get_mut(&(old.ifindex, old.next_hop(host)))
+        {
+            hosts.remove(&host);
+        }
+        if let Some(route) = route {
+            self.by_next_hop.entry((route.ifindex, route.next_hop(host))).or_default().insert(host);
+        }
+    }
+
+    async fn list(&mut self) {
+        if let Some(entries) = answer(self.neighbours.list()).await {
+            let ours = |(ifindex, _): &(u32, Ipv4Addr)| self.ports.contains_key(ifindex);
+            self.entries = entries.into_iter().filter(|(key, at)| ours(key) && *at != Reachability::Unknown).collect();
+        }
+    }
+}
+
+async fn answer<T>(question: impl Future<Output = Result<T, NeighbourError>>) -> Option<T> {
+    match timeout(PATIENCE, question).await {
+        Ok(Ok(answer)) => Some(answer),
+        Ok(Err(error)) => {
+            tracing::warn!(%error, "netlink");
+            None
+        }
+        Err(_) => {
+            tracing::warn!("netlink did not answer within {PATIENCE:?}");
+            None
+        }
+    }
+}

@@ -1,0 +1,160 @@
+//! What `necp status` shows: counters sampled once a second, and the state of the cluster.
+
+use std::collections::{BTreeMap, HashMap};
+use std::time::Instant;
+
+use necp_ebpf::abi::ServerStats;
+use necp_ebpf::verdict::{Action, REASONS, Reason};
+
+use super::{Owner, alarms};
+use crate::control::cluster::Cluster;
+use crate::control::status::{ServerStatus, ServiceStatus};
+use crate::daemon::status::{Farm, Interface, Packets, Server, Service, Status};
+use crate::plane::{Plane, PlaneError};
+
+/// The counters a second ago and now.
+pub(super) struct Sampler {
+    started: Instant,
+    took_over: bool,
+    at: Instant,
+    seconds: f64,
+    reasons: [[u64; REASONS as usize]; 2],
+    servers: HashMap<u32, [ServerStats; 2]>,
+    links: HashMap<u32, bool>,
+    failing: bool,
+}
+
+impl Sampler {
+    pub(super) fn new(now: Instant, took_over: bool) -> Self {
+        Self {
+            started: now,
+            took_over,
+            at: now,
+            seconds: 0.0,
+            reasons: [[0; REASONS as usize]; 2],
+            servers: HashMap::new(),
+            links: HashMap::new(),
+            failing: false,
+        }
+    }
+
+    /// Whether an interface has come up or gone down since this was asked last.
+    pub(super) fn link_changed(&mut self, ifindex: u32, up: bool) -> bool {
+        self.links.insert(ifindex, up).unwrap_or(true) != up
+    }
+
+    /// Reads the counters.
+    pub(super) fn sample(&mut self, now: Instant, plane: &Plane, cluster: &Cluster) {
+        let first = self.seconds == 0.0;
+        match read(plane, cluster) {
+            Ok((reasons, servers)) => {
+                self.reasons = [if first { reasons } else { self.reasons[1] }, reasons];
+                self.servers = servers
+                    .into_iter()
+                    .map(|(id, now)| (id, [self.servers.get(&id).map_or(now, |old| old[1]), now]))
+                    .collect();
+                self.seconds = now.duration_since(self.at).as_secs_f64().max(f64::MIN_POSITIVE);
+                self.at = now;
+                self.failing = false;
+            }
+            Err(error) if !self.failing => {
+                self.failing = true;
+                tracing::warn!(%error, "cannot read the counters");
+            }
+            Err(_) => {}
+        }
+    }
+
+    fn rate(&self, [old, new]: [u64; 2]) -> f64 {
+        if self.seconds > 0.0 { new.saturating_sub(old) as f64 / self.seconds } else { 0.0 }
+    }
+
+    fn packets(&self) -> Vec<Packets> {
+        let one = |reason: Reason| {
+            let [old, new] = [0, 1].map(|at: usize| self.reasons[at][reason as usize]);
+            let action = match reason.action() {
+                Action::Pass => "pass",
+                Action::Transmit => "transmit",
+                Action::Drop => "drop",
+            };
+            let (reason, action) = (reason.name().into(), action.into());
+            Packets { reason, action, packets: new, per_second: self.rate([old, new]) }
+        };
+        Reason::ALL.into_iter().map(one).collect()
+    }
+
+    fn server(&self, server: &ServerStatus, table: u32, records: &BTreeMap<u32, u64>) -> Server {
+        let [old, new] = self.servers.get(&server.id).copied().unwrap_or_default();
+        Server {
+            id: server.id,
+            address: server.address,
+            forwarding: server.forwarding.name().into(),
+            state: server.state.name().into(),
+            reachable: server.reachable,
+            health: server.health,
+            weight: server.weight,
+            slots: server.slots,
+            slots_percent: f64::from(server.slots) * 100.0 / f64::from(table.max(1)),
+            flows_on_record: records.get(&server.id).copied().unwrap_or(0),
+            flows: new.flows,
+            flows_per_second: self.rate([old.flows, new.flows]),
+            packets: new.packets,
+            packets_per_second: self.rate([old.packets, new.packets]),
+            bytes: new.bytes,
+            bytes_per_second: self.rate([old.bytes, new.bytes]),
+        }
+    }
+}
+
+type Counters = ([u64; REASONS as usize], Vec<(u32, ServerStats)>);
+
+fn read(plane: &Plane, cluster: &Cluster) -> Result<Counters, PlaneError> {
+    let services = cluster.snapshot().farms.into_iter().flat_map(|farm| farm.services);
+    let ids: Vec<u32> = services.flat_map(|service| service.servers).map(|server| server.id).collect();
+    let servers = plane.server_stats(&ids)?;
+    Ok((plane.reasons()?, ids.into_iter().zip(servers).collect()))
+}
+
+impl Owner {
+    /// Everything at this moment.
+    pub(super) fn status(&self) -> Status {
+        let cluster = self.cluster.snapshot();
+        let records = &self.collector.last().by_server;
+        let service = |service: &ServiceStatus| Service {
+            service: service.key.to_string(),
+            slots: service.slots,
+            servers: service.servers.iter().map(|one| self.sampler.server(one, service.slots, records)).collect(),
+        };
+        let farms = cluster.farms.iter().map(|farm| Farm {
+            name: farm.name.clone(),
+            vips: farm.vips.clone(),
+            services: farm.services.iter().map(service).collect(),
+        });
+        let interfaces = self.plane.ports().into_iter().map(|port| Interface {
+            name: port.name,
+            ifindex: port.ifindex,
+            mac: port.mac.map(|byte| format!("{byte:02x}")).join(":"),
+            mtu: port.mtu,
+            mode: port.mode.to_string(),
+        });
+        let in_alarm = cluster.farms.iter().map(|farm| (farm.name.clone(), farm.alarm)).collect();
+        let failing = if self.retry.is_some() { cluster.pending } else { 0 };
+        Status {
+            version: env!("CARGO_PKG_VERSION").into(),
+            pid: std::process::id(),
+            uptime_seconds: self.sampler.started.elapsed().as_secs(),
+            took_over: self.sampler.took_over,
+            pin: self.config.pin.display().to_string(),
+            listen: self.config.listen.iter().map(ToString::to_string).collect(),
+            interfaces: interfaces.collect(),
+            sessions: self.open_sessions(),
+            connections: self.door.connected(),
+            farms: farms.collect(),
+            packets: self.sampler.packets(),
+            strangers: self.door.strangers(),
+            alarms: alarms(&in_alarm, failing),
+            pending_writes: failing,
+            failed_writes: self.failed_writes,
+        }
+    }
+}

@@ -1,0 +1,226 @@
+//! One TCP connection of a server element: bytes in, inputs for the owner out, answers back.
+//!
+//! ```text
+//!   socket ──read──► NeSession ──events──► owner (bounded channel)
+//!          ◄─write──           ◄─respond── oneshot per token
+//! ```
+//! Bytes are read only while the session wants them, and taken from it only when those before are written, so that a peer
+//! which does not read, or floods, holds up nobody but itself.
+
+use std::future::Future;
+use std::io;
+use std::net::Ipv4Addr;
+use std::pin::Pin;
+use std::time::{Duration, Instant};
+
+use futures_util::StreamExt as _;
+use futures_util::stream::FuturesUnordered;
+use tokio::net::TcpStream;
+use tokio::sync::{mpsc, oneshot};
+use tokio::time::{sleep_until, timeout};
+
+use super::ne::input::{From, Input, SessionId};
+use crate::necp::{CloseReason, NeEvent, NeSession, SessionConfig, Token};
+
+/// Bytes read at once.
+const READ: usize = 16 * 1024;
+/// How long a peer may take to read our last words, and to close its side.
+const LAST_WORDS: Duration = Duration::from_secs(1);
+/// Bytes that are read and thrown away while a connection is being closed.
+const DISCARD: usize = 64 * 1024;
+
+/// How a connection ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Ended {
+    /// Why.
+    pub reason: CloseReason,
+    /// Whether the peer had said INIT.
+    pub joined: bool,
+}
+
+/// Answers of the owner that are awaited; `None` if it refuses to answer.
+type Answers = FuturesUnordered<Pin<Box<dyn Future<Output = (Token, Option<Vec<usize>>)> + Send>>>;
+
+struct Peer {
+    stream: TcpStream,
+    session: NeSession,
+    from: From,
+    owner: mpsc::Sender<Input>,
+    kick: mpsc::Sender<CloseReason>,
+    answers: Answers,
+    joined: bool,
+}
+
+/// Serves one connection to its end. `kick` is the owner's, and the listener's, way to end it.
+pub async fn serve(
+    stream: TcpStream,
+    server: Ipv4Addr,
+    id: SessionId,
+    config: SessionConfig,
+    owner: mpsc::Sender<Input>,
+) -> Ended {
+    let (kick, mut kicked) = mpsc::channel(1);
+    let silence = config.keepalive * 3;
+    if let Err(error) = prepare(&stream, silence) {
+        tracing::debug!(%server, %error, "socket options");
+    }
+    let mut peer = Peer {
+        stream,
+        session: NeSession::new(config, Instant::now(), rand::random()),
+        from: From { server, session: id },
+        owner,
+        kick,
+        answers: FuturesUnordered::new(),
+        joined: false,
+    };
+    let reason = peer.run(&mut kicked).await;
+    if peer.joined {
+        // If the owner is gone, so is everything that it would have to take back.
+        let _ = peer.owner.send(Input::Lost { from: peer.from, reason: reason.clone() }).await;
+    }
+    let joined = peer.joined;
+    let _ = timeout(LAST_WORDS, peer.say_goodbye()).await;
+    Ended { reason, joined }
+}
+
+/// Small messages go out at once, and a peer that acknowledges nothing is given up like one that answers nothing.
+fn prepare(stream: &TcpStream, silence: Duration) -> io::Result<()> {
+    stream.set_nodelay(true)?;
+    socket2::SockRef::from(stream).set_tcp_user_timeout(Some(silence))
+}
+
+impl Peer {
+    /// Until the session is closed; the rest of its output is then still to be written.
+    async fn run(&mut self, kicked: &mut mpsc::Receiver<CloseReason>) -> CloseReason {
+        let mut output: Vec<u8> = Vec::new();
+        let mut written = 0;
+        loop {
+            self.pass_on_events().await;
+            if let Some(reason) = self.session.closed() {
+                let reason = reason.clone();
+                if written < output.len() {
+                    let _ = timeout(LAST_WORDS, write_all(&self.stream, &output[written..])).await;
+                }
+                return reason;
+            }
+            if written == output.len() {
+                output = self.session.poll_transmit().unwrap_or_default();
+                written = 0;
+            }
+            let wait = self.session.poll_timeout();
+            let reads = self.session.wants_input();
+            tokio::select! {
+                biased;
+                Some(reason) = kicked.recv() => self.session.close(reason),
+                Some((token, answer)) = self.answers.next(), if !self.answers.is_empty() => match answer {
+                    Some(failed) => self.session.respond(token, &failed),
+                    None => self.session.close(CloseReason::Superseded),
+                },
+                ready = self.stream.writable(), if written < output.len() => {
+                    match ready.and_then(|()| self.stream.try_write(&output[written..])) {
+                        Ok(count) => written += count,
+                        Err(error) => self.on_error(&error),
+                    }
+                }
+                ready = self.stream.readable(), if reads => match ready {
+                    Ok(()) => self.read(),
+                    Err(error) => self.on_error(&error),
+                },
+                () = at(wait) => self.session.handle_timeout(Instant::now()),
+            }
+        }
+    }
+
+    /// The buffer lives on the stack, and only for this call: an idle session costs no buffer.
+    fn read(&mut self) {
+        let mut buffer = [0; READ];
+        match self.stream.try_read(&mut buffer) {
+            Ok(0) => self.session.close(CloseReason::ClosedByPeer),
+            Ok(count) => self.session.handle_input(Instant::now(), &buffer[..count]),
+            Err(error) => self.on_error(&error),
+        }
+    }
+
+    fn on_error(&mut self, error: &io::Error) {
+        match error.kind() {
+            io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted => {}
+            // TCP_USER_TIMEOUT: nothing was acknowledged for three keepalives.
+            io::ErrorKind::TimedOut => self.session.close(CloseReason::DeadPeer(crate::necp::session::MAX_MISSED)),
+            _ => self.session.close(CloseReason::ClosedByPeer),
+        }
+    }
+
+    async fn pass_on_events(&mut self) {
+        while let Some(event) = self.session.poll_event() {
+            let from = self.from;
+            let input = match event {
+                NeEvent::Init { token } => {
+                    self.joined = true;
+                    let done = self.await_answer(token);
+                    Input::Opened { from, kick: self.kick.clone(), done }
+                }
+                NeEvent::Operations { token, operations } => {
+                    let done = self.await_answer(token);
+                    Input::Operations { from, operations, done }
+                }
+                NeEvent::Health(answers) => Input::Health { from, answers },
+                NeEvent::Notice(notice) => {
+                    tracing::info!(server = %from.server, "{notice}");
+                    continue;
+                }
+                NeEvent::Closed(_) => continue,
+            };
+            if self.owner.send(input).await.is_err() {
+                self.session.close(CloseReason::Shutdown);
+            }
+        }
+    }
+
+    fn await_answer(&mut self, token: Token) -> oneshot::Sender<Vec<usize>> {
+        let (done, answer) = oneshot::channel();
+        self.answers.push(Box::pin(async move { (token, answer.await.ok()) }));
+        done
+    }
+
+    /// Writes what is left, closes our side, and waits for the peer's, so that no reset overtakes our last answer.
+    async fn say_goodbye(&mut self) {
+        while let Some(output) = self.session.poll_transmit() {
+            if write_all(&self.stream, &output).await.is_err() {
+                return;
+            }
+        }
+        let _ = socket2::SockRef::from(&self.stream).shutdown(std::net::Shutdown::Write);
+        let mut discarded = 0;
+        let mut buffer = [0; 512];
+        while discarded < DISCARD && self.stream.readable().await.is_ok() {
+            match self.stream.try_read(&mut buffer) {
+                Ok(0) => return,
+                Ok(count) => discarded += count,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                Err(_) => return,
+            }
+        }
+    }
+}
+
+async fn write_all(stream: &TcpStream, mut bytes: &[u8]) -> io::Result<()> {
+    while !bytes.is_empty() {
+        stream.writable().await?;
+        match stream.try_write(bytes) {
+            Ok(count) => bytes = &bytes[count..],
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
+}
+
+async fn at(when: Option<Instant>) {
+    match when {
+        Some(when) => sleep_until(when.into()).await,
+        None => std::future::pending().await,
+    }
+}
+
+#[cfg(test)]
+mod tests;

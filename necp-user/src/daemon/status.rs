@@ -1,0 +1,150 @@
+//! `necp status`: what a network element shows of itself, as tables or as JSON.
+//!
+//! With `--json` one object is printed, [`Status`]: its fields and those of the types in it, by these names, are stable;
+//! more may be added. Counters count from the creation of the maps on, over restarts of the daemon; those that end in
+//! `_per_second` are what the last full second brought.
+
+mod client;
+pub mod render;
+
+use std::net::Ipv4Addr;
+
+use serde::{Deserialize, Serialize};
+
+pub use client::{Args, Unreachable, fetch, run};
+
+/// Everything at one moment.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Status {
+    /// The version of `necp` that runs.
+    pub version: String,
+    /// The daemon's process id.
+    pub pid: u32,
+    /// Seconds since it started.
+    pub uptime_seconds: u64,
+    /// Whether it took over the maps of an earlier daemon.
+    pub took_over: bool,
+    /// The directory of the pinned maps.
+    pub pin: String,
+    /// Where servers connect to, `ADDRESS:PORT`.
+    pub listen: Vec<String>,
+    /// In the order of the configuration.
+    pub interfaces: Vec<Interface>,
+    /// Servers whose session is open.
+    pub sessions: usize,
+    /// TCP connections, those without a session included.
+    pub connections: usize,
+    /// In the order of the configuration.
+    pub farms: Vec<Farm>,
+    /// All packets seen, by what became of them; every reason, the ones without packets too.
+    pub packets: Vec<Packets>,
+    /// Connections that came to nothing.
+    pub strangers: Strangers,
+    /// What an operator should look at; empty if all is well.
+    pub alarms: Vec<String>,
+    /// Writes to the maps that are being retried.
+    pub pending_writes: usize,
+    /// Writes to the maps that failed, each attempt counted.
+    pub failed_writes: u64,
+}
+
+/// An interface that the packet path runs on.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Interface {
+    /// Its name.
+    pub name: String,
+    /// Its kernel index.
+    pub ifindex: u32,
+    /// Its MAC address, `02:00:00:00:00:01`.
+    pub mac: String,
+    /// Its MTU in bytes.
+    pub mtu: u32,
+    /// `native` or `generic`.
+    pub mode: String,
+}
+
+/// One farm.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Farm {
+    /// Its name.
+    pub name: String,
+    /// Its virtual addresses.
+    pub vips: Vec<Ipv4Addr>,
+    /// In the order of the configuration.
+    pub services: Vec<Service>,
+}
+
+/// One service of a farm.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Service {
+    /// `tcp/80`.
+    pub service: String,
+    /// Size of its slot table.
+    pub slots: u32,
+    /// By address, then id.
+    pub servers: Vec<Server>,
+}
+
+/// One server's offer of a service with one forwarding type: one server id.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Server {
+    /// The server id, as in the maps.
+    pub id: u32,
+    /// The server's address.
+    pub address: Ipv4Addr,
+    /// `l2`, `gre` or `l3`.
+    pub forwarding: String,
+    /// `up`, `adopted`, `lost`, `kept`, `draining`, `stopped` or `dead`.
+    pub state: String,
+    /// Whether its next hop is known and answers.
+    pub reachable: bool,
+    /// Its last health index, 0 to 100; null before the first answer.
+    pub health: Option<u8>,
+    /// Its weight; 0 if it gets no new flows.
+    pub weight: u32,
+    /// Slots that it owns.
+    pub slots: u32,
+    /// The same in per cent of the table.
+    pub slots_percent: f64,
+    /// Flows on record for it, as the collector's last full pass found them: only those that the slot table alone would
+    /// misplace are on record.
+    pub flows_on_record: u64,
+    /// New flows so far.
+    pub flows: u64,
+    /// New flows per second.
+    pub flows_per_second: f64,
+    /// Packets so far.
+    pub packets: u64,
+    /// Packets per second.
+    pub packets_per_second: f64,
+    /// Bytes so far, from the Ethernet header on.
+    pub bytes: u64,
+    /// Bytes per second.
+    pub bytes_per_second: f64,
+}
+
+/// Packets that ended with one reason.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Packets {
+    /// The reason's name.
+    pub reason: String,
+    /// `pass`, `transmit` or `drop`.
+    pub action: String,
+    /// So far.
+    pub packets: u64,
+    /// Per second.
+    pub per_second: f64,
+}
+
+/// Connections to the NECP port that came to nothing.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Strangers {
+    /// From an address that no farm admits: closed without an answer.
+    pub not_admitted: u64,
+    /// Beyond the limit of connections.
+    pub too_many: u64,
+    /// Never said INIT.
+    pub silent: u64,
+    /// Spoke something else.
+    pub not_necp: u64,
+}
