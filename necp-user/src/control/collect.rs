@@ -279,17 +279,17 @@ impl Collector {
                 value = again;
                 continue;
             }
-            let kept = self.judge(view, key, value);
-            let new = kept.map_or(FlowWord::EMPTY, |(_, new)| new);
-            let found = if new == value { value } else { FlowWord(entry.word.compare_exchange(value.0, new.0)) };
-            if found == value {
-                match kept {
-                    Some((class, _)) => self.count(class, key, value),
-                    None => self.current.dropped += 1,
+            match self.judge(view, key, value) {
+                Some((class, new)) if new == value || entry.replace(value, new) => {
+                    return self.count(class, key, value);
                 }
-                return;
+                None if entry.free(value) => {
+                    self.current.dropped += 1;
+                    return;
+                }
+                // Somebody else has been there.
+                _ => value = FlowWord(entry.word.load()),
             }
-            value = found;
         }
         // It changes all the time, so it is in use: the packet path sets TRACKED again only when it inserts.
         if let Some(class) = self.class(entry.key.load()) {
