@@ -311,10 +311,10 @@ pub fn insert<T: Tables>(tables: &T, buckets: [u32; 2], found: &Found<'_>, key: 
             let [Some(first), Some(second)] = [tables.flow_bucket(buckets[0]), tables.flow_bucket(buckets[1])] else {
                 return false;
             };
-            emptier(first, second)
+            emptier(first, second, key)
         }
     };
-    if key_is_udp_class(key) && count(bucket.lanes(|e| e.key.load() >> UDP_CLASS_BIT & 1)) >= UDP_PER_BUCKET as u64 {
+    if bucket.is_closed_to(key) != 0 {
         return false;
     }
     // A second attempt for the case that another CPU was faster at the same entry.
@@ -323,10 +323,10 @@ pub fn insert<T: Tables>(tables: &T, buckets: [u32; 2], found: &Found<'_>, key: 
 
 /// Where a new flow belongs. The first bucket is the one that a lookup reads first, so it is preferred while it is nearly
 /// empty; then the emptier one: half full, the table turns away 6 of 100,000 flows, a quarter full none. If both are full, the
-/// one in which a candidate can be overwritten.
+/// one in which a candidate can be overwritten. A bucket whose quota is used up has no room, however empty it is.
 #[inline(always)]
-fn emptier<'a>(first: &'a FlowBucketWords, second: &'a FlowBucketWords) -> &'a FlowBucketWords {
-    let (a, b) = (first.room(), second.room());
+fn emptier<'a>(first: &'a FlowBucketWords, second: &'a FlowBucketWords, key: u64) -> &'a FlowBucketWords {
+    let (a, b) = (first.room(key), second.room(key));
     if a >= 3 * ROOM || a >= b { first } else { second }
 }
 
@@ -355,9 +355,19 @@ impl FlowBucketWords {
         })
     }
 
+    /// How much room there is for a flow with this key.
     #[inline(always)]
-    fn room(&self) -> u64 {
-        count(self.in_state(State::Empty)) * ROOM + count(self.in_state(State::Candidate))
+    fn room(&self, key: u64) -> u64 {
+        let room = count(self.in_state(State::Empty)) * ROOM + count(self.in_state(State::Candidate));
+        room & self.is_closed_to(key).wrapping_sub(1)
+    }
+
+    /// 1 if a flow with this key may have no entry here, because others have used up the quota of [`UDP_PER_BUCKET`]; else 0.
+    #[inline(always)]
+    fn is_closed_to(&self, key: u64) -> u64 {
+        let taken = count(self.lanes(|entry| entry.key.load() >> UDP_CLASS_BIT & 1));
+        let used_up = opaque((UDP_PER_BUCKET as u64 - 1).wrapping_sub(taken)) >> 63;
+        used_up & key_is_udp_class(key) as u64
     }
 
     /// The first entry of the mask, if its key still is this one.
@@ -431,4 +441,71 @@ fn opaque(value: u64) -> u64 {
     }
     #[cfg(not(target_arch = "bpf"))]
     value
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::host::Owned;
+
+    #[test]
+    fn udp_takes_its_quota_of_both_buckets_and_leaves_the_rest() {
+        let mut tables = Owned::new(1, 1, 2);
+        let view = tables.view();
+        let udp = |number: u64| 1 << UDP_CLASS_BIT | number;
+        let add = |key| insert(&view, [0, 1], &Found::default(), key, FlowWord::record(2, 0, false));
+        let in_bucket = |index: usize| view.flows()[index].entries.iter().filter(|e| e.read().is_some()).count();
+        for number in 1..=2 * UDP_PER_BUCKET as u64 {
+            assert!(add(udp(number)), "flow {number}");
+        }
+        assert_eq!([in_bucket(0), in_bucket(1)], [UDP_PER_BUCKET; 2]);
+        assert!(!add(udp(9)), "the quota of both buckets is used up");
+        for number in 1..=2 * (FLOWS_PER_BUCKET - UDP_PER_BUCKET) as u64 {
+            assert!(add(number), "the rest is TCP's");
+        }
+        assert!(!add(9), "both buckets are full");
+    }
+
+    #[test]
+    fn a_flow_is_found_in_either_bucket_until_its_entry_is_freed() {
+        let mut tables = Owned::new(1, 1, 2);
+        let view = tables.view();
+        let (key, word) = (5, FlowWord::record(2, 7, false));
+        for buckets in [[0, 1], [1, 0], [1, 1]] {
+            assert!(!find(&view, buckets, key).record.is_some());
+            assert!(insert(&view, buckets, &Found::default(), key, word));
+            let found = find(&view, [0, 1], key);
+            assert_eq!((found.record.value, found.candidate.is_some()), (word, false));
+            let entry = view.flows()[buckets[0] as usize].entries.iter().find(|e| e.read().is_some()).unwrap();
+            assert!(!entry.free(FlowWord::record(3, 7, false)), "somebody else has been there");
+            assert!(entry.free(word));
+        }
+    }
+
+    #[test]
+    fn a_candidate_is_confirmed_by_the_number_after_its_syn_and_no_other() {
+        let syn = |sequence, payload| FlowWord::candidate(2, &Packet { sequence, payload, ..Packet::default() });
+        for isn in [0, 1000, u32::MAX - 1, u32::MAX] {
+            assert!(syn(isn, 0).confirmed_by(isn.wrapping_add(1)));
+            for other in [isn, isn.wrapping_sub(1), isn.wrapping_add(2), isn.wrapping_add(1 << 31)] {
+                assert!(!syn(isn, 0).confirmed_by(other), "{isn} by {other}");
+            }
+        }
+        for payload in [1, 2, 3, 4, 1400, 0x7fff, 0x8000, u16::MAX] {
+            let covered = u32::from(payload).min(0x7fff);
+            assert!(syn(9, payload).confirmed_by(10 + covered), "all of {payload} bytes");
+            assert!(!syn(9, payload).confirmed_by(10 + 2 * covered), "twice {payload} bytes");
+        }
+    }
+
+    #[test]
+    fn arithmetic_on_masks_of_four_is_what_it_says() {
+        for mask in 0..16u64 {
+            assert_eq!(count(mask), u64::from(mask.count_ones()));
+            assert_eq!(lowest(mask), if mask == 0 { 0 } else { mask.trailing_zeros() as usize });
+        }
+        for (a, b) in [(0, 0), (1, 1), (u64::MAX, u64::MAX), (0, 1), (0, 1 << 63), (u64::MAX, 0)] {
+            assert_eq!(equal(a, b), u64::from(a == b));
+        }
+    }
 }
