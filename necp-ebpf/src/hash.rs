@@ -24,7 +24,7 @@ pub fn flow_hash(packet: &Packet, seed: u64) -> u64 {
 /// Which of `size` slots: a multiplication instead of a division.
 #[inline(always)]
 pub fn slot_index(hash: u64, size: u32) -> u32 {
-    ((hash >> 32) * size as u64 >> 32) as u32
+    (((hash >> 32) * size as u64) >> 32) as u32
 }
 
 /// The hash for the next slot of the fixed probe sequence.
