@@ -16,6 +16,7 @@ pub mod cleanup;
 pub mod daemon;
 pub mod echo;
 pub mod frame;
+pub mod host_path;
 pub mod kernel;
 pub mod link;
 pub mod load;

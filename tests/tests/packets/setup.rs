@@ -1,0 +1,274 @@
+//! The tables that a case begins with.
+
+use necp_ebpf::{
+    abi::{
+        ACCEPTS, ALIVE, ALWAYS_TRACKED, DIRECT, FLOWS_PER_BUCKET, REACHABLE, SERVICES_PER_BUCKET, Server, Service,
+        UDP_CLASS, UNTRACKED,
+    },
+    flows::{FlowWord, flow_key},
+    hash::{flow_buckets, flow_hash, service_bucket, slot_index},
+    host::View,
+    packet::{Packet, protocol},
+    slot::{COLLECTING, SlotWord, TRACKED},
+};
+
+use crate::frames::{Flow, VIP};
+
+/// Slots that are compared after every frame: the kernel's table has more.
+pub const SLOTS: u32 = 512;
+/// Flow buckets, few enough to be compared after every frame.
+pub const FLOW_BUCKETS: u32 = 16;
+
+/// Takes new flows.
+pub const OWNER: u32 = 2;
+/// Takes new flows too; the legacy of slots that have one.
+pub const LEGACY: u32 = 3;
+/// Takes new flows too; owns the other slots where the flow's own slot has another owner.
+pub const OTHER: u32 = 4;
+/// Its flows go on, but it takes no new ones.
+pub const STOPPED: u32 = 5;
+/// Its host is gone.
+pub const DEAD: u32 = 6;
+/// Its MAC address is not known.
+pub const UNREACHABLE: u32 = 7;
+/// Behind the other interface.
+pub const REMOTE: u32 = 8;
+/// Behind an interface that is not there.
+pub const LOST_PORT: u32 = 9;
+/// One more than the last id.
+pub const SERVERS: u32 = 10;
+
+/// Port of the service whose TCP flows are tracked as little as may be.
+pub const WEB: u16 = 80;
+/// UDP port, every flow on record.
+pub const DNS: u16 = 53;
+/// UDP port, opted out of tracking.
+pub const QUIC: u16 = 443;
+/// TCP port, every flow on record (as layer 3 will need it).
+pub const ALWAYS: u16 = 8080;
+
+const SLOTS_PER_SERVICE: u32 = 7;
+const SEED: u64 = 7;
+
+/// A server's MAC address.
+pub const fn mac(server: u32) -> [u8; 6] {
+    [2, 0, 0, 0, 9, server as u8]
+}
+
+/// Tables to begin with.
+#[derive(Clone)]
+pub struct Setup {
+    services: Vec<Service>,
+    slots: Vec<u64>,
+    entries: Vec<(u32, usize, u64, FlowWord)>,
+}
+
+impl Setup {
+    /// Four services, all of whose slots have this word.
+    pub fn slots(word: SlotWord) -> Self {
+        let (tcp, udp) = (protocol::TCP, protocol::UDP);
+        let services = vec![
+            service(1, tcp, WEB, 0),
+            service(2, udp, DNS, ALWAYS_TRACKED),
+            service(3, udp, QUIC, UNTRACKED),
+            service(4, tcp, ALWAYS, ALWAYS_TRACKED),
+        ];
+        let slots = vec![word.0; services.len() * SLOTS_PER_SERVICE as usize];
+        Self { services, slots, entries: Vec::new() }
+    }
+
+    /// Plain slots of this owner.
+    pub fn owned_by(owner: u32) -> Self {
+        Self::slots(SlotWord::plain(owner))
+    }
+
+    /// Plain slots.
+    pub fn plain() -> Self {
+        Self::owned_by(OWNER)
+    }
+
+    /// Slots that changed from this legacy to [`OWNER`].
+    pub fn changed_from(legacy: u32) -> Self {
+        Self::slots(SlotWord::plain(OWNER).with_legacy(legacy))
+    }
+
+    /// Slots of [`OWNER`], no legacy, with TRACKED set.
+    pub fn tracked() -> Self {
+        Self::slots(SlotWord::plain(OWNER).with_bits(TRACKED, 0))
+    }
+
+    /// Slots of [`OWNER`], no legacy, which user space is looking at.
+    pub fn collecting() -> Self {
+        Self::slots(SlotWord::plain(OWNER).with_bits(COLLECTING, 0))
+    }
+
+    /// Cut through.
+    pub fn direct() -> Self {
+        Self::owned_by(DIRECT)
+    }
+
+    /// The flow's slot has this word instead.
+    pub fn slot_of(mut self, flow: Flow, word: SlotWord) -> Self {
+        let index = self.slot_index(flow).expect("the flow belongs to a service") as usize;
+        self.slots[index] = word.0;
+        self
+    }
+
+    /// One more service, on slots of its own with this owner.
+    pub fn also(mut self, protocol: u8, port: u16, owner: u32) -> Self {
+        let mut extra = service(self.services.len() as u16 + 1, protocol, port, 0);
+        extra.slots_base = self.slots.len() as u32;
+        self.slots.extend([SlotWord::plain(owner).0; SLOTS_PER_SERVICE as usize]);
+        self.services.push(extra);
+        self
+    }
+
+    /// A service that points outside the slot table.
+    pub fn broken(mut self, port: u16) -> Self {
+        let broken = service(self.services.len() as u16 + 1, protocol::TCP, port, 0);
+        self.services.push(Service { slots_base: 1 << 21, ..broken });
+        self
+    }
+
+    /// The flow is on record.
+    pub fn record(self, flow: Flow, server: u32, isn: u32) -> Self {
+        self.entry(flow, FlowWord::record(server, isn, false))
+    }
+
+    /// The flow has a candidate.
+    pub fn candidate(self, flow: Flow, server: u32, isn: u32) -> Self {
+        self.entry(flow, FlowWord::candidate(server, &Packet { sequence: isn, ..Packet::default() }))
+    }
+
+    /// The flow has this entry, in the first of its buckets that has room.
+    pub fn entry(mut self, flow: Flow, word: FlowWord) -> Self {
+        let service = self.service(flow).expect("the flow belongs to a service");
+        let key = flow_key(&flow.packet(), service.id);
+        let [first, second] = self.buckets(flow);
+        let (bucket, index) =
+            if self.used(first) < FLOWS_PER_BUCKET { (first, self.used(first)) } else { (second, self.used(second)) };
+        assert!(index < FLOWS_PER_BUCKET, "no room left for the entry in this set-up");
+        self.entries.push((bucket, index, key, word));
+        self
+    }
+
+    /// The flow's first (0) or second (1) bucket has this many more entries of other flows of a service.
+    pub fn fill(mut self, flow: Flow, which: usize, count: usize, service_id: u16, word: FlowWord) -> Self {
+        let bucket = self.buckets(flow)[which];
+        for _ in 0..count {
+            let index = self.used(bucket);
+            assert!(index < FLOWS_PER_BUCKET, "the bucket is full already");
+            let stranger = Packet { source_port: self.entries.len() as u16, source: 0x0a0a_0a0a, ..Packet::default() };
+            self.entries.push((bucket, index, flow_key(&stranger, service_id), word));
+        }
+        self
+    }
+
+    /// The two buckets of a flow.
+    pub fn buckets(&self, flow: Flow) -> [u32; 2] {
+        flow_buckets(flow_hash(&flow.packet(), SEED), FLOW_BUCKETS - 1)
+    }
+
+    /// Key and slot of a packet's flow, if it belongs to a service.
+    pub fn place(&self, packet: &Packet) -> Option<(u64, u32)> {
+        let service = self.services.iter().find(|service| key(service) == packet.service_key())?;
+        let slot = service.slots_base + slot_index(flow_hash(packet, service.seed), service.slots_size);
+        Some((flow_key(packet, service.id), slot))
+    }
+
+    /// Writes it all; the tables must be cleared of other set-ups' services.
+    pub fn install(&self, view: View<'_>) {
+        for (index, slot) in view.slots()[..SLOTS as usize].iter().enumerate() {
+            slot.store(self.slots.get(index).copied().unwrap_or(0));
+        }
+        for entry in view.flows().iter().flat_map(|bucket| &bucket.entries) {
+            entry.key.store(0);
+            entry.word.store(0);
+        }
+        for &(bucket, index, key, word) in &self.entries {
+            let entry = &view.flows()[bucket as usize].entries[index];
+            entry.key.store(key);
+            entry.word.store(word.0);
+        }
+        for id in OWNER..SERVERS {
+            assert!(view.set_server(id, &server(id)));
+        }
+        self.each_service(|bucket, entry, service| assert!(view.set_service(bucket, entry, service)));
+    }
+
+    /// Takes its services away again.
+    pub fn remove(&self, view: View<'_>) {
+        self.each_service(|bucket, entry, _| assert!(view.set_service(bucket, entry, &Service::default())));
+    }
+
+    fn each_service(&self, mut visit: impl FnMut(u32, usize, &Service)) {
+        for (index, service) in self.services.iter().enumerate() {
+            let bucket = service_bucket(key(service));
+            let before = self.services[..index].iter().filter(|other| service_bucket(key(other)) == bucket).count();
+            assert!(before < SERVICES_PER_BUCKET, "too many services in one bucket");
+            visit(bucket, before, service);
+        }
+    }
+
+    fn service(&self, flow: Flow) -> Option<&Service> {
+        self.services.iter().find(|service| key(service) == flow.packet().service_key())
+    }
+
+    fn slot_index(&self, flow: Flow) -> Option<u32> {
+        self.place(&flow.packet()).map(|(_, slot)| slot)
+    }
+
+    fn used(&self, bucket: u32) -> usize {
+        self.entries.iter().filter(|entry| entry.0 == bucket).count()
+    }
+}
+
+/// Ports of other TCP services that share a bucket of the service table with [`WEB`].
+pub fn ports_beside_web(count: usize) -> Vec<u16> {
+    let bucket = |port| service_bucket(key(&service(0, protocol::TCP, port, 0)));
+    let ports: Vec<u16> = (1024..=u16::MAX).filter(|&port| bucket(port) == bucket(WEB)).take(count).collect();
+    assert_eq!(ports.len(), count, "too few ports share the bucket");
+    ports
+}
+
+fn key(service: &Service) -> u64 {
+    let packet = Packet {
+        destination: u32::from_ne_bytes(service.address),
+        destination_port: u16::from_ne_bytes(service.port),
+        protocol: service.protocol,
+        ..Packet::default()
+    };
+    packet.service_key()
+}
+
+fn service(id: u16, protocol: u8, port: u16, flags: u16) -> Service {
+    let class = if protocol == protocol::TCP { 0 } else { UDP_CLASS };
+    Service {
+        address: VIP,
+        port: port.to_be_bytes(),
+        protocol,
+        state: 1,
+        slots_base: u32::from(id - u16::from(id > 0)) * SLOTS_PER_SERVICE,
+        slots_size: SLOTS_PER_SERVICE,
+        seed: SEED,
+        id: id | class,
+        flags,
+        farm: 0,
+    }
+}
+
+/// A server's record as its id says.
+fn server(id: u32) -> Server {
+    let flags = match id {
+        STOPPED => ALIVE | REACHABLE,
+        DEAD => REACHABLE,
+        UNREACHABLE => ALIVE | ACCEPTS,
+        _ => ALIVE | ACCEPTS | REACHABLE,
+    };
+    let port = match id {
+        REMOTE => 1,
+        LOST_PORT => 9,
+        _ => 0,
+    };
+    Server { mac: mac(id), flags, port, ..Server::default() }
+}
