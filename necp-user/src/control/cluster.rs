@@ -391,8 +391,10 @@ impl Cluster {
 
     /// Hosts whose neighbour entries matter: those with a session or with an id that may have flows.
     pub fn hosts(&self) -> impl Iterator<Item = Ipv4Addr> + '_ {
-        let used = |address: &Ipv4Addr| self.offers.values().any(|offer| offer.alive && offer.key.address == *address);
-        self.hosts.iter().filter(move |(address, host)| host.session == Session::Up || used(address)).map(|(a, _)| *a)
+        let offers = self.offers.values().filter(|offer| offer.alive);
+        let used: BTreeSet<Ipv4Addr> = offers.map(|offer| offer.key.address).collect();
+        let matters = move |address: &Ipv4Addr, host: &Host| host.session == Session::Up || used.contains(address);
+        self.hosts.iter().filter(move |(address, host)| matters(address, host)).map(|(address, _)| *address)
     }
 
     /// The id of an SE's offer, if it has one that is not dead.

@@ -164,7 +164,7 @@ mod tests {
         assert_ne!(second, first);
         ids.retire(first);
         assert_eq!(ids.assign(key(1, Forwarding::Layer2)), Ok(first));
-        assert_eq!(collect(&mut ids, &[]), [], "it is in use again");
+        assert_eq!(collect(&mut ids, &[]), [0_u32; 0], "it is in use again");
     }
 
     #[test]
@@ -173,12 +173,12 @@ mod tests {
         let id = ids.assign(key(1, Forwarding::Layer2)).unwrap();
         ids.begin_collection();
         ids.retire(id);
-        assert_eq!(ids.end_collection(|_| false), [], "this one began before");
+        assert_eq!(ids.end_collection(|_| false), [0_u32; 0], "this one began before");
         assert!(ids.may_be_named(id));
-        assert_eq!(collect(&mut ids, &[]), []);
+        assert_eq!(collect(&mut ids, &[]), [0_u32; 0]);
         assert!(!ids.may_be_named(id));
-        assert_eq!(collect(&mut ids, &[id]), [], "seen again");
-        assert_eq!(collect(&mut ids, &[]), []);
+        assert_eq!(collect(&mut ids, &[id]), [0_u32; 0], "seen again");
+        assert_eq!(collect(&mut ids, &[]), [0_u32; 0]);
         assert_eq!(collect(&mut ids, &[]), [id]);
         assert_eq!(ids.get(&key(1, Forwarding::Layer2)), None);
         assert_eq!(ids.assign(key(2, Forwarding::Layer2)), Ok(id));
@@ -192,7 +192,7 @@ mod tests {
         let other = ids.assign(key(1, Forwarding::Layer2)).unwrap();
         assert_ne!(other, id);
         assert_eq!(ids.assign(key(2, Forwarding::Layer2)), Err(NoIdLeft));
-        assert_eq!(collect(&mut ids, &[]), []);
+        assert_eq!(collect(&mut ids, &[]), [0_u32; 0]);
         assert_eq!(collect(&mut ids, &[]), [id]);
         assert_eq!(ids.assign(key(2, Forwarding::Layer2)), Ok(id));
         assert_eq!(ids.get(&key(1, Forwarding::Layer2)), Some(other), "burying took nothing from the new id");

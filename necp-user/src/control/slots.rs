@@ -94,7 +94,7 @@ impl Deal {
         let mut order: Vec<u32> = (0..size).collect();
         for last in (1..size as usize).rev() {
             let random = mix(last as u64 ^ 0x9e37_79b9_7f4a_7c15);
-            order.swap(last, ((random >> 32) * (last as u64 + 1) >> 32) as usize);
+            order.swap(last, (((random >> 32) * (last as u64 + 1)) >> 32) as usize);
         }
         let mut time = 0.0;
         let arrivals = (0..size)

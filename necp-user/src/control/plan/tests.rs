@@ -110,11 +110,13 @@ fn what_failed_is_told_stays_pending_and_is_tried_again() {
     let later = bed.cluster.stop(se(2), 6, 80, bed.now);
     let applied = bed.cluster.sync(&small, bed.now);
     assert_eq!(applied.outcome(later), Some(false), "its record is still missing");
+    assert!(small.slots()[..11].iter().all(|slot| SlotWord(slot.load()) == SlotWord::plain(FIRST_SERVER)));
+    assert_eq!(bed.cluster.plan(bed.now).servers.len(), 1, "nothing else is pending");
     let unrelated = bed.cluster.host_unreachable(se(9), bed.now);
     let applied = bed.sync();
     assert_eq!(applied.outcome(unrelated), Some(true));
     assert_eq!(bed.cluster.snapshot().pending, 0, "with room for it all is well");
-    assert_eq!(bed.owned(FIRST_SERVER), 11);
+    assert_eq!(bed.server(FIRST_SERVER + 1).address, se(2).to_ipv6_mapped().octets());
 }
 
 #[test]
