@@ -229,3 +229,31 @@ fn a_flow_recorded_in_the_middle_of_a_pass_is_not_forgotten() {
         }
     }
 }
+
+#[test]
+fn a_record_that_says_what_the_owner_says_stays_as_long_as_there_is_a_legacy() {
+    let mut bed = bed();
+    bed.serve(1);
+    let second = bed.serve(2);
+    let placed: Vec<(u16, u32)> = (40..80).map(|client| (client, bed.connect(client))).collect();
+    assert!(placed.iter().any(|(_, server)| *server == second));
+    bed.collect_for(10);
+    assert!(placed.iter().all(|(client, server)| bed.data(*client) == *server), "they would go to the legacy without");
+}
+
+#[test]
+fn a_legacy_has_its_whole_idle_time_however_late_the_change_comes() {
+    let mut bed = bed();
+    let first = bed.serve(1);
+    (1..40).for_each(|client| assert_eq!(bed.connect(client), first));
+    bed.wait(10 * TCP_IDLE);
+    bed.serve(2);
+    let legacies = bed.collect().legacies;
+    assert!(legacies > 0);
+    bed.wait(TCP_IDLE);
+    assert_eq!(bed.collect().legacies, legacies);
+    (1..40).for_each(|client| assert_eq!(bed.data(client), first, "no flow moves"));
+    bed.wait(2);
+    assert_eq!(bed.collect().legacies, 0);
+    (1..40).for_each(|client| assert_eq!(bed.data(client), first, "they are on record"));
+}
