@@ -11,12 +11,14 @@
 //!                            ── flow_bucket      on record?        only if the slot is not plain
 //! ```
 //!
+//! [`path`] strings the first two together.
+//!
 //! 1. [`parse`]: bytes → [`Packet`](packet::Packet), or the [`Reason`](verdict::Reason) why it is passed on.
 //! 2. [`steer`]: a packet → a [`Decision`](steer::Decision); knows no map, asks [`Tables`](tables::Tables).
 //! 3. [`rewrite`]: edits the frame for the server's forwarding type.
 //! 4. [`verdict`]: every packet ends in exactly one reason, one action, one counter.
 //!
-//! The kernel program ([`abi::names::PROGRAM`]) is this crate's binary; `bpf/` in it has the maps. [`host`] has the same
+//! The kernel program ([`abi::names::PROGRAM`]) is this crate's binary; `bpf/` has its maps and its entry point. [`host`] has the same
 //! tables as memory: of the kernel's own maps, or of a test.
 #![cfg_attr(target_arch = "bpf", no_std)]
 #![cfg_attr(target_arch = "bpf", feature(asm_experimental_arch))]
@@ -32,6 +34,7 @@ pub mod hash;
 pub mod host;
 pub mod packet;
 pub mod parse;
+pub mod path;
 pub mod rewrite;
 pub mod slot;
 pub mod steer;

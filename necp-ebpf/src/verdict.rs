@@ -12,7 +12,7 @@ pub enum Reason {
     Fragment = 2,
     /// No service for its destination.
     NotOurs = 3,
-    /// For a service, but sent to another host's MAC address or to many.
+    /// IPv4, but sent to another host's MAC address or to many.
     OtherHost = 4,
     /// For a service that no server takes new flows of: the host's own stack answers.
     NoServer = 5,

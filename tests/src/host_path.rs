@@ -8,8 +8,9 @@ use necp_ebpf::{
     host::{Owned, View},
     packet::Packet,
     parse::parse,
+    path::decide,
     rewrite::l2,
-    steer::{Decision, steer},
+    steer::Decision,
     verdict::{Action, Reason},
 };
 
@@ -54,10 +55,7 @@ impl HostPath {
         let start = bytes.as_mut_ptr().expose_provenance();
         // SAFETY: the buffer outlives the frame, and nobody else touches it meanwhile.
         let edited = unsafe { Frame::new(start, start + bytes.len()) };
-        let decision = match parse(&edited) {
-            Ok(packet) => steer(&packet, &self.tables.view()),
-            Err(reason) => Decision::unsteered(reason),
-        };
+        let decision = decide(&edited, OWN_MAC, &self.tables.view());
         let (verdict, reason) = match decision.action() {
             Action::Transmit => self.transmit(&edited, decision),
             Action::Pass => (Verdict::Pass, decision.reason),
@@ -67,9 +65,6 @@ impl HostPath {
     }
 
     fn transmit(&mut self, frame: &Frame, decision: Decision) -> (Verdict, Reason) {
-        if !l2::is_for(frame, OWN_MAC) {
-            return (Verdict::Pass, Reason::OtherHost);
-        }
         let (verdict, source) = match decision.next_hop.port() {
             0 => (Verdict::Tx, OWN_MAC),
             1 => (Verdict::Redirect, OTHER_MAC),

@@ -8,9 +8,9 @@ use aya_ebpf::{
 use aya_log_ebpf::error;
 use necp_ebpf::{
     frame::Frame,
-    parse::parse,
+    path::decide,
     rewrite::l2,
-    steer::{Decision, steer},
+    steer::Decision,
     verdict::{Action, Reason},
 };
 
@@ -22,12 +22,10 @@ use super::maps::{self, Maps};
 fn necp(ctx: XdpContext) -> u32 {
     // SAFETY: the kernel's own bounds of the frame.
     let frame = unsafe { Frame::new(ctx.data(), ctx.data_end()) };
-    let decision = match parse(&frame) {
-        Ok(packet) => steer(&packet, &Maps),
-        Err(reason) => Decision::unsteered(reason),
-    };
+    let (own_index, own_mac) = maps::own_port();
+    let decision = decide(&frame, own_mac, &Maps);
     match decision.action() {
-        Action::Transmit => transmit(&frame, decision),
+        Action::Transmit => transmit(&frame, decision, own_index, own_mac),
         Action::Pass => finish(decision.reason, XDP_PASS),
         Action::Drop => {
             if decision.reason == Reason::BadTables {
@@ -39,11 +37,7 @@ fn necp(ctx: XdpContext) -> u32 {
 }
 
 #[inline(always)]
-fn transmit(frame: &Frame, decision: Decision) -> u32 {
-    let (own_index, own_mac) = maps::own_port();
-    if !l2::is_for(frame, own_mac) {
-        return finish(Reason::OtherHost, XDP_PASS);
-    }
+fn transmit(frame: &Frame, decision: Decision, own_index: u32, own_mac: [u8; 6]) -> u32 {
     let index = decision.next_hop.port() as u32;
     let (verdict, source) =
         if index == own_index { (Some(XDP_TX), Some(own_mac)) } else { (maps::redirect(index), maps::port_mac(index)) };

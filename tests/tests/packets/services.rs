@@ -185,8 +185,8 @@ fn next_hops() -> Vec<Case> {
             .frame(Q.udp(b"x"), lost),
         Case::new("to another host, the server behind another interface", "untouched", Setup::owned_by(REMOTE))
             .frame(F.data(1).with(|f| f.to_mac = [0xff; 6]), other_host),
-        Case::new("to another host, the server unreachable", "no next hop comes first", Setup::owned_by(UNREACHABLE))
-            .frame(F.data(1).with(|f| f.to_mac = [0xff; 6]), lost),
+        Case::new("to another host, the server unreachable", "not ours to drop", Setup::owned_by(UNREACHABLE))
+            .frame(F.data(1).with(|f| f.to_mac = [0xff; 6]), other_host),
     ]
 }
 
