@@ -295,8 +295,8 @@ pub fn find<'a, T: Tables>(tables: &'a T, buckets: [u32; 2], key: u64) -> Found<
         if hits == 0 {
             continue;
         }
-        let candidate = bucket.see(hits & bucket.in_state(State::Candidate), key);
-        let record = bucket.see(hits & bucket.in_state(State::Record), key);
+        let candidate = bucket.see(hits, State::Candidate, key);
+        let record = bucket.see(hits, State::Record, key);
         return Found { candidate, record, home: Some(bucket) };
     }
     Found::default()
@@ -344,15 +344,7 @@ impl FlowBucketWords {
 
     #[inline(always)]
     fn in_state(&self, state: State) -> u64 {
-        self.lanes(|entry| {
-            let word = entry.word.load();
-            match state {
-                State::Empty => !word & !word >> 1 & 1,
-                State::Candidate => word & !word >> 1 & 1,
-                State::Record => !word & word >> 1 & 1,
-                State::Busy => word & word >> 1 & 1,
-            }
-        })
+        self.lanes(|entry| is_in(entry.word.load(), state))
     }
 
     /// How much room there is for a flow with this key.
@@ -370,14 +362,16 @@ impl FlowBucketWords {
         used_up & key_is_udp_class(key) as u64
     }
 
-    /// The first entry of the mask, if its key still is this one.
+    /// The first entry of the flow in this state, if it is there still: with that key, and in that state.
     #[inline(always)]
-    fn see(&self, mask: u64, key: u64) -> Seen {
+    fn see(&self, hits: u64, state: State, key: u64) -> Seen {
+        let mask = hits & self.in_state(state);
         let index = lowest(mask);
         let words = &self.entries[index];
         let value = words.word.load();
-        // It may have changed hands meanwhile; nor is there any if the mask is empty.
-        let valid = equal(words.key.load(), key) & (1 ^ equal(mask, 0));
+        // It may have changed hands meanwhile, or be about to: who replaced a busy word would be overwritten himself. Nor is
+        // there any if the mask is empty.
+        let valid = equal(words.key.load(), key) & is_in(value, state) & (1 ^ equal(mask, 0));
         Seen { value: FlowWord(value & valid.wrapping_neg()), index }
     }
 
@@ -398,6 +392,17 @@ impl FlowBucketWords {
         words.key.store(key);
         words.word.store(value.0);
         true
+    }
+}
+
+/// 1 if an entry's word is in this state, else 0, without a branch.
+#[inline(always)]
+fn is_in(word: u64, state: State) -> u64 {
+    match state {
+        State::Empty => !word & !word >> 1 & 1,
+        State::Candidate => word & !word >> 1 & 1,
+        State::Record => !word & word >> 1 & 1,
+        State::Busy => word & word >> 1 & 1,
     }
 }
 
