@@ -21,7 +21,7 @@ use std::{
 use necp_ebpf::{
     abi::{ALWAYS_TRACKED, DIRECT, FLOWS_PER_BUCKET, NONE, UNTRACKED},
     flows::{FlowWord, FlowWords, MAX_AGE, State},
-    hash::{flow_hash, slot_index},
+    hash::{flow_buckets, flow_hash, slot_index},
     host::View,
     packet::Packet,
     slot::{COLLECTING, SlotWord, TRACKED},
@@ -306,7 +306,8 @@ impl Collector {
         }
         let candidate = value.state() == State::Candidate;
         let slot = SlotWord(view.slots().get(class.slot(key) as usize)?.load());
-        if !candidate && class.flags & ALWAYS_TRACKED == 0 && slot.legacy() == NONE && slot.owner() == server {
+        let redundant = slot.legacy() == NONE && slot.owner() == server;
+        if redundant && !candidate && class.flags & ALWAYS_TRACKED == 0 && class.alone(view, key) {
             return None;
         }
         let pace = match value.is_closing() {
@@ -369,6 +370,19 @@ impl Collector {
 impl Class {
     /// The slot of a flow.
     fn slot(&self, key: u64) -> u32 {
+        self.base + slot_index(self.hash(key), self.size)
+    }
+
+    /// The flow has one entry. Packets that two CPUs handle at the same time may leave two, of which lookups find the same
+    /// one always; while that is there the other is never used, and grows old.
+    fn alone(&self, view: &View<'_>, key: u64) -> bool {
+        let [first, second] = flow_buckets(self.hash(key), view.flow_mask());
+        let buckets = [Some(first), Some(second).filter(|&second| second != first)].into_iter().flatten();
+        let entries = buckets.filter_map(|index| view.flow_bucket(index)).flat_map(|bucket| &bucket.entries);
+        entries.filter(|entry| entry.key.load() == key).count() == 1
+    }
+
+    fn hash(&self, key: u64) -> u64 {
         let [a, b, c, d, e, f, ..] = key.to_ne_bytes();
         let packet = Packet {
             source: u32::from_ne_bytes([a, b, c, d]),
@@ -378,7 +392,7 @@ impl Class {
             protocol: self.protocol,
             ..Packet::default()
         };
-        self.base + slot_index(flow_hash(&packet, self.seed), self.size)
+        flow_hash(&packet, self.seed)
     }
 }
 
