@@ -19,8 +19,11 @@ use necp_tests::oracle::{
 use proptest::test_runner::{Config, RngSeed, TestCaseError, TestError, TestRunner};
 
 /// Tables of these sizes have room for both entries of every flow of the oracle's clients.
-const AMPLE: [Size; 3] =
-    [Size { slots: 3, buckets: AMPLE_BUCKETS }, Size { slots: 5, buckets: AMPLE_BUCKETS }, Size { slots: 11, buckets: AMPLE_BUCKETS }];
+const AMPLE: [Size; 3] = [
+    Size { slots: 3, buckets: AMPLE_BUCKETS },
+    Size { slots: 5, buckets: AMPLE_BUCKETS },
+    Size { slots: 11, buckets: AMPLE_BUCKETS },
+];
 /// These have not.
 const TINY: [Size; 3] = [Size { slots: 3, buckets: 1 }, Size { slots: 5, buckets: 2 }, Size { slots: 11, buckets: 8 }];
 const LENGTH: usize = 100;

@@ -21,6 +21,13 @@ pub enum Step {
     Start(u8),
     /// STOP.
     Stop(u8),
+    /// A client begins a connection while a STOP is being written: the server's record is, the slots are not yet.
+    OpenDuringStop {
+        /// The client.
+        client: u8,
+        /// The server.
+        server: u8,
+    },
     /// The session is lost; the host lives.
     LoseSession(u8),
     /// The session is lost and the host is known to be gone.
@@ -88,7 +95,8 @@ fn step(number: u32) -> Step {
         153..=167 => Step::Datagram(client),
         168..=182 => Step::Forge(client, FORGERIES[usize::from(how) % FORGERIES.len()]),
         183..=207 => Step::Start(server),
-        208..=217 => Step::Stop(server),
+        208..=214 => Step::Stop(server),
+        215..=217 => Step::OpenDuringStop { client: how % CLIENTS, server },
         218..=223 => Step::LoseSession(server),
         224..=228 => Step::HostDies(server),
         229..=233 => Step::Health(server, [100, 0, 50, 20][usize::from(how) % 4]),

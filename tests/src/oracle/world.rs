@@ -20,6 +20,7 @@ use necp_user::control::{
     cluster::{Cluster, Hop},
     collect::Collector,
     config::{ClusterConfig, FarmConfig, Forwarding, ServiceKey},
+    plan::Plan,
 };
 
 use super::clients::{FARM, TCP_PORT, UDP_PORT, VIP};
@@ -161,10 +162,18 @@ impl<'a> World<'a> {
 
     /// STOP of both services.
     pub fn stop(&mut self, server: u8) {
+        self.begin_stop(server);
+        self.sync();
+    }
+
+    /// STOP of both services, of which only the server's records have been written yet.
+    pub fn begin_stop(&mut self, server: u8) {
         for (protocol, port) in SERVICES {
             self.cluster.stop(address(server), protocol, port, self.now);
         }
-        self.sync();
+        let plan = Plan { tables: Vec::new(), services: Vec::new(), ..self.cluster.plan(self.now) };
+        let applied = plan.apply(&self.view, self.cluster.ledger_mut(), self.now);
+        assert!(applied.errors.is_empty(), "{:?}", applied.errors);
     }
 
     /// A health index of both services.

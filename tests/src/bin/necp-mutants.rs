@@ -1,0 +1,366 @@
+//! Takes the rules of just-enough tracking away one by one and requires that a test notices.
+//!
+//! `cargo run -p necp-tests --bin necp-mutants [PART OF A RULE'S NAME]`, from the workspace's root. The sources are copied
+//! and changed in the copy. Takes about half a minute a rule, so it is not part of `cargo xtask test`.
+
+use std::{
+    env, fs,
+    path::Path,
+    process::{Command, ExitCode},
+};
+
+use anyhow::{Context as _, Result, bail, ensure};
+
+/// A rule, and how to break it.
+struct Mutant {
+    rule: &'static str,
+    /// The test that must notice.
+    test: &'static str,
+    /// (file, what stands there once, what shall stand there).
+    edits: &'static [(&'static str, &'static str, &'static str)],
+}
+
+const STEER: &str = "necp-ebpf/src/steer.rs";
+const FLOWS: &str = "necp-ebpf/src/flows.rs";
+const SLOT: &str = "necp-ebpf/src/slot.rs";
+const COLLECT: &str = "necp-user/src/control/collect.rs";
+const HISTORIES: &str = "tracking";
+const SCHEDULES: &str = "interleaving";
+
+const MUTANTS: &[Mutant] = &[
+    Mutant {
+        rule: "only the SYN's number + 1 confirms a candidate",
+        test: HISTORIES,
+        edits: &[(FLOWS, ".wrapping_sub(1) <= syn_data", ".wrapping_sub(1) <= syn_data || true")],
+    },
+    Mutant {
+        rule: "the SYN's own data may be skipped",
+        test: HISTORIES,
+        edits: &[(FLOWS, ".wrapping_sub(1) <= syn_data", ".wrapping_sub(1) <= syn_data * 0")],
+    },
+    Mutant {
+        rule: "a flow that goes to the legacy records itself",
+        test: HISTORIES,
+        edits: &[(
+            STEER,
+            "reason: Reason::Adopted, write, forget: false",
+            "reason: Reason::Adopted, write: { let _ = write; Write::Nothing }, forget: false",
+        )],
+    },
+    Mutant {
+        rule: "whoever writes an entry sets TRACKED",
+        test: HISTORIES,
+        edits: &[(STEER, "        self.slot.set_bits(TRACKED);\n", "        let _ = TRACKED;\n")],
+    },
+    Mutant {
+        rule: "a living legacy is looked at",
+        test: HISTORIES,
+        edits: &[(
+            STEER,
+            "        if self.living(legacy) {\n            // It",
+            "        if false && self.living(legacy) {\n            // It",
+        )],
+    },
+    Mutant {
+        rule: "a record is looked at",
+        test: HISTORIES,
+        edits: &[(
+            STEER,
+            "        let record = living.record;\n        if record != FlowWord::EMPTY {\n            return Ruling { server: record.server(), reason: Reason::Record, write: Write::Touch, forget: false };\n        }\n        let legacy",
+            "        let legacy",
+        )],
+    },
+    Mutant {
+        rule: "a confirmed candidate replaces the record",
+        test: HISTORIES,
+        edits: &[(
+            STEER,
+            "if candidate != FlowWord::EMPTY && candidate.confirmed_by(",
+            "if candidate != FlowWord::EMPTY && living.record == FlowWord::EMPTY && candidate.confirmed_by(",
+        )],
+    },
+    Mutant {
+        rule: "dead servers' entries do not count",
+        test: HISTORIES,
+        edits: &[(STEER, "if value != FlowWord::EMPTY && self.alive(value.server())", "if value != FlowWord::EMPTY")],
+    },
+    Mutant {
+        rule: "the same SYN again: the candidate's server",
+        test: HISTORIES,
+        edits: &[(
+            STEER,
+            "if candidate != FlowWord::EMPTY && candidate.isn() == isn",
+            "if false && candidate.isn() == isn",
+        )],
+    },
+    Mutant {
+        rule: "the same SYN again: the record's server",
+        test: HISTORIES,
+        edits: &[(STEER, "if record.isn() == isn", "if false && record.isn() == isn")],
+    },
+    Mutant {
+        rule: "a SYN on a changed slot proposes",
+        test: HISTORIES,
+        edits: &[(STEER, " || self.word.legacy() != NONE {\n            // Its", " {\n            // Its")],
+    },
+    Mutant {
+        rule: "a SYN of a tuple on record proposes",
+        test: HISTORIES,
+        edits: &[(STEER, "if record != FlowWord::EMPTY || chosen != self", "if chosen != self")],
+    },
+    Mutant {
+        rule: "a SYN that goes past its owner proposes",
+        test: HISTORIES,
+        edits: &[(STEER, " || chosen != self.word.owner() ||", " ||")],
+    },
+    Mutant {
+        rule: "a SYN that needs no record takes its tuple's old candidate away",
+        test: HISTORIES,
+        edits: &[(
+            STEER,
+            "Ruling { forget: true, ..ruling(chosen, Reason::New, Write::Nothing) }",
+            "ruling(chosen, Reason::New, Write::Nothing)",
+        )],
+    },
+    Mutant {
+        rule: "who does not accept new flows gets none",
+        test: HISTORIES,
+        edits: &[(
+            STEER,
+            "let wanted = ALIVE | ACCEPTS | REACHABLE;",
+            "let wanted = (ALIVE | ACCEPTS | REACHABLE) & !ACCEPTS;",
+        )],
+    },
+    Mutant {
+        rule: "UDP flows stay by their record",
+        test: HISTORIES,
+        edits: &[(
+            STEER,
+            "        let record = living.record;\n        if record != FlowWord::EMPTY {\n            return Ruling { server: record.server(), reason: Reason::Record, write: Write::Touch, forget: false };\n        }\n        let write = if chosen",
+            "        let write = if chosen",
+        )],
+    },
+    Mutant {
+        rule: "the old owner becomes the legacy",
+        test: HISTORIES,
+        edits: &[(SLOT, "            legacy = old;\n", "            legacy = NONE;\n")],
+    },
+    Mutant {
+        rule: "a living legacy stays",
+        test: HISTORIES,
+        edits: &[(SLOT, "if legacy == NONE && old != NONE && alive(old)", "if old != NONE && alive(old)")],
+    },
+    Mutant {
+        rule: "a change back sets TRACKED",
+        test: HISTORIES,
+        edits: &[(SLOT, "moved.with_legacy(NONE).with_bits(TRACKED, 0)", "moved.with_legacy(NONE)")],
+    },
+    Mutant {
+        rule: "a change back empties the legacy",
+        test: HISTORIES,
+        edits: &[(
+            SLOT,
+            "if legacy == owner { moved.with_legacy(NONE).with_bits(TRACKED, 0) }",
+            "if legacy == owner { moved.with_bits(TRACKED, 0) }",
+        )],
+    },
+    Mutant {
+        rule: "data after FIN clears closing",
+        test: HISTORIES,
+        edits: &[(FLOWS, "Self(young & !CLOSING)", "Self(young)")],
+    },
+    Mutant {
+        rule: "a packet makes its record young",
+        test: HISTORIES,
+        edits: &[(FLOWS, "let young = self.0 & !AGE_MASK;", "let young = self.0;")],
+    },
+    Mutant {
+        rule: "a record is never overwritten by another flow",
+        test: HISTORIES,
+        edits: &[
+            (FLOWS, "else { self.in_state(State::Candidate) };", "else { 15 };"),
+            (FLOWS, "matches!(old.state(), State::Empty | State::Candidate);", "old.state() != State::Busy;"),
+        ],
+    },
+    Mutant {
+        rule: "records of an owner stay while there is a legacy",
+        test: HISTORIES,
+        edits: &[(COLLECT, "slot.legacy() == NONE && slot.owner() == server", "slot.owner() == server")],
+    },
+    Mutant {
+        rule: "redundant records go",
+        test: HISTORIES,
+        edits: &[(COLLECT, "let redundant = slot.legacy() == NONE", "let redundant = false && slot.legacy() == NONE")],
+    },
+    Mutant {
+        rule: "an entry lives its idle time",
+        test: HISTORIES,
+        edits: &[(COLLECT, "(value.age() < MAX_AGE).then", "(value.age() < MAX_AGE / 2).then")],
+    },
+    Mutant {
+        rule: "a legacy lives an idle time",
+        test: HISTORIES,
+        edits: &[(
+            COLLECT,
+            "now > since + cluster.config().farms[farm].tcp_idle",
+            "now > since + cluster.config().farms[farm].tcp_idle / 2",
+        )],
+    },
+    Mutant {
+        rule: "a slot whose entries stay is tracked again",
+        test: HISTORIES,
+        edits: &[(COLLECT, "if kept { TRACKED } else { 0 }", "if kept { 0 } else { 0 }")],
+    },
+    Mutant {
+        rule: "tracked slots become plain in the end",
+        test: HISTORIES,
+        edits: &[(COLLECT, "if kept { TRACKED } else { 0 }", "if kept { TRACKED } else { TRACKED }")],
+    },
+    Mutant {
+        rule: "an entry's key goes with it",
+        test: HISTORIES,
+        edits: &[(FLOWS, "            self.key.store(0);\n", "")],
+    },
+    Mutant {
+        rule: "insert first, TRACKED then",
+        test: SCHEDULES,
+        edits: &[
+            (STEER, "        self.slot.set_bits(TRACKED);\n", ""),
+            (STEER, "        let written = found", "        self.slot.set_bits(TRACKED);\n        let written = found"),
+        ],
+    },
+    Mutant {
+        rule: "COLLECTING means tracked",
+        test: SCHEDULES,
+        edits: &[(SLOT, "self.0 & !ID_MASK == 0", "self.0 & !(ID_MASK | COLLECTING) == 0")],
+    },
+    Mutant {
+        rule: "TRACKED goes before the scan",
+        test: SCHEDULES,
+        edits: &[
+            (
+                COLLECT,
+                "old.with_bits(COLLECTING, TRACKED)\n            } else if",
+                "old.with_bits(COLLECTING, 0)\n            } else if",
+            ),
+            (
+                COLLECT,
+                "if kept { TRACKED } else { 0 }, COLLECTING",
+                "if kept { TRACKED } else { 0 }, COLLECTING | TRACKED",
+            ),
+        ],
+    },
+    Mutant {
+        rule: "condemned by compare-and-swap",
+        test: SCHEDULES,
+        edits: &[(
+            FLOWS,
+            "let condemned = self.replace(old, FlowWord(BUSY));",
+            "let condemned = old != FlowWord::EMPTY;\n        self.word.store(BUSY);",
+        )],
+    },
+    Mutant {
+        rule: "an entry is claimed before it is filled",
+        test: SCHEDULES,
+        edits: &[(
+            FLOWS,
+            "words.word.compare_exchange(old.0, BUSY) != old.0",
+            "words.word.compare_exchange(old.0, value.0) != old.0",
+        )],
+    },
+    Mutant {
+        rule: "a busy entry is nobody's",
+        test: SCHEDULES,
+        edits: &[(FLOWS, " & is_in(value, state) & (1", " & (1")],
+    },
+    Mutant {
+        rule: "a slot changes by compare-and-swap",
+        test: SCHEDULES,
+        edits: &[(
+            COLLECT,
+            "else { SlotWord(slot.compare_exchange(old.0, new.0)) };",
+            "else { slot.store(new.0); old };",
+        )],
+    },
+    Mutant {
+        rule: "a redundant record goes only if it is alone",
+        test: SCHEDULES,
+        edits: &[(COLLECT, " && class.alone(view, key)", "")],
+    },
+];
+
+fn main() -> Result<ExitCode> {
+    let wanted = env::args().nth(1).unwrap_or_default();
+    ensure!(Path::new("necp-ebpf/src").is_dir(), "run this in the workspace's root");
+    let scratch = tempfile::tempdir().context("a scratch directory")?;
+    copy_sources(Path::new("."), scratch.path())?;
+    let target = env::current_dir()?.join("target");
+    let mut survivors = 0;
+    for test in [HISTORIES, SCHEDULES] {
+        if let Some(failure) = failure(scratch.path(), &target, test)? {
+            bail!("{test} fails without any change: {failure}");
+        }
+    }
+    for mutant in MUTANTS.iter().filter(|mutant| mutant.rule.contains(&wanted)) {
+        for (file, old, new) in mutant.edits {
+            edit(&scratch.path().join(file), old, new).with_context(|| format!("{}: {file}", mutant.rule))?;
+        }
+        match failure(scratch.path(), &target, mutant.test)? {
+            Some(failure) => println!("noticed   {} ({}: {failure})", mutant.rule, mutant.test),
+            None => {
+                survivors += 1;
+                println!("SURVIVES  {} ({})", mutant.rule, mutant.test);
+            }
+        }
+        for (file, ..) in mutant.edits {
+            fs::copy(file, scratch.path().join(file))?;
+        }
+    }
+    Ok(if survivors == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+fn edit(path: &Path, old: &str, new: &str) -> Result<()> {
+    let text = fs::read_to_string(path)?;
+    let times = text.matches(old).count();
+    ensure!(times == 1, "{old:?} stands there {times} times, not once: the table of mutants is out of date");
+    fs::write(path, text.replace(old, new))?;
+    Ok(())
+}
+
+/// Runs a test in the copy; what it failed with, none if it passed. An error: it could not be built.
+fn failure(root: &Path, target: &Path, test: &str) -> Result<Option<String>> {
+    let cargo = |args: &[&str]| {
+        let mut command = Command::new("cargo");
+        command.args(["test", "--quiet", "--package", "necp-tests", "--test", test]).args(args);
+        command.current_dir(root).env("CARGO_TARGET_DIR", target).env("RUST_BACKTRACE", "0");
+        command.env("NECP_TRACKING_CASES", env::var("NECP_TRACKING_CASES").unwrap_or_else(|_| "20000".into()));
+        command.output().context("cargo")
+    };
+    let built = cargo(&["--no-run"])?;
+    ensure!(built.status.success(), "it does not build:\n{}", String::from_utf8_lossy(&built.stderr));
+    let output = cargo(&["--", "--nocapture"])?;
+    if output.status.success() {
+        return Ok(None);
+    }
+    let text = [output.stdout, output.stderr].concat();
+    let text = String::from_utf8_lossy(&text);
+    let message = text.lines().skip_while(|line| !line.contains("panicked at")).nth(1);
+    Ok(Some(message.unwrap_or("no message").to_owned()))
+}
+
+fn copy_sources(from: &Path, to: &Path) -> Result<()> {
+    for entry in fs::read_dir(from)? {
+        let entry = entry?;
+        let (name, target) = (entry.file_name(), to.join(entry.file_name()));
+        if name == "target" || name == ".git" {
+            continue;
+        }
+        if entry.file_type()?.is_dir() {
+            fs::create_dir_all(&target)?;
+            copy_sources(&entry.path(), &target)?;
+        } else {
+            fs::copy(entry.path(), &target)?;
+        }
+    }
+    Ok(())
+}
