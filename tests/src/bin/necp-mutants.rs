@@ -24,8 +24,8 @@ const STEER: &str = "necp-ebpf/src/steer.rs";
 const FLOWS: &str = "necp-ebpf/src/flows.rs";
 const SLOT: &str = "necp-ebpf/src/slot.rs";
 const COLLECT: &str = "necp-user/src/control/collect.rs";
-const HISTORIES: &str = "tracking";
-const SCHEDULES: &str = "interleaving";
+const HISTORIES: &str = "property_tracking";
+const SCHEDULES: &str = "property_interleaving";
 
 const MUTANTS: &[Mutant] = &[
     Mutant {
