@@ -43,7 +43,7 @@ mod bpf {
             return XDP_ABORTED;
         }
         // SAFETY: returns only if there is no target.
-        let _ = unsafe { TARGET.tail_call(&ctx, 0) };
+        unsafe { TARGET.tail_call(&ctx, 0) };
         XDP_ABORTED
     }
 

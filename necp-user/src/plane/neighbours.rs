@@ -112,7 +112,6 @@ impl Neighbours {
     ///
     /// # Errors
     /// [`NeighbourError::Open`].
-    #[expect(clippy::type_complexity, reason = "three parts, each named in the comment")]
     pub fn open() -> Result<
         (Self, impl Stream<Item = Change> + Send + Unpin + 'static, impl Future<Output = ()> + Send + 'static),
         NeighbourError,

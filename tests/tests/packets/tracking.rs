@@ -423,9 +423,17 @@ fn cut_through() -> Vec<Case> {
             .leaves(record(OWNER, 1000)),
         Case::new("a direct flow to another host's MAC", "untouched either way", Setup::direct())
             .frame(F.data(1).with(|f| f.to_mac = [0xff; 6]), Fate::Pass(Reason::OtherHost)),
-        Case::new("a SYN to another host's MAC", "leaves no trace, though it would have made a candidate", Setup::changed_from(LEGACY))
-            .frame(F.syn(1000).with(|f| f.to_mac = [0xff; 6]), Fate::Pass(Reason::OtherHost)),
-        Case::new("data to another host's MAC", "leaves no trace, though it would have been adopted", Setup::changed_from(LEGACY))
-            .frame(F.data(1).with(|f| f.to_mac = [0xff; 6]), Fate::Pass(Reason::OtherHost)),
+        Case::new(
+            "a SYN to another host's MAC",
+            "leaves no trace, though it would have made a candidate",
+            Setup::changed_from(LEGACY),
+        )
+        .frame(F.syn(1000).with(|f| f.to_mac = [0xff; 6]), Fate::Pass(Reason::OtherHost)),
+        Case::new(
+            "data to another host's MAC",
+            "leaves no trace, though it would have been adopted",
+            Setup::changed_from(LEGACY),
+        )
+        .frame(F.data(1).with(|f| f.to_mac = [0xff; 6]), Fate::Pass(Reason::OtherHost)),
     ]
 }
