@@ -384,9 +384,10 @@ impl FlowBucketWords {
             return false;
         }
         let words = &self.entries[lowest(mask)];
-        let old = FlowWord(words.word.load());
-        let takeable = matches!(old.state(), State::Empty | State::Candidate);
-        if !takeable || words.word.compare_exchange(old.0, BUSY) != old.0 {
+        let old = words.word.load();
+        // A free entry that has just become a candidate is left alone: there may be other free ones.
+        let takeable = if empty != 0 { is_in(old, State::Empty) } else { is_in(old, State::Candidate) };
+        if takeable == 0 || words.word.compare_exchange(old, BUSY) != old {
             return false;
         }
         words.key.store(key);
