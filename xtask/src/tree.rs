@@ -44,7 +44,7 @@ const RULES: &[Rule] = &[
     Rule {
         within: &["necp-user/src/necp", "necp-user/src/control"],
         except: &[],
-        names: &["Instant::now", "SystemTime", "elapsed"],
+        names: &["Instant::now", "SystemTime", ".elapsed"],
         because: "the protocol core and the decisions read no clock: `now` is an argument",
     },
     Rule {
@@ -104,12 +104,30 @@ pub fn check(root: &Path) -> Result<Vec<Offence>> {
     }
     ensure!(!files.is_empty(), "found no source below {}", root.display());
     files.sort();
-    let mut offences = Vec::new();
+    let mut sources = Vec::new();
     for file in files {
         let source = fs::read_to_string(&file).with_context(|| format!("cannot read {}", file.display()))?;
-        offences.extend(check_file(file.strip_prefix(root)?, &source));
+        sources.push((file.strip_prefix(root)?.to_owned(), source));
     }
-    Ok(offences)
+    let tests: Vec<PathBuf> = sources.iter().flat_map(|(file, source)| test_modules(file, source)).collect();
+    let is_test =
+        |file: &Path| tests.iter().any(|module| file.starts_with(module) || file == module.with_extension("rs"));
+    let product = sources.iter().filter(|(file, _)| !is_test(file));
+    Ok(product.flat_map(|(file, source)| check_file(file, source)).collect())
+}
+
+/// The modules with files of their own that a file declares for tests only, without the ending `.rs`.
+fn test_modules(file: &Path, source: &str) -> Vec<PathBuf> {
+    let dir = match file.file_stem().and_then(|stem| stem.to_str()) {
+        Some("mod" | "lib" | "main") => file.parent().unwrap_or(Path::new("")).to_owned(),
+        _ => file.with_extension(""),
+    };
+    let lines = source.lines().zip(source.lines().skip(1));
+    let declared = lines.filter(|(attribute, _)| attribute.trim() == "#[cfg(test)]").filter_map(|(_, line)| {
+        let name = line.trim().strip_suffix(';')?.rsplit_once("mod ")?.1;
+        Some(dir.join(name))
+    });
+    declared.collect()
 }
 
 fn check_file(file: &Path, source: &str) -> Vec<Offence> {
@@ -134,7 +152,8 @@ impl Rule {
 fn has_word(line: &str, name: &str) -> bool {
     let in_word = |character: char| character.is_alphanumeric() || character == '_';
     line.match_indices(name).any(|(at, _)| {
-        !line[..at].ends_with(in_word) && (name.starts_with('#') || !line[at + name.len()..].starts_with(in_word))
+        !(name.starts_with(in_word) && line[..at].ends_with(in_word))
+            && (name.starts_with('#') || !line[at + name.len()..].starts_with(in_word))
     })
 }
 
@@ -178,6 +197,19 @@ mod tests {
     fn words_are_whole_and_comments_free() {
         let source = "// aya\nlet ayah = malaya(\"tokio\"); /// tokio\n#[cfg(test)]\nmod tests { use tokio; }";
         assert!(names("necp-user/src/config.rs", source).is_empty());
+    }
+
+    #[test]
+    fn modules_for_tests_are_known_by_their_declaration() {
+        let source = "#[cfg(test)]\nmod tests;\n#[cfg(test)]\npub(crate) mod bed;\nmod real;";
+        let paths = |file: &str| test_modules(Path::new(file), source);
+        assert_eq!(paths("a/b.rs"), [Path::new("a/b/tests"), Path::new("a/b/bed")]);
+        assert_eq!(paths("a/mod.rs"), [Path::new("a/tests"), Path::new("a/bed")]);
+    }
+
+    #[test]
+    fn a_method_is_not_a_name() {
+        assert_eq!(names("necp-user/src/necp/x.rs", "let t = start.elapsed(); let elapsed = 1;"), [".elapsed"]);
     }
 
     #[test]
