@@ -5,197 +5,24 @@
 
 use std::{
     fmt::Debug,
-    net::Ipv4Addr,
-    sync::Mutex,
     time::{Duration, Instant},
 };
 
 use necp_ebpf::{
-    abi::{ACCEPTS, ALIVE, DIRECT, NONE, REACHABLE},
-    flows::{FlowWord, MAX_AGE, State, find, flow_key},
-    hash::{flow_buckets, flow_hash},
-    host::{Owned, View},
-    packet::{Packet, protocol, tcp},
-    slot::{COLLECTING, SlotWord, TRACKED},
-    steer::{Decision, steer},
-    tables::{NextHop, Tables},
+    abi::{DIRECT, NONE},
+    flows::{FlowWord, MAX_AGE, State},
+    packet::{Packet, tcp},
+    slot::{SlotWord, TRACKED},
+    tables::NextHop,
     verdict::Reason,
 };
 use necp_tests::{
-    oracle::clients::{TCP_PORT, VIP, segment, syn},
+    contention::{Bed, M, N, O, tables},
+    oracle::clients::{segment, syn},
     schedule::explore,
 };
-use necp_user::control::{
-    cluster::Cluster,
-    collect::Collector,
-    config::{ClusterConfig, FarmConfig, ServiceKey},
-};
 
-/// The old server, the new one, and a third.
-const O: u32 = 2;
-const N: u32 = 3;
-const M: u32 = 4;
 const ISN: u32 = 1000;
-
-/// One slot, one bucket, so that everybody meets.
-const SLOTS: u32 = 3;
-
-struct Bed<'a> {
-    view: View<'a>,
-    control: Mutex<Control>,
-    now: Instant,
-    slot: SlotWord,
-    entries: Vec<(Packet, FlowWord)>,
-    decisions: Mutex<Vec<(usize, Packet, Decision)>>,
-}
-
-struct Control {
-    cluster: Cluster,
-    collector: Collector,
-}
-
-impl<'a> Bed<'a> {
-    /// All slots are like `slot`; the flow table has these entries.
-    fn new(view: View<'a>, slot: SlotWord, entries: &[(Packet, FlowWord)]) -> Self {
-        let now = Instant::now();
-        let bed = Self {
-            view,
-            control: Mutex::new(Control::new(now)),
-            now,
-            slot,
-            entries: entries.to_vec(),
-            decisions: Mutex::new(Vec::new()),
-        };
-        bed.control.lock().unwrap().cluster.sync(&view, now);
-        for id in [O, N, M] {
-            view.set_next_hop(id, NextHop::new([2, 0, 0, 0, 0, id as u8], ALIVE | ACCEPTS | REACHABLE, 0));
-        }
-        bed
-    }
-
-    fn reset(&self) {
-        for entry in self.view.flows().iter().flat_map(|bucket| &bucket.entries) {
-            entry.word.store(0);
-            entry.key.store(0);
-        }
-        let mut control = Control::new(self.now);
-        // Ages count from the first pass on: the next one, if it is late enough, is one step.
-        control.collector.run(&self.view, &mut control.cluster, self.now, 0);
-        *self.control.lock().unwrap() = control;
-        for slot in self.view.slots() {
-            slot.store(self.slot.0);
-        }
-        for (entry, (packet, word)) in self.view.flows().iter().flat_map(|bucket| &bucket.entries).zip(&self.entries) {
-            entry.key.store(flow_key(packet, service_id(&self.control)));
-            entry.word.store(word.0);
-        }
-        self.decisions.lock().unwrap().clear();
-    }
-
-    /// A packet; `turn` tells apart what the same thread does.
-    fn packet(&self, turn: usize, packet: Packet) {
-        let decision = steer(&packet, &self.view);
-        self.decisions.lock().unwrap().push((turn, packet, decision));
-    }
-
-    /// A full collection, `after` some time.
-    fn collect(&self, after: Duration) {
-        let mut control = self.control.lock().unwrap();
-        let Control { cluster, collector } = &mut *control;
-        collector.run(&self.view, cluster, self.now + after, 0);
-    }
-
-    /// What a plan does with the slots.
-    fn change_owner(&self, owner: u32) {
-        for slot in self.view.slots() {
-            let mut old = SlotWord(slot.load());
-            loop {
-                let new = old.moved_to(owner, |id| id != NONE);
-                let found = SlotWord(slot.compare_exchange(old.0, new.0));
-                if found == old {
-                    break;
-                }
-                old = found;
-            }
-        }
-    }
-
-    /// Where a turn's packet went.
-    fn went(&self, turn: usize) -> (u32, Reason) {
-        let decisions = self.decisions.lock().unwrap();
-        let (.., decision) = decisions.iter().find(|(t, ..)| *t == turn).expect("every packet is steered");
-        (decision.server, decision.reason)
-    }
-
-    /// Where the flow's next packet would go, nobody disturbing.
-    fn next(&self, packet: Packet) -> u32 {
-        steer(&packet, &self.view).server
-    }
-
-    fn found(&self, packet: &Packet) -> [FlowWord; 2] {
-        let seed = self.control.lock().unwrap().cluster.config().farms[0].seed();
-        let key = flow_key(packet, service_id(&self.control));
-        let found = find(&self.view, flow_buckets(flow_hash(packet, seed), self.view.flow_mask()), key);
-        [found.candidate.value, found.record.value]
-    }
-
-    /// What must hold whatever was done: no entry busy, free entries without a key, tracked wherever something is on
-    /// record, nothing left half collected.
-    fn sound(&self) -> Result<(), String> {
-        let entries: Vec<(u64, FlowWord)> = self
-            .view
-            .flows()
-            .iter()
-            .flat_map(|bucket| &bucket.entries)
-            .map(|entry| (entry.key.load(), FlowWord(entry.word.load())))
-            .collect();
-        let slots: Vec<SlotWord> = self.view.slots().iter().map(|slot| SlotWord(slot.load())).collect();
-        for (key, word) in &entries {
-            match word.state() {
-                State::Busy => return Err(format!("an entry stays busy: {entries:x?}")),
-                State::Empty if *key != 0 => return Err(format!("a free entry has a key: {entries:x?}")),
-                State::Empty | State::Candidate | State::Record => {}
-            }
-        }
-        if let Some(slot) = slots.iter().find(|slot| slot.0 & COLLECTING != 0) {
-            return Err(format!("a slot stays marked: {slot:x?}"));
-        }
-        Ok(())
-    }
-
-    /// A flow with an entry is in a slot that says so.
-    fn tracked_if_on_record(&self, packet: &Packet) -> Result<(), String> {
-        let seed = self.control.lock().unwrap().cluster.config().farms[0].seed();
-        let index = necp_ebpf::hash::slot_index(flow_hash(packet, seed), SLOTS);
-        let slot = SlotWord(self.view.slots()[index as usize].load());
-        let found = self.found(packet);
-        let needed = found.iter().any(|word| word.state() != State::Empty && word.server() != slot.owner());
-        match needed && slot.is_plain() {
-            true => Err(format!("{found:x?} is on record, but its slot is plain: {slot:x?}")),
-            false => Ok(()),
-        }
-    }
-}
-
-impl Control {
-    fn new(now: Instant) -> Self {
-        let mut farm = FarmConfig::new("web");
-        farm.vips = vec![Ipv4Addr::from(VIP)];
-        farm.services = vec![ServiceKey::new(protocol::TCP, TCP_PORT)];
-        farm.table_size = SLOTS;
-        let config = ClusterConfig { farms: vec![farm], slots: SLOTS, servers: 16, ..ClusterConfig::default() };
-        let cluster = Cluster::new(config, now).expect("a valid configuration");
-        Self { cluster, collector: Collector::new(now) }
-    }
-}
-
-fn service_id(control: &Mutex<Control>) -> u16 {
-    control.lock().unwrap().cluster.layout().frontends[0].id
-}
-
-fn tables(buckets: usize) -> Owned {
-    Owned::new(SLOTS as usize, 16, buckets)
-}
 
 /// Runs the threads under all schedules, and says how many those were.
 fn explored(
@@ -440,6 +267,51 @@ fn an_idle_record_is_condemned_while_its_tuple_is_used_again() {
                 same("its first packet", bed.went(0), (N, Reason::Confirmed))?;
                 same("its next packet", bed.next(data(0, ISN + 101)), N)?;
                 bed.tracked_if_on_record(&data(0, 0))
+            },
+        );
+    }
+}
+
+#[test]
+fn an_idle_record_is_condemned_while_its_tuple_begins_anew() {
+    let idle = (data(0, 0), FlowWord::record(O, 77, false).with_age(MAX_AGE));
+    let mut owned = tables(1);
+    let bed = Bed::new(owned.view(), SlotWord::plain(N).with_legacy(M), &[idle]);
+    explored(
+        "an idle record, its tuple's SYN and first packet, and a collection",
+        2,
+        &bed,
+        &[
+            &|| {
+                bed.packet(0, syn(0, ISN, 0));
+                bed.packet(1, data(0, ISN + 1));
+            },
+            &|| bed.collect(Duration::from_secs(8000)),
+        ],
+        &|| {
+            same("its SYN and first packet", (bed.went(0).0, bed.went(1).0), (N, N))?;
+            bed.change_owner(O);
+            same("its next packet", bed.next(data(0, ISN + 101)), N)?;
+            bed.tracked_if_on_record(&data(0, 0))
+        },
+    );
+}
+
+#[test]
+fn an_old_flow_is_adopted_while_its_tuple_begins_anew() {
+    for buckets in [1, 2] {
+        let mut owned = tables(buckets);
+        let bed = Bed::new(owned.view(), changed(), &[]);
+        explored(
+            &format!("an old flow's packet and its tuple's SYN, {buckets} buckets"),
+            3,
+            &bed,
+            &[&|| bed.packet(0, data(0, 5000)), &|| bed.packet(1, syn(0, ISN, 0))],
+            &|| {
+                same("the old flow's packet and the SYN", (bed.went(0).0, bed.went(1).0), (O, N))?;
+                same("the new flow's first packet", bed.next(data(0, ISN + 1)), N)?;
+                same("its next packet", bed.next(data(0, ISN + 101)), N)?;
+                reused(&bed, 0)
             },
         );
     }

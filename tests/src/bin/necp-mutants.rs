@@ -178,8 +178,8 @@ const MUTANTS: &[Mutant] = &[
         rule: "a record is never overwritten by another flow",
         test: HISTORIES,
         edits: &[
-            (FLOWS, "else { self.in_state(State::Candidate) };", "else { 15 };"),
-            (FLOWS, "matches!(old.state(), State::Empty | State::Candidate);", "old.state() != State::Busy;"),
+            (FLOWS, "else { self.in_state(State::Candidate) };", "else { 15 & !self.in_state(State::Busy) };"),
+            (FLOWS, "else { is_in(old, State::Candidate) };", "else { 1 ^ is_in(old, State::Busy) };"),
         ],
     },
     Mutant {
@@ -274,6 +274,15 @@ const MUTANTS: &[Mutant] = &[
         edits: &[(FLOWS, " & is_in(value, state) & (1", " & (1")],
     },
     Mutant {
+        rule: "a free entry is taken only while it is free",
+        test: SCHEDULES,
+        edits: &[(
+            FLOWS,
+            "{ is_in(old, State::Empty) }",
+            "{ 1 ^ is_in(old, State::Record) ^ is_in(old, State::Busy) }",
+        )],
+    },
+    Mutant {
         rule: "a slot changes by compare-and-swap",
         test: SCHEDULES,
         edits: &[(
@@ -332,7 +341,7 @@ fn failure(root: &Path, target: &Path, test: &str) -> Result<Option<String>> {
     let cargo = |args: &[&str]| {
         let mut command = Command::new("cargo");
         command.args(["test", "--quiet", "--package", "necp-tests", "--test", test]).args(args);
-        command.current_dir(root).env("CARGO_TARGET_DIR", target).env("RUST_BACKTRACE", "0");
+        command.current_dir(root).env("CARGO_TARGET_DIR", target.join("mutants")).env("RUST_BACKTRACE", "0");
         command.env("NECP_TRACKING_CASES", env::var("NECP_TRACKING_CASES").unwrap_or_else(|_| "20000".into()));
         command.output().context("cargo")
     };
@@ -344,8 +353,11 @@ fn failure(root: &Path, target: &Path, test: &str) -> Result<Option<String>> {
     }
     let text = [output.stdout, output.stderr].concat();
     let text = String::from_utf8_lossy(&text);
-    let message = text.lines().skip_while(|line| !line.contains("panicked at")).nth(1);
-    Ok(Some(message.unwrap_or("no message").to_owned()))
+    let mut messages = text.lines().skip_while(|line| !line.contains("panicked at")).filter(|line| !line.is_empty());
+    // What a flow met says more than what a count lacked.
+    let first = messages.clone().nth(1);
+    let message = messages.find(|line| line.starts_with("Size") || line.contains("schedule")).or(first);
+    Ok(Some(message.unwrap_or("no message").chars().take(200).collect()))
 }
 
 fn copy_sources(from: &Path, to: &Path) -> Result<()> {

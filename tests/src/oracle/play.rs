@@ -53,12 +53,14 @@ struct Se {
     lost: Option<Instant>,
     started: bool,
     gone: bool,
+    /// It had a next hop once, and has it no more.
+    unreachable: bool,
     healthy: bool,
 }
 
 impl Se {
     fn takes_flows(&self) -> bool {
-        self.session && self.started && self.healthy && !self.gone
+        self.session && self.started && self.healthy && !self.gone && !self.unreachable
     }
 }
 
@@ -87,8 +89,8 @@ struct Game<'a> {
     /// Some server was there at some time: before that, packets are the host's own.
     served: bool,
     numbers: u32,
-    /// Slots and servers agree.
-    settled: bool,
+    /// Nothing is being written just now.
+    written: bool,
     /// Counts whatever may have changed the slots.
     epoch: u64,
     played: Played,
@@ -105,7 +107,7 @@ impl<'a> Game<'a> {
             served: false,
             // The first flows' numbers wrap around.
             numbers: u32::MAX - 49,
-            settled: true,
+            written: true,
             epoch: 0,
             played: Played::default(),
         }
@@ -124,10 +126,9 @@ impl<'a> Game<'a> {
             Step::OpenDuringStop { client, server } => {
                 self.servers[usize::from(server)].started = false;
                 self.world.begin_stop(server);
-                // Those left may have too few slots, or none, until the slots are written.
-                self.settled = false;
+                self.written = false;
                 self.open(client, 0)?;
-                self.settled = true;
+                self.written = true;
                 self.world.sync();
             }
             Step::LoseSession(server) => self.lose(server),
@@ -136,6 +137,7 @@ impl<'a> Game<'a> {
                 self.servers[usize::from(server)].gone = true;
                 self.world.host_gone(server);
             }
+            Step::NeighbourLost(server) | Step::NeighbourFound(server) => self.neighbour(server, step),
             Step::Health(server, index) => self.health(server, index),
             Step::Open { client, data } => return self.open(client, data),
             Step::SynAgain(client) => return self.syn_again(client),
@@ -153,7 +155,7 @@ impl<'a> Game<'a> {
     fn start(&mut self, server: u8) {
         let se = &mut self.servers[usize::from(server)];
         self.world.start(server, se.session);
-        *se = Se { session: true, lost: None, started: true, gone: false, healthy: true };
+        *se = Se { session: true, lost: None, started: true, gone: false, unreachable: false, healthy: true };
         self.served = true;
     }
 
@@ -162,6 +164,19 @@ impl<'a> Game<'a> {
         if se.session {
             self.world.lose_session(server);
             (se.session, se.lost) = (false, Some(self.world.now));
+        }
+    }
+
+    fn neighbour(&mut self, server: u8, step: Step) {
+        let se = &mut self.servers[usize::from(server)];
+        // That of a host that is gone is found again when it starts.
+        if se.lost.is_some() || se.session && !se.gone {
+            se.unreachable = step == Step::NeighbourLost(server);
+            se.gone = false;
+            match se.unreachable {
+                true => self.world.neighbour_lost(server),
+                false => self.world.neighbour_found(server),
+            }
         }
     }
 
@@ -207,19 +222,24 @@ impl<'a> Game<'a> {
     /// A new flow, which must go to a server that takes new flows, if there is one.
     fn placed(&self, decision: &Decision, limit: Duration) -> Result<Option<Flow>, String> {
         let place = self.world.place(decision);
-        let unrecorded = matches!(decision.reason, Reason::NewUnrecorded | Reason::Direct);
+        let unrecorded = matches!(decision.reason, Reason::NewUnrecorded | Reason::Direct | Reason::NoNextHop);
         if self.promise == Promise::Every || !unrecorded {
             match place {
                 Some(server) if !self.servers[usize::from(server)].takes_flows() => {
                     return Err(format!("a new flow went to server {server}, which takes none ({decision:?})"));
                 }
-                None if self.settled && self.servers.iter().any(Se::takes_flows) => {
+                None if self.settled() && self.servers.iter().any(Se::takes_flows) => {
                     return Err(format!("a new flow went to no server though there is one ({decision:?})"));
                 }
                 _ => {}
             }
         }
         Ok((self.served && decision.reason != Reason::NoServer).then(|| self.flow(decision, limit)))
+    }
+
+    /// Slots and servers agree: else those that take new flows may have too few slots, or none.
+    fn settled(&self) -> bool {
+        self.written && !self.servers.iter().any(|se| se.unreachable)
     }
 
     fn flow(&self, decision: &Decision, limit: Duration) -> Flow {
@@ -264,6 +284,7 @@ impl<'a> Game<'a> {
 
     fn datagram(&mut self, client: u8) -> Result<(), String> {
         let packet = datagram(client);
+        let on_record = self.world.record(&packet).is_some_and(|record| self.world.is_alive(record.server()));
         let decision = self.world.steer(&packet);
         let now = self.world.now;
         let known = self.streams[usize::from(client)].filter(|flow| now < flow.seen + flow.limit);
@@ -275,7 +296,7 @@ impl<'a> Game<'a> {
                 Some(flow)
             }
             // Silent for too long, but not collected yet.
-            None if decision.reason == Reason::Record => Some(self.flow(&decision, UDP_IDLE)),
+            None if on_record => Some(self.flow(&decision, UDP_IDLE)),
             // What no server gets is not recorded: it is the host's own.
             None => self.placed(&decision, UDP_IDLE)?.filter(|flow| flow.place.is_some()),
         };

@@ -32,6 +32,10 @@ pub enum Step {
     LoseSession(u8),
     /// The session is lost and the host is known to be gone.
     HostDies(u8),
+    /// The server's next hop is not known for now: its slots stay, new flows go past them.
+    NeighbourLost(u8),
+    /// It is known again.
+    NeighbourFound(u8),
     /// A health index.
     Health(u8, u8),
     /// User space collects.
@@ -98,7 +102,15 @@ fn step(number: u32) -> Step {
         208..=214 => Step::Stop(server),
         215..=217 => Step::OpenDuringStop { client: how % CLIENTS, server },
         218..=223 => Step::LoseSession(server),
-        224..=228 => Step::HostDies(server),
+        224..=226 => Step::HostDies(server),
+        227 => Step::NeighbourLost(server),
+        228 => {
+            if how % 2 == 0 {
+                Step::NeighbourLost(server)
+            } else {
+                Step::NeighbourFound(server)
+            }
+        }
         229..=233 => Step::Health(server, [100, 0, 50, 20][usize::from(how) % 4]),
         234..=243 => Step::Collect,
         244..=252 => Step::Wait { seconds: [1, 20, 50, 90, 150, 500][usize::from(how) % 6] },

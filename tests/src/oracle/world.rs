@@ -149,7 +149,7 @@ impl<'a> World<'a> {
     /// INIT unless there is a session, START of both services, a perfect health index. `session`: there is one.
     pub fn start(&mut self, server: u8, session: bool) {
         let (address, now) = (address(server), self.now);
-        self.cluster.host_reachable(address, Hop { mac: [2, 0, 0, 0, 1, server], port: 0 }, now);
+        self.cluster.host_reachable(address, hop(server), now);
         if !session {
             self.cluster.init(address, true, now).expect("it may join");
         }
@@ -188,6 +188,18 @@ impl<'a> World<'a> {
     pub fn lose_session(&mut self, server: u8) {
         self.now += 2 * KEEPALIVE;
         self.cluster.session_lost(address(server), self.now);
+        self.sync();
+    }
+
+    /// Its next hop is not known.
+    pub fn neighbour_lost(&mut self, server: u8) {
+        self.cluster.host_unreachable(address(server), self.now);
+        self.sync();
+    }
+
+    /// Its next hop is known.
+    pub fn neighbour_found(&mut self, server: u8) {
+        self.cluster.host_reachable(address(server), hop(server), self.now);
         self.sync();
     }
 
@@ -247,6 +259,10 @@ const SERVICES: [(u8, u16); 2] = [(protocol::TCP, TCP_PORT), (protocol::UDP, UDP
 
 fn address(server: u8) -> Ipv4Addr {
     Ipv4Addr::new(10, 0, 0, 1 + server)
+}
+
+fn hop(server: u8) -> Hop {
+    Hop { mac: [2, 0, 0, 0, 1, server], port: 0 }
 }
 
 fn wipe(view: &View<'_>) {
