@@ -12,9 +12,11 @@
 //! [`topology::Topology`] builds it in a fraction of a second and takes it away again, however the process ends:
 //! see [`cleanup`]. [`kernel`] runs the kernel program on single frames, without a network. Everything needs root, and says so.
 
+pub mod capture;
 pub mod cleanup;
 pub mod contention;
 pub mod daemon;
+pub mod demo;
 pub mod echo;
 pub mod frame;
 pub mod host_path;

@@ -9,6 +9,7 @@ use std::{
 
 use anyhow::{Context as _, Result};
 use necp_tests::{
+    capture::{self, Capture},
     echo::{Hold, UdpEcho},
     frame::{self, Flow, flags},
     link::{self, Offload},
@@ -201,6 +202,38 @@ fn frames_made_by_hand_arrive_as_they_are() -> Result<()> {
             .is_some_and(|seen| seen.flow.source == flow.destination && seen.tcp.is_some_and(|tcp| tcp.rst))
     };
     assert!(client.receive(SOON, refuses)?.is_some());
+    Ok(())
+}
+
+#[test]
+fn a_capture_sees_first_syns_both_ways_and_when() -> Result<()> {
+    let bed = Topology::builder().servers(1).build()?;
+    let content = Content::new(&bed, MEBIBYTE)?;
+    let _nginx = start_all(&bed, &content)?;
+    let mut capture = Capture::open(bed.switch(), bed.server(0).name(), 80, 3262)?;
+    let mut inside = Capture::open(bed.server(0).ns(), "eth0", 80, 3262)?;
+    let before = capture::now();
+    let client = Client::new(SocketAddrV4::new(server_address(0), 80));
+    let outcome = bed.client().block_on(client.short(client_address(3), "/", |_| ()));
+    let after = capture::now();
+    assert_eq!(outcome.failure, None);
+    for (capture, outgoing) in [(&mut capture, true), (&mut inside, false)] {
+        let syn = capture.next(SOON)?.context("no SYN was captured")?;
+        let seen = frame::parse(&syn.frame).context("TCP")?;
+        assert_eq!((Some(seen.flow.source), syn.outgoing), (outcome.local, outgoing));
+        assert!(before <= syn.at && syn.at <= after, "{before:?} {:?} {after:?}", syn.at);
+        assert_eq!(
+            capture.next(Duration::from_millis(50))?,
+            None,
+            "the rest of the connection does not fit the filter"
+        );
+        assert_eq!(capture.dropped()?, 0);
+    }
+    // The other port: every segment, here a SYN that is refused.
+    let refused = Client::new(SocketAddrV4::new(server_address(0), 3262));
+    assert!(bed.client().block_on(refused.short(client_address(3), "/", |_| ())).failure.is_some());
+    let mut next = || anyhow::Ok(capture.next(SOON)?.context("not captured")?.outgoing);
+    assert_eq!([next()?, next()?], [true, false]);
     Ok(())
 }
 
