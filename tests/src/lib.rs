@@ -15,12 +15,15 @@
 pub mod capture;
 pub mod cleanup;
 pub mod contention;
+pub mod conversation;
 pub mod daemon;
 pub mod demo;
 pub mod echo;
 pub mod frame;
+pub mod hand;
 pub mod host_path;
 pub mod kernel;
+pub mod line;
 pub mod link;
 pub mod load;
 pub mod netns;

@@ -189,6 +189,11 @@ impl Topology {
         &self.switch
     }
 
+    /// The VIPs.
+    pub fn vips(&self) -> &[Ipv4Addr] {
+        &self.vips
+    }
+
     /// All servers.
     pub fn servers(&self) -> &[Server] {
         &self.servers

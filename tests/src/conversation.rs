@@ -1,0 +1,221 @@
+//! Clients of the servers in [`crate::echo`]: they know who answers, and notice when somebody else does.
+
+use std::{
+    io::{self, BufRead as _, BufReader, Write as _},
+    net::{Ipv4Addr, SocketAddr, SocketAddrV4, TcpStream, UdpSocket},
+    sync::atomic::{AtomicUsize, Ordering},
+    time::Duration,
+};
+
+use anyhow::{Context as _, Result, ensure};
+use socket2::{Domain, Socket, Type};
+
+use crate::{netns::Namespace, topology::client_address};
+
+/// How long an answer may take before the server counts as silent. Only a failing test waits that long.
+pub const PATIENCE: Duration = Duration::from_secs(10);
+
+/// How often a datagram is sent before the server counts as silent.
+const TRIES: u32 = 5;
+
+/// A TCP connection to a [`Hold`](crate::echo::Hold) server.
+#[derive(Debug)]
+pub struct Conversation {
+    stream: BufReader<TcpStream>,
+    local: SocketAddrV4,
+    server: String,
+    questions: u32,
+}
+
+impl Conversation {
+    /// Connects from an address and port that no conversation of this process has had, for a bed's client host.
+    ///
+    /// # Errors
+    /// If it is refused, or nobody greets within [`PATIENCE`].
+    pub fn open(ns: &Namespace, to: SocketAddrV4) -> Result<Self> {
+        let (local, stream) = ns.run(|| connect(Some(fresh_source()), to, PATIENCE))?;
+        Self::greeted(local, stream).with_context(|| format!("{local} to {to}"))
+    }
+
+    /// Connects from whatever address the host chooses: for hosts other than the bed's client.
+    ///
+    /// # Errors
+    /// As [`Conversation::open`].
+    pub fn open_as_host(ns: &Namespace, to: SocketAddrV4) -> Result<Self> {
+        let (local, stream) = ns.run(|| connect(None, to, PATIENCE))?;
+        Self::greeted(local, stream).with_context(|| format!("{local} to {to}"))
+    }
+
+    /// As many as are asked for, one after the other.
+    ///
+    /// # Errors
+    /// As [`Conversation::open`].
+    pub fn open_many(ns: &Namespace, count: usize, to: SocketAddrV4) -> Result<Vec<Self>> {
+        let open = || {
+            let (local, stream) = connect(Some(fresh_source()), to, PATIENCE)?;
+            Self::greeted(local, stream).with_context(|| format!("{local} to {to}"))
+        };
+        ns.run(|| (0..count).map(|_| open()).collect())
+    }
+
+    /// The name of the server that greeted.
+    pub fn server(&self) -> &str {
+        &self.server
+    }
+
+    /// The client's end.
+    pub fn local(&self) -> SocketAddrV4 {
+        self.local
+    }
+
+    /// Says something that was not said before, and expects it back. A server that has not this connection resets it.
+    ///
+    /// # Errors
+    /// If the connection is broken, or silent for [`PATIENCE`].
+    pub fn ask(&mut self) -> Result<()> {
+        self.ask_within(PATIENCE)
+    }
+
+    /// As [`Conversation::ask`], with less patience.
+    ///
+    /// # Errors
+    /// If the connection is broken, or silent for so long.
+    pub fn ask_within(&mut self, patience: Duration) -> Result<()> {
+        self.questions += 1;
+        let question = format!("{} asks {}\n", self.local, self.questions);
+        let mut ask = || {
+            self.stream.get_ref().set_read_timeout(Some(patience))?;
+            self.stream.get_mut().write_all(question.as_bytes())?;
+            let mut answer = String::new();
+            self.stream.read_line(&mut answer)?;
+            io::Result::Ok(answer)
+        };
+        let answer = ask().with_context(|| format!("{}'s connection to {}", self.local, self.server))?;
+        ensure!(answer == question, "{} said {question:?} to {} and heard {answer:?}", self.local, self.server);
+        Ok(())
+    }
+
+    fn greeted(local: SocketAddrV4, stream: TcpStream) -> Result<Self> {
+        stream.set_read_timeout(Some(PATIENCE))?;
+        stream.set_nodelay(true)?;
+        let mut stream = BufReader::new(stream);
+        let mut server = String::new();
+        stream.read_line(&mut server).context("no greeting")?;
+        ensure!(server.ends_with('\n'), "the connection was closed before a greeting");
+        Ok(Self { stream, local, server: server.trim().to_owned(), questions: 0 })
+    }
+}
+
+/// A UDP flow to a [`UdpEcho`](crate::echo::UdpEcho) server.
+#[derive(Debug)]
+pub struct Datagrams {
+    socket: UdpSocket,
+    local: SocketAddrV4,
+    questions: u32,
+}
+
+impl Datagrams {
+    /// A flow from an address and port that no flow of this process has had, for a bed's client host.
+    ///
+    /// # Errors
+    /// If the host has no route.
+    pub fn open(ns: &Namespace, to: SocketAddrV4) -> Result<Self> {
+        let local = fresh_source();
+        let socket = ns.run(|| {
+            let socket = UdpSocket::bind(local)?;
+            socket.connect(to)?;
+            socket.set_read_timeout(Some(PATIENCE / TRIES))?;
+            io::Result::Ok(socket)
+        })?;
+        Ok(Self { socket, local, questions: 0 })
+    }
+
+    /// As many as are asked for.
+    ///
+    /// # Errors
+    /// As [`Datagrams::open`].
+    pub fn open_many(ns: &Namespace, count: usize, to: SocketAddrV4) -> Result<Vec<Self>> {
+        (0..count).map(|_| Self::open(ns, to)).collect()
+    }
+
+    /// The client's end.
+    pub fn local(&self) -> SocketAddrV4 {
+        self.local
+    }
+
+    /// Asks, and returns the name of the server that answers.
+    ///
+    /// # Errors
+    /// If nobody does, however often it is asked within [`PATIENCE`].
+    pub fn ask(&mut self) -> Result<String> {
+        let mut last = None;
+        for _ in 0..TRIES {
+            self.questions += 1;
+            let question = format!("{} asks {}", self.local, self.questions);
+            match self.exchange(&question) {
+                Ok(answer) => return Ok(answer),
+                Err(error) => last = Some(error),
+            }
+        }
+        Err(last.context("not asked")?).with_context(|| format!("no answer to {}'s datagrams", self.local))
+    }
+
+    fn exchange(&self, question: &str) -> io::Result<String> {
+        self.socket.send(question.as_bytes())?;
+        let mut datagram = [0; 512];
+        loop {
+            // An answer to an earlier question may be late.
+            let length = self.socket.recv(&mut datagram)?;
+            let answer = String::from_utf8_lossy(&datagram[..length]).into_owned();
+            if let Some(name) = answer.strip_suffix(question) {
+                return Ok(name.trim().to_owned());
+            }
+        }
+    }
+}
+
+/// Every conversation is asked once more; who talks to whom may not have changed, and no connection may have broken.
+///
+/// # Errors
+/// Names those that did, with `when`.
+pub fn all_answer<'a>(when: &str, conversations: impl IntoIterator<Item = &'a mut Conversation>) -> Result<()> {
+    let asked = conversations.into_iter().filter_map(|one| one.ask().err());
+    let broken: Vec<String> = asked.map(|error| format!("{error:#}")).collect();
+    ensure!(broken.is_empty(), "{when}, {} connections broke:\n{}", broken.len(), broken.join("\n"));
+    Ok(())
+}
+
+/// A TCP connection that sends nothing yet, and its local end.
+///
+/// # Errors
+/// As `connect(2)`; `TimedOut` after `patience`.
+pub fn connect(
+    source: Option<SocketAddrV4>,
+    to: SocketAddrV4,
+    patience: Duration,
+) -> io::Result<(SocketAddrV4, TcpStream)> {
+    let socket = Socket::new(Domain::IPV4, Type::STREAM, None)?;
+    if let Some(source) = source {
+        socket.set_reuse_address(true)?;
+        socket.bind(&source.into())?;
+    }
+    socket.connect_timeout(&to.into(), patience)?;
+    let stream = TcpStream::from(socket);
+    match stream.local_addr()? {
+        SocketAddr::V4(local) => Ok((local, stream)),
+        SocketAddr::V6(_) => Err(io::ErrorKind::InvalidData.into()),
+    }
+}
+
+/// An address and port of the bed's client that nobody has had in this process.
+///
+/// Few addresses: a server on the clients' link asks ARP for each of them, and the kernel has one neighbour table, of
+/// 1024 entries, for all namespaces together.
+pub fn fresh_source() -> SocketAddrV4 {
+    const PORTS: std::ops::Range<u16> = 20_000..60_000;
+    const ADDRESSES: usize = 37;
+    static NEXT: AtomicUsize = AtomicUsize::new(0);
+    let number = NEXT.fetch_add(1, Ordering::Relaxed);
+    let address: Ipv4Addr = client_address(number % ADDRESSES);
+    SocketAddrV4::new(address, PORTS.start + (number % PORTS.len()) as u16)
+}
