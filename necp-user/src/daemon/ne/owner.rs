@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 
 use futures_util::{Stream, StreamExt as _};
 use necp_ebpf::verdict::Reason;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
 use tokio::time::{sleep_until, timeout_at};
 
 use self::acks::{Ack, Acks};
@@ -27,6 +27,7 @@ use crate::config::ne::NeConfig;
 use crate::control::cluster::{Cluster, Notice};
 use crate::control::collect::{Collector, Progress};
 use crate::control::config::Forwarding;
+use crate::daemon::status::Status;
 use crate::necp::{CloseReason, Operation, ServiceKey};
 use crate::plane::Plane;
 use crate::plane::neighbours::Change;
@@ -63,6 +64,8 @@ pub struct Owner {
     /// Servers without a session whose flows live: asked every second whether they are still there.
     lost: BTreeSet<Ipv4Addr>,
     acks: Acks,
+    /// Who wants to see everything: shown is what stands in the maps, so after the next write.
+    asked: Vec<oneshot::Sender<Status>>,
     sampler: Sampler,
     /// Something may have to be written.
     dirty: bool,
@@ -104,6 +107,7 @@ impl Owner {
             sessions: HashMap::new(),
             lost: BTreeSet::new(),
             acks: Acks::default(),
+            asked: Vec::new(),
             dirty: true,
             failed_writes: 0,
             retry: None,
@@ -149,6 +153,10 @@ impl Owner {
                 self.write();
             }
             self.acks.release(Instant::now(), |host| matches!(self.hosts.sight(host), Sight::At(_)));
+            for done in std::mem::take(&mut self.asked) {
+                // Who asked may have given up.
+                let _ = done.send(self.status());
+            }
         }
     }
 
@@ -184,7 +192,7 @@ impl Owner {
                 self.dirty = true;
             }
             Input::Lost { from, reason } if self.is_current(from) => self.lose(from.server, &reason),
-            Input::Status { done } => _ = done.send(self.status()),
+            Input::Status { done } => self.asked.push(done),
             // Of a session that was superseded: its answer is dropped, and it ends.
             Input::Operations { .. } | Input::Health { .. } | Input::Lost { .. } => {}
         }
@@ -209,7 +217,7 @@ impl Owner {
         true
     }
 
-    async fn open(&mut self, from: From, done: tokio::sync::oneshot::Sender<Vec<usize>>) {
+    async fn open(&mut self, from: From, done: oneshot::Sender<Vec<usize>>) {
         let server = from.server;
         self.hosts.follow(server).await;
         let now = Instant::now();
@@ -229,7 +237,7 @@ impl Owner {
         self.dirty = true;
     }
 
-    fn operate(&mut self, server: Ipv4Addr, operations: &[Operation], done: tokio::sync::oneshot::Sender<Vec<usize>>) {
+    fn operate(&mut self, server: Ipv4Addr, operations: &[Operation], done: oneshot::Sender<Vec<usize>>) {
         let now = Instant::now();
         let mut ack = Ack::operations(server, now + NEXT_HOP_WAIT, done);
         let mut started = self.sessions.get_mut(&server).map(|session| std::mem::take(&mut session.started));
