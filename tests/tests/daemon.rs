@@ -112,7 +112,7 @@ fn sigterm_takes_everything_away_and_sigquit_leaves_it() -> Result<()> {
     (0..2).try_for_each(|index| line.wait_until_serving(index))?;
     all_answer("the next daemon", &mut talk)?;
     assert!(line.ne().process().terminate(SOON)?.success());
-    assert!(program_on(line.bed().ne(), "eth0")?.is_none(), "the program is gone");
+    wait_until_bare(line.bed().ne(), "eth0")?;
     assert!(!pin.exists(), "{} is gone", pin.display());
     assert!(!addresses(line.bed().ne())?.contains(&VIP));
     assert!(!line.ne().socket().exists(), "and the socket");
@@ -161,7 +161,8 @@ fn load_and_unload() -> Result<()> {
     ne.process().kill();
     let output = necp(&unload)?;
     ensure!(output.status.success(), "{}", text(&output.stderr));
-    assert!(program_on(bed.ne(), "eth0")?.is_none() && !pin.exists());
+    assert!(!pin.exists());
+    wait_until_bare(bed.ne(), "eth0")?;
     own.ask()
 }
 
@@ -314,6 +315,11 @@ fn program_on(ns: &Namespace, interface: &str) -> Result<Option<u64>> {
     let output = ns.command("ip").args(["-j", "link", "show", "dev", interface]).output()?;
     let links: Vec<Value> = serde_json::from_slice(&output.stdout)?;
     Ok(links.first().context("no such interface")?["xdp"]["prog"]["id"].as_u64())
+}
+
+/// The kernel detaches a program in the background, once the last pin and the last descriptor of its link are gone.
+fn wait_until_bare(ns: &Namespace, interface: &str) -> Result<()> {
+    wait_until("the program is gone", SOON, || program_on(ns, interface).is_ok_and(|program| program.is_none()))
 }
 
 fn bpftool(command: &[&str], pin: &Path, more: &[String]) -> Result<Value> {

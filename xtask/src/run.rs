@@ -1,4 +1,4 @@
-//! The tasks that start one of our binaries.
+//! The tasks that start one of our binaries, built with optimisation.
 
 use std::{
     ffi::OsString,
@@ -59,46 +59,26 @@ pub struct BenchArgs {
     rest: Vec<OsString>,
 }
 
-/// How a binary is built.
-#[derive(Clone, Copy)]
-enum Profile {
-    /// As the tests are: the demonstration starts sooner, and the tests after it find everything built.
-    Tests,
-    /// For real interfaces, and to be measured.
-    Release,
-}
-
-impl Profile {
-    /// Its directory below the target directory.
-    fn directory(self) -> &'static str {
-        match self {
-            Self::Tests => "debug",
-            Self::Release => "release",
-        }
-    }
-}
-
 /// `cargo xtask run`.
 pub fn run(host: &Host, args: &RunArgs) -> Result<ExitCode> {
     let Some(config) = &args.config else {
         host.require_root("the demonstration")?;
-        prepare(host, Profile::Tests, &["necp", "necp-demo"])?;
-        return become_binary(host, Profile::Tests, "necp-demo", &args.rest);
+        prepare(host, &["necp", "necp-demo"])?;
+        return become_binary(host, "necp-demo", &args.rest);
     };
     host.require_root("the balancer")?;
     let config = readable(config)?;
-    prepare(host, Profile::Release, &["necp"])?;
-    become_binary(host, Profile::Release, "necp", &words(&["ne", "--config"], [config], &args.rest))
+    prepare(host, &["necp"])?;
+    become_binary(host, "necp", &words(&["ne", "--config"], [config], &args.rest))
 }
 
 /// `cargo xtask load`.
 pub fn load(host: &Host, args: &LoadArgs) -> Result<ExitCode> {
     host.require_root("attaching a program")?;
     let config = readable(&args.config)?;
-    prepare(host, Profile::Release, &["necp"])?;
+    prepare(host, &["necp"])?;
     become_binary(
         host,
-        Profile::Release,
         "necp",
         &words(&["load", "--iface"], [args.iface.clone(), "--config".into(), config], &args.rest),
     )
@@ -107,37 +87,34 @@ pub fn load(host: &Host, args: &LoadArgs) -> Result<ExitCode> {
 /// `cargo xtask unload`.
 pub fn unload(host: &Host, args: &UnloadArgs) -> Result<ExitCode> {
     host.require_root("detaching a program")?;
-    prepare(host, Profile::Release, &["necp"])?;
-    become_binary(host, Profile::Release, "necp", &words(&["unload", "--iface"], [args.iface.clone()], &args.rest))
+    prepare(host, &["necp"])?;
+    become_binary(host, "necp", &words(&["unload", "--iface"], [args.iface.clone()], &args.rest))
 }
 
 /// `cargo xtask bench`.
 pub fn bench(host: &Host, args: &BenchArgs) -> Result<ExitCode> {
     host.require_root("the benchmark")?;
-    prepare(host, Profile::Release, &["necp-bench"])?;
-    become_binary(host, Profile::Release, "necp-bench", &args.rest)
+    prepare(host, &["necp-bench"])?;
+    become_binary(host, "necp-bench", &args.rest)
 }
 
-fn prepare(host: &Host, profile: Profile, binaries: &[&str]) -> Result<()> {
+fn prepare(host: &Host, binaries: &[&str]) -> Result<()> {
     setup::build(host)?;
     setup::traffic(host)?;
     for name in binaries {
         // One build each, so that the daemon is never compiled with what only the tests switch on.
         let package = if *name == "necp" { "necp-user" } else { "necp-tests" };
         say(format_args!("building {name}"));
-        let mut build = host.cargo(["build", "--package", package, "--bin", name]);
-        if let Profile::Release = profile {
-            build.arg("--release");
-        }
+        let mut build = host.cargo(["build", "--release", "--package", package, "--bin", name]);
         host::execute(&mut build, "the compiler's message stands above")?;
     }
     Ok(())
 }
 
 /// Replaces this process, so that signals and the terminal reach the binary itself.
-fn become_binary(host: &Host, profile: Profile, name: &str, args: &[OsString]) -> Result<ExitCode> {
-    let mut command = host.command(host.binary(profile.directory(), name));
-    command.args(args).env("NECP_BIN", host.binary(profile.directory(), "necp")).stdin(Stdio::inherit());
+fn become_binary(host: &Host, name: &str, args: &[OsString]) -> Result<ExitCode> {
+    let mut command = host.command(host.binary("release", name));
+    command.args(args).env("NECP_BIN", host.binary("release", "necp")).stdin(Stdio::inherit());
     if let Ok(dir) = std::env::current_dir() {
         command.current_dir(dir);
     }
