@@ -322,8 +322,9 @@ pub fn insert<T: Tables>(tables: &T, buckets: [u32; 2], found: &Found<'_>, key: 
 }
 
 /// Where a new flow belongs. The first bucket is the one that a lookup reads first, so it is preferred while it is nearly
-/// empty; then the emptier one: half full, the table turns away 6 of 100,000 flows, a quarter full none. If both are full, the
-/// one in which a candidate can be overwritten. A bucket whose quota is used up has no room, however empty it is.
+/// empty; then the emptier one, so that the table turns flows away late: the benchmark fills it by half and demands that all
+/// but one in a thousand find room. If both are full, the one in which a candidate can be overwritten. A bucket whose quota is
+/// used up has no room, however empty it is.
 #[inline(always)]
 fn emptier<'a>(first: &'a FlowBucketWords, second: &'a FlowBucketWords, key: u64) -> &'a FlowBucketWords {
     let (a, b) = (first.room(key), second.room(key));

@@ -8,7 +8,8 @@
 //! 3. *Clear*: COLLECTING goes; a slot that was noted gets TRACKED again.
 //!
 //! The packet path inserts first and sets TRACKED then: an entry that the scan did not see has set, or will set, TRACKED
-//! after the mark took it away. An entry goes by one compare-and-swap of its word, so one that was just used stays.
+//! after the mark took it away. An entry is condemned by one compare-and-swap of its word, so one
+//! that was just used stays; then its key goes, then its word.
 //!
 //! Ages count up once in a thirtieth of the idle time, at most once a pass, and the 32nd count is the last: an entry lives
 //! its idle time after its last packet at least, and a tenth longer at most, as long as the passes are in time.
