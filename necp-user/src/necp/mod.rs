@@ -46,7 +46,9 @@ pub mod wire;
 
 pub use backoff::Backoff;
 pub use error::CloseReason;
-pub use message::{HealthAnswer, Init, InitAck, Operation, Query, ServiceUnit, UnitError};
+pub use message::{
+    Exception, Filter, Flows, HealthAnswer, Init, InitAck, Listed, Operation, Query, Scope, ServiceUnit, UnitError,
+};
 pub use service::{Forwarding, ServiceKey};
 pub use session::{Counters, NeEvent, NeSession, Notice, RequestId, SeEvent, SeSession, SessionConfig, Token};
 pub use wire::{Decoder, Flags, Header, Opcode, PORT, Unit};

@@ -3,6 +3,10 @@
 //! Sub-word fields sit in the least significant bits; a unit with higher bits set, or with any field out of range, is
 //! a failed unit. A field that has no meaning in its context is ignored, whatever it holds (§5.2.3).
 
+mod exception;
+
+pub use exception::{Exception, Filter, Flows, Listed, Scope};
+
 use super::service::{Forwarding, ServiceKey, TCP, UDP};
 use super::wire::Unit;
 
@@ -18,6 +22,12 @@ pub enum UnitError {
     /// data2 is 0 or above 65,535 though the protocol is TCP or UDP.
     #[error("port {0} is out of range")]
     Port(u32),
+    /// data0 of an exception is none of 0, 1, 2 (§5.7.1).
+    #[error("unknown scope {0}")]
+    Scope(u32),
+    /// A prefix length is above 32, or 0 for an address that is not 0 (§5.7.1).
+    #[error("prefix length {0} is out of range")]
+    PrefixLength(u32),
     /// data0 of a query is not 1 (§5.5.1).
     #[error("unknown query type {0}")]
     QueryType(u32),
