@@ -235,6 +235,7 @@ pub(super) fn plane_config(config: &NeConfig) -> PlaneConfig {
         },
         slots: config.slots(),
         flow_buckets: necp_ebpf::abi::DEFAULT_FLOW_BUCKETS,
+        exceptions: necp_ebpf::abi::exception_records(necp_ebpf::abi::DEFAULT_EXCEPTIONS),
     }
 }
 
