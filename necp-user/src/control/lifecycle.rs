@@ -1,4 +1,4 @@
-//! What time alone changes: adopted offers expire, slow starts rise, hosts die, panics begin and end.
+//! What time alone changes: adopted offers and exceptions expire, slow starts rise, hosts die, panics begin and end.
 
 use std::{collections::BTreeSet, net::Ipv4Addr, time::Instant};
 
@@ -15,6 +15,9 @@ impl Cluster {
     pub fn tick(&mut self, now: Instant) -> Change {
         let change = self.begin();
         self.ticked = now;
+        for address in self.exceptions.tick(now, change) {
+            self.forget_host(address);
+        }
         self.expire_adopted(now, change);
         self.raise_slow_starts(now);
         self.review_panic(now, change);
@@ -32,7 +35,8 @@ impl Cluster {
             offer.joined.and_then(|joined| weight::next_step(joined, self.config.slow_start, self.ticked))
         };
         let of = |offer: &Offer| [adopted(offer), step(offer), self.death_of(offer).map(|(at, _)| at)];
-        self.offers.values().filter(|offer| offer.alive).flat_map(of).flatten().min()
+        let offers = self.offers.values().filter(|offer| offer.alive).flat_map(of).flatten();
+        offers.chain(self.exceptions.next_deadline(self.ticked)).min()
     }
 
     fn expire_adopted(&mut self, now: Instant, change: Change) {

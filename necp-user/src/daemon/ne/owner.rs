@@ -5,6 +5,7 @@
 //! grace and orphan times, retries, the collector's next batch, once a second the sampling of counters.
 
 mod acks;
+mod exceptions;
 mod report;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -18,6 +19,7 @@ use tokio::sync::{mpsc, oneshot};
 use tokio::time::{sleep_until, timeout_at};
 
 use self::acks::{Ack, Acks};
+use self::exceptions::{Lists, Tally};
 use self::report::Sampler;
 use super::hosts::{Hosts, Sight};
 use super::input::{From, Input, SessionId};
@@ -64,6 +66,7 @@ pub struct Owner {
     /// Servers without a session whose flows live: asked every second whether they are still there.
     lost: BTreeSet<Ipv4Addr>,
     acks: Acks,
+    lists: Lists,
     /// Who wants to see everything: shown is what stands in the maps, so after the next write.
     asked: Vec<oneshot::Sender<Status>>,
     sampler: Sampler,
@@ -82,6 +85,8 @@ struct Current {
     session: SessionId,
     kick: mpsc::Sender<CloseReason>,
     started: BTreeSet<ServiceKey>,
+    /// What became of its exceptions since it was logged.
+    tally: Tally,
 }
 
 impl Owner {
@@ -107,6 +112,7 @@ impl Owner {
             sessions: HashMap::new(),
             lost: BTreeSet::new(),
             acks: Acks::default(),
+            lists: Lists::default(),
             asked: Vec::new(),
             dirty: true,
             failed_writes: 0,
@@ -191,10 +197,16 @@ impl Owner {
                 }
                 self.dirty = true;
             }
+            Input::Reset { from, done } if self.is_current(from) => self.reset_exceptions(from.server, done),
+            Input::List { from, step, done } if self.is_current(from) => self.lists.take(step, done, &self.cluster),
             Input::Lost { from, reason } if self.is_current(from) => self.lose(from.server, &reason),
             Input::Status { done } => self.asked.push(done),
             // Of a session that was superseded: its answer is dropped, and it ends.
-            Input::Operations { .. } | Input::Health { .. } | Input::Lost { .. } => {}
+            Input::Operations { .. }
+            | Input::Reset { .. }
+            | Input::List { .. }
+            | Input::Health { .. }
+            | Input::Lost { .. } => {}
         }
     }
 
@@ -213,7 +225,7 @@ impl Owner {
             }
             _ => {}
         }
-        self.sessions.insert(from.server, Current { session: from.session, kick, started: BTreeSet::new() });
+        self.sessions.insert(from.server, Current { session: from.session, kick, started: BTreeSet::new(), tally: Tally::default() });
         true
     }
 
@@ -242,7 +254,10 @@ impl Owner {
         let mut ack = Ack::operations(server, now + NEXT_HOP_WAIT, done);
         let mut started = self.sessions.get_mut(&server).map(|session| std::mem::take(&mut session.started));
         for (index, operation) in operations.iter().enumerate() {
-            let key = operation.service();
+            let Some(key) = operation.service() else {
+                self.except(server, index, operation, now, &mut ack);
+                continue;
+            };
             match operation {
                 Operation::Stop(_) => {
                     ack.wait(index, self.cluster.stop(server, key.protocol(), key.port(), now));
@@ -265,6 +280,7 @@ impl Owner {
                         }
                     }
                 }
+                Operation::Except(_) | Operation::Unexcept(_) => {}
             }
         }
         if let (Some(session), Some(started)) = (self.sessions.get_mut(&server), started) {
@@ -275,6 +291,7 @@ impl Owner {
     }
 
     fn lose(&mut self, server: Ipv4Addr, reason: &CloseReason) {
+        self.tell_exceptions(server);
         let serving = self.sessions.remove(&server).is_some_and(|session| !session.started.is_empty());
         if serving {
             tracing::warn!("session of {server} lost ({reason}): it gets no new flows, its flows stay");
@@ -335,6 +352,9 @@ impl Owner {
     }
 
     fn due(&self) -> Instant {
+        if !self.lists.is_empty() {
+            return Instant::now();
+        }
         let mut due = self.next_second.min(self.next_batch);
         let times = [self.retry, self.refresh_at, self.cluster.next_deadline(), self.acks.next()];
         for time in times.into_iter().flatten().chain(self.announcements.iter().copied()) {
@@ -348,6 +368,7 @@ impl Owner {
         if self.cluster.next_deadline().is_some_and(|at| at <= now) || self.retry.is_some_and(|at| at <= now) {
             self.dirty = true;
         }
+        self.lists.step(&self.cluster);
         if self.next_batch <= now {
             self.collect(now);
         }
@@ -376,6 +397,7 @@ impl Owner {
         self.hosts.keep(&wanted);
         self.hosts.probe(self.lost.iter().copied().collect::<Vec<_>>());
         self.sampler.sample(now, &self.plane, &self.cluster);
+        self.tell_all_exceptions();
     }
 
     /// One batch of the collector's work.
