@@ -9,6 +9,7 @@
 
 pub mod hosts;
 pub mod input;
+pub mod limits;
 pub mod listener;
 pub mod load;
 pub mod lock;
@@ -28,6 +29,7 @@ use tokio::task::JoinSet;
 
 use self::hosts::Hosts;
 use self::input::Input;
+use self::limits::Limits;
 use self::listener::Door;
 use self::lock::InstanceLock;
 use self::owner::Owner;
@@ -115,6 +117,9 @@ fn check(args: &Args, config: &NeConfig) -> ExitCode {
 
 async fn serve(config: NeConfig, leave: bool) -> anyhow::Result<()> {
     let config = Arc::new(config);
+    if let Err(error) = limits::raise_open_files(listener::MAX_SESSIONS) {
+        tracing::warn!("{error}");
+    }
     // Before anything is changed: signals, the lock, whatever can be in somebody else's hands.
     let end = End::new(leave)?;
     let _lock = InstanceLock::acquire(&config.pin)?;
@@ -175,8 +180,9 @@ async fn start(config: &Arc<NeConfig>) -> anyhow::Result<Started<impl Stream<Ite
         None
     };
     let (sender, inputs) = mpsc::channel(input::CAPACITY);
-    let door = Door::new(Arc::clone(config), sender.clone());
-    let mut owner = Owner::new(Arc::clone(config), plane, cluster, hosts, vips, Arc::clone(&door));
+    let limits = Arc::new(Limits::default());
+    let door = Door::new(Arc::clone(config), sender.clone(), Arc::clone(&limits));
+    let mut owner = Owner::new(Arc::clone(config), plane, cluster, hosts, vips, Arc::clone(&door), limits);
     owner.begin().await;
     Ok((owner, inputs, sender, changes, door))
 }

@@ -109,8 +109,7 @@ impl Sampler {
 type Counters = ([u64; REASONS as usize], Vec<(u32, ServerStats)>);
 
 fn read(plane: &Plane, cluster: &Cluster) -> Result<Counters, PlaneError> {
-    let services = cluster.snapshot().farms.into_iter().flat_map(|farm| farm.services);
-    let ids: Vec<u32> = services.flat_map(|service| service.servers).map(|server| server.id).collect();
+    let ids = cluster.server_ids();
     let servers = plane.server_stats(&ids)?;
     Ok((plane.reasons()?, ids.into_iter().zip(servers).collect()))
 }
