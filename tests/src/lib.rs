@@ -31,6 +31,8 @@ pub mod nginx;
 pub mod oracle;
 pub mod process;
 pub mod raw;
+pub mod scale;
 pub mod schedule;
+pub mod swarm;
 pub mod topology;
 pub mod xdp;

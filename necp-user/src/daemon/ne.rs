@@ -30,7 +30,7 @@ use tokio::task::JoinSet;
 use self::hosts::Hosts;
 use self::input::Input;
 use self::limits::Limits;
-use self::listener::Door;
+use self::listener::{Door, Protections};
 use self::lock::InstanceLock;
 use self::owner::Owner;
 use self::vips::Vips;
@@ -106,6 +106,10 @@ fn check(args: &Args, config: &NeConfig) -> ExitCode {
         eprintln!("{}: {error}", args.config.display());
         return ExitCode::FAILURE;
     }
+    if let Err(error) = Protections::read(config) {
+        eprintln!("{}: {error}", args.config.display());
+        return ExitCode::FAILURE;
+    }
     for note in &config.notes {
         eprintln!("{}:{note}", args.config.display());
     }
@@ -125,9 +129,10 @@ async fn serve(config: NeConfig, leave: bool) -> anyhow::Result<()> {
     let _lock = InstanceLock::acquire(&config.pin)?;
     let admin = AdminSocket::bind(&config.socket)
         .with_context(|| format!("cannot listen on the admin socket {}", config.socket.display()))?;
+    let protections = Protections::read(&config)?;
     let mut listeners = Vec::new();
     for address in &config.listen {
-        let listener = listener::bind(*address).with_context(|| format!("cannot listen on {address}"))?;
+        let listener = listener::bind(*address, &protections).with_context(|| format!("cannot listen on {address}"))?;
         listeners.push(listener);
     }
     let (mut owner, mut inputs, sender, mut changes, door) = start(&config).await?;

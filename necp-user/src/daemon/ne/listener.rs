@@ -3,10 +3,12 @@
 use std::collections::{BTreeMap, HashMap};
 use std::io;
 use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4};
+use std::num::NonZeroU8;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use ipnet::Ipv4Net;
 use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
@@ -15,7 +17,9 @@ use super::input::{Input, SessionId};
 use super::limits::Limits;
 use crate::config::ne::NeConfig;
 use crate::daemon::peer::{self, Ended, Patron};
+use crate::daemon::secret_file::SecretFileError;
 use crate::daemon::status::Strangers;
+use crate::daemon::tcp_security::{self, Md5Key};
 use crate::necp::{CloseReason, SessionConfig};
 
 /// Connections in all.
@@ -63,12 +67,37 @@ struct Counts {
     ssh: AtomicU64,
 }
 
-/// Binds an address.
+/// What protects the connections of one address, if anything.
+#[derive(Debug, Default)]
+pub struct Protections {
+    ttl_hops: Option<NonZeroU8>,
+    md5: Vec<(Ipv4Net, Md5Key)>,
+}
+
+impl Protections {
+    /// As configured; reads the key files.
+    ///
+    /// # Errors
+    /// The first key file that cannot be used.
+    pub fn read(config: &NeConfig) -> Result<Self, SecretFileError> {
+        let files = config.farms.iter().flat_map(|farm| &farm.tcp_md5);
+        let md5 = files.map(|(net, path)| Ok((*net, Md5Key::read(path)?))).collect::<Result<_, _>>()?;
+        Ok(Self { ttl_hops: config.ttl_security, md5 })
+    }
+}
+
+/// Binds an address. What is accepted there inherits the protections.
 ///
 /// # Errors
-/// As `bind(2)` and `listen(2)`.
-pub fn bind(address: SocketAddrV4) -> io::Result<TcpListener> {
+/// As `bind(2)`, `listen(2)` and `setsockopt(2)`.
+pub fn bind(address: SocketAddrV4, protections: &Protections) -> io::Result<TcpListener> {
     let socket = TcpSocket::new_v4()?;
+    if let Some(hops) = protections.ttl_hops {
+        tcp_security::set_ttl_security(&socket, hops)?;
+    }
+    for (net, key) in &protections.md5 {
+        tcp_security::set_md5(&socket, *net, key)?;
+    }
     socket.set_reuseaddr(true)?;
     socket.bind(address.into())?;
     socket.listen(BACKLOG)
