@@ -44,6 +44,9 @@ use crate::plane::{AttachMode, Plane, PlaneConfig};
 /// How long the network may take to be asked at the end.
 const GOODBYE: Duration = Duration::from_secs(3);
 
+/// Nice value of all threads, unless they were given another one.
+const PRIORITY: libc::c_int = -10;
+
 /// `necp ne`: the network element, a layer-4 load balancer whose servers tell it what they serve.
 #[derive(Debug, Clone, clap::Args)]
 #[command(after_help = "\
@@ -63,7 +66,10 @@ Examples:
   necp ne --config /etc/necp/ne.toml
 
 Signals: SIGTERM and SIGINT end the daemon and take the packet path away; SIGQUIT (or --leave) leaves it forwarding for
-the next daemon, as a crash does. RUST_LOG=debug logs more.")]
+the next daemon, as a crash does. RUST_LOG=debug logs more.
+
+Priority: it runs at nice -10, unless it is started with another value than 0.
+Open files: it raises its limit to what 16384 connections need, and says so if it may not.")]
 pub struct Args {
     /// The configuration
     #[arg(long, value_name = "FILE")]
@@ -91,6 +97,7 @@ pub fn run(args: &Args) -> ExitCode {
     for note in &config.notes {
         tracing::warn!("{}:{note}", args.config.display());
     }
+    raise_priority();
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
     match runtime.context("starting tokio").and_then(|runtime| runtime.block_on(serve(config, args.leave))) {
         Ok(()) => ExitCode::SUCCESS,
@@ -98,6 +105,18 @@ pub fn run(args: &Args) -> ExitCode {
             tracing::error!("{error:#}");
             ExitCode::FAILURE
         }
+    }
+}
+
+/// A loss must be in the maps at once, also when others want all CPUs. All threads inherit it. Whoever has started us with a
+/// priority of his own (`nice`, Nice= in systemd) keeps it.
+fn raise_priority() {
+    // SAFETY: both take and return numbers; -1 is an error or a priority, and neither is 0.
+    let raised = unsafe {
+        libc::getpriority(libc::PRIO_PROCESS, 0) != 0 || libc::setpriority(libc::PRIO_PROCESS, 0, PRIORITY) == 0
+    };
+    if !raised {
+        tracing::warn!("cannot raise the priority to nice {PRIORITY}: {}", std::io::Error::last_os_error());
     }
 }
 
