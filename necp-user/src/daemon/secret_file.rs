@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::io::{self, Read as _};
-use std::os::unix::fs::MetadataExt as _;
+use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 
 /// Bytes that are read, at most.
@@ -58,7 +58,8 @@ pub enum SecretFileError {
 /// See [`SecretFileError`].
 pub fn read(path: &Path, least: usize, most: usize) -> Result<Vec<u8>, SecretFileError> {
     let failed = |source| SecretFileError::Read { path: path.into(), source };
-    let file = File::open(path).map_err(failed)?;
+    // A FIFO without a writer would hold us up for ever.
+    let file = File::options().read(true).custom_flags(libc::O_NONBLOCK).open(path).map_err(failed)?;
     // Of the file that was opened: what stands at the path may be another one meanwhile.
     let facts = file.metadata().map_err(failed)?;
     if !facts.is_file() {
