@@ -132,10 +132,10 @@ fn under_cpu_pressure_a_loss_is_in_the_maps_at_once() -> Result<()> {
     line.join(1)?;
     let records = Records::open(&pin(&line))?;
     let pid = line.ne().process().pid();
-    // The one who looks must not wait himself.
+    let _hogs = Hogs::start(4)?;
+    // The one who looks must not wait himself. The hogs do not inherit it.
     // SAFETY: takes three numbers; 0 is this thread.
     ensure!(unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, -20) } == 0, "{}", io::Error::last_os_error());
-    let _hogs = Hogs::start(4)?;
     let raised = losses(&line, &records)?;
     renice(pid, 0)?;
     let ordinary = losses(&line, &records)?;
