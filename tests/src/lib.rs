@@ -12,6 +12,7 @@
 //! [`topology::Topology`] builds it in a fraction of a second and takes it away again, however the process ends:
 //! see [`cleanup`]. [`kernel`] runs the kernel program on single frames, without a network. Everything needs root, and says so.
 
+pub mod attack;
 pub mod capture;
 pub mod cleanup;
 pub mod contention;
@@ -31,6 +32,9 @@ pub mod nginx;
 pub mod oracle;
 pub mod process;
 pub mod raw;
+pub mod scale;
 pub mod schedule;
+pub mod swarm;
 pub mod topology;
+pub mod watchman;
 pub mod xdp;

@@ -54,6 +54,9 @@ pub struct UnloadArgs {
 /// Arguments of `cargo xtask bench`.
 #[derive(Args)]
 pub struct BenchArgs {
+    /// Instead, measure what so many sessions cost the daemon
+    #[arg(long, value_name = "N")]
+    sessions: Option<usize>,
     /// Arguments for the benchmark
     #[arg(last = true, value_name = "ARG")]
     rest: Vec<OsString>,
@@ -94,6 +97,10 @@ pub fn unload(host: &Host, args: &UnloadArgs) -> Result<ExitCode> {
 /// `cargo xtask bench`.
 pub fn bench(host: &Host, args: &BenchArgs) -> Result<ExitCode> {
     host.require_root("the benchmark")?;
+    if let Some(sessions) = args.sessions {
+        prepare(host, &["necp", "necp-scale"])?;
+        return become_binary(host, "necp-scale", &words(&["--sessions"], [sessions.to_string().into()], &args.rest));
+    }
     prepare(host, &["necp-bench"])?;
     become_binary(host, "necp-bench", &args.rest)
 }

@@ -21,6 +21,7 @@ mod tests;
 use std::collections::BTreeMap;
 use std::fmt;
 use std::net::{Ipv4Addr, SocketAddrV4};
+use std::num::NonZeroU8;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -56,6 +57,8 @@ pub struct NeConfig {
     pub grace: Duration,
     /// Exceptions that all servers together may have (§5.7), at most 1,048,576, the default.
     pub max_exceptions: u32,
+    /// TTL security (RFC 5082): how many hops servers are away at most, 1 being the same link; none by default.
+    pub ttl_security: Option<NonZeroU8>,
     /// The farms, in the order of the file.
     pub farms: Vec<FarmConfig>,
     /// What is legal but will surprise, to be logged.
@@ -75,6 +78,8 @@ pub struct FarmConfig {
     pub forwarding: Vec<Forwarding>,
     /// Who may join. No other farm admits any of these for any of the same services.
     pub servers: Vec<Ipv4Net>,
+    /// TCP-MD5 (RFC 2385): key files by prefix, each within `servers`; none by default.
+    pub tcp_md5: Vec<(Ipv4Net, PathBuf)>,
     /// Slots per service, a prime; 65,537 by default.
     pub table_size: u32,
     /// How long flows of a lost server are kept when its host is not known to be gone; 300 s by default.

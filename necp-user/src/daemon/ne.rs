@@ -9,6 +9,7 @@
 
 pub mod hosts;
 pub mod input;
+pub mod limits;
 pub mod listener;
 pub mod load;
 pub mod lock;
@@ -28,7 +29,8 @@ use tokio::task::JoinSet;
 
 use self::hosts::Hosts;
 use self::input::Input;
-use self::listener::Door;
+use self::limits::Limits;
+use self::listener::{Door, Protections};
 use self::lock::InstanceLock;
 use self::owner::Owner;
 use self::vips::Vips;
@@ -41,6 +43,9 @@ use crate::plane::{AttachMode, Plane, PlaneConfig};
 
 /// How long the network may take to be asked at the end.
 const GOODBYE: Duration = Duration::from_secs(3);
+
+/// Nice value of all threads, unless they were given another one.
+const PRIORITY: libc::c_int = -10;
 
 /// `necp ne`: the network element, a layer-4 load balancer whose servers tell it what they serve.
 #[derive(Debug, Clone, clap::Args)]
@@ -61,7 +66,10 @@ Examples:
   necp ne --config /etc/necp/ne.toml
 
 Signals: SIGTERM and SIGINT end the daemon and take the packet path away; SIGQUIT (or --leave) leaves it forwarding for
-the next daemon, as a crash does. RUST_LOG=debug logs more.")]
+the next daemon, as a crash does. RUST_LOG=debug logs more.
+
+Priority: it runs at nice -10, unless it is started with another value than 0.
+Open files: it raises its limit to what 16384 connections need, and says so if it may not.")]
 pub struct Args {
     /// The configuration
     #[arg(long, value_name = "FILE")]
@@ -89,6 +97,7 @@ pub fn run(args: &Args) -> ExitCode {
     for note in &config.notes {
         tracing::warn!("{}:{note}", args.config.display());
     }
+    raise_priority();
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
     match runtime.context("starting tokio").and_then(|runtime| runtime.block_on(serve(config, args.leave))) {
         Ok(()) => ExitCode::SUCCESS,
@@ -99,8 +108,24 @@ pub fn run(args: &Args) -> ExitCode {
     }
 }
 
+/// A loss must be in the maps at once, also when others want all CPUs. All threads inherit it. Whoever has started us with a
+/// priority of his own (`nice`, Nice= in systemd) keeps it.
+fn raise_priority() {
+    // SAFETY: both take and return numbers; -1 is an error or a priority, and neither is 0.
+    let raised = unsafe {
+        libc::getpriority(libc::PRIO_PROCESS, 0) != 0 || libc::setpriority(libc::PRIO_PROCESS, 0, PRIORITY) == 0
+    };
+    if !raised {
+        tracing::warn!("cannot raise the priority to nice {PRIORITY}: {}", std::io::Error::last_os_error());
+    }
+}
+
 fn check(args: &Args, config: &NeConfig) -> ExitCode {
     if let Err(error) = cluster_config(config).validate() {
+        eprintln!("{}: {error}", args.config.display());
+        return ExitCode::FAILURE;
+    }
+    if let Err(error) = Protections::read(config) {
         eprintln!("{}: {error}", args.config.display());
         return ExitCode::FAILURE;
     }
@@ -115,14 +140,18 @@ fn check(args: &Args, config: &NeConfig) -> ExitCode {
 
 async fn serve(config: NeConfig, leave: bool) -> anyhow::Result<()> {
     let config = Arc::new(config);
+    if let Err(error) = limits::raise_open_files(listener::MAX_SESSIONS) {
+        tracing::warn!("{error}");
+    }
     // Before anything is changed: signals, the lock, whatever can be in somebody else's hands.
     let end = End::new(leave)?;
     let _lock = InstanceLock::acquire(&config.pin)?;
     let admin = AdminSocket::bind(&config.socket)
         .with_context(|| format!("cannot listen on the admin socket {}", config.socket.display()))?;
+    let protections = Protections::read(&config)?;
     let mut listeners = Vec::new();
     for address in &config.listen {
-        let listener = listener::bind(*address).with_context(|| format!("cannot listen on {address}"))?;
+        let listener = listener::bind(*address, &protections).with_context(|| format!("cannot listen on {address}"))?;
         listeners.push(listener);
     }
     let (mut owner, mut inputs, sender, mut changes, door) = start(&config).await?;
@@ -175,8 +204,9 @@ async fn start(config: &Arc<NeConfig>) -> anyhow::Result<Started<impl Stream<Ite
         None
     };
     let (sender, inputs) = mpsc::channel(input::CAPACITY);
-    let door = Door::new(Arc::clone(config), sender.clone());
-    let mut owner = Owner::new(Arc::clone(config), plane, cluster, hosts, vips, Arc::clone(&door));
+    let limits = Arc::new(Limits::default());
+    let door = Door::new(Arc::clone(config), sender.clone(), Arc::clone(&limits));
+    let mut owner = Owner::new(Arc::clone(config), plane, cluster, hosts, vips, Arc::clone(&door), limits);
     owner.begin().await;
     Ok((owner, inputs, sender, changes, door))
 }

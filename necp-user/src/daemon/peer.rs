@@ -12,6 +12,8 @@ use std::future::Future;
 use std::io;
 use std::net::Ipv4Addr;
 use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use futures_util::StreamExt as _;
@@ -21,6 +23,7 @@ use tokio::sync::{mpsc, oneshot};
 use tokio::time::{sleep_until, timeout};
 
 use super::ne::input::{From, Input, ListPart, ListStep, SessionId};
+use super::ne::limits::{Limits, Share};
 use crate::control::exceptions::Listing;
 use crate::necp::{CloseReason, NeEvent, NeSession, SessionConfig, Token};
 
@@ -51,12 +54,27 @@ enum Answer {
     List(ListPart),
 }
 
-struct Peer {
+/// Who has connected, and what the connection shares with others.
+pub struct Patron {
+    /// The server element: the source address.
+    pub server: Ipv4Addr,
+    /// Names the connection.
+    pub id: SessionId,
+    /// The other end of what [`serve`] is ended by: handed on to the owner.
+    pub kick: mpsc::Sender<CloseReason>,
+    /// Set once the peer has said INIT.
+    pub joined: Arc<AtomicBool>,
+    /// What all connections share.
+    pub limits: Arc<Limits>,
+}
+
+struct Peer<'a> {
     stream: TcpStream,
     session: NeSession,
     from: From,
     owner: mpsc::Sender<Input>,
-    kick: mpsc::Sender<CloseReason>,
+    patron: &'a Patron,
+    share: Share<'a>,
     answers: Answers,
     /// Lists that are counted and not sent to the end.
     lists: BTreeMap<Token, Listing>,
@@ -65,15 +83,15 @@ struct Peer {
     joined: bool,
 }
 
-/// Serves one connection to its end. `kick` is the owner's, and the listener's, way to end it.
+/// Serves one connection to its end. `kicked` is the owner's, and the listener's, way to end it.
 pub async fn serve(
     stream: TcpStream,
-    server: Ipv4Addr,
-    id: SessionId,
+    patron: Patron,
+    mut kicked: mpsc::Receiver<CloseReason>,
     config: SessionConfig,
     owner: mpsc::Sender<Input>,
 ) -> Ended {
-    let (kick, mut kicked) = mpsc::channel(1);
+    let server = patron.server;
     let silence = config.keepalive * 3;
     if let Err(error) = prepare(&stream, silence) {
         tracing::debug!(%server, %error, "socket options");
@@ -81,9 +99,10 @@ pub async fn serve(
     let mut peer = Peer {
         stream,
         session: NeSession::new(config, Instant::now(), rand::random()),
-        from: From { server, session: id },
+        from: From { server, session: patron.id },
         owner,
-        kick,
+        patron: &patron,
+        share: patron.limits.share(),
         answers: FuturesUnordered::new(),
         lists: BTreeMap::new(),
         sending: None,
@@ -105,7 +124,7 @@ fn prepare(stream: &TcpStream, silence: Duration) -> io::Result<()> {
     socket2::SockRef::from(stream).set_tcp_user_timeout(Some(silence))
 }
 
-impl Peer {
+impl Peer<'_> {
     /// Until the session is closed; the rest of its output is then still to be written.
     async fn run(&mut self, kicked: &mut mpsc::Receiver<CloseReason>) -> CloseReason {
         let mut output: Vec<u8> = Vec::new();
@@ -122,6 +141,11 @@ impl Peer {
             if written == output.len() {
                 output = self.session.poll_transmit().unwrap_or_default();
                 written = 0;
+            }
+            let held = self.session.held_bytes() + output.len();
+            if !self.share.set(held) {
+                self.session.close(CloseReason::Overflow(held));
+                continue;
             }
             let wait = self.session.poll_timeout();
             let reads = self.session.wants_input();
@@ -175,8 +199,9 @@ impl Peer {
                     self.joined = true;
                     // The session sends on what was begun, and forgets the rest.
                     self.lists.retain(|token, _| Some(*token) == self.sending);
+                    self.patron.joined.store(true, Ordering::Relaxed);
                     let done = self.await_answer(token);
-                    Input::Opened { from, kick: self.kick.clone(), done }
+                    Input::Opened { from, kick: self.patron.kick.clone(), done }
                 }
                 NeEvent::Operations { token, operations } => {
                     let done = self.await_answer(token);
@@ -195,7 +220,9 @@ impl Peer {
                 }
                 NeEvent::Health(answers) => Input::Health { from, answers },
                 NeEvent::Notice(notice) => {
-                    tracing::info!(server = %from.server, "{notice}");
+                    if self.patron.limits.voices().may_speak(from.server) {
+                        tracing::info!(server = %from.server, "{notice}");
+                    }
                     continue;
                 }
                 NeEvent::Closed(_) => continue,

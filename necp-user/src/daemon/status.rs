@@ -180,6 +180,15 @@ pub struct Strangers {
     pub too_many: u64,
     /// Never said INIT.
     pub silent: u64,
-    /// Spoke something else.
+    /// Spoke something else, or did not begin with INIT; `http`, `tls` and `ssh` are among them.
     pub not_necp: u64,
+    /// Spoke HTTP.
+    #[serde(default)]
+    pub http: u64,
+    /// Spoke TLS.
+    #[serde(default)]
+    pub tls: u64,
+    /// Spoke SSH.
+    #[serde(default)]
+    pub ssh: u64,
 }

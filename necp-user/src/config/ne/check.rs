@@ -2,13 +2,14 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{Ipv4Addr, SocketAddrV4};
+use std::num::NonZeroU8;
 use std::path::PathBuf;
 use std::time::Duration;
 
 use ipnet::Ipv4Net;
 use toml::Spanned;
 
-use super::file::{Farm, File, Number, Prefix, Vip};
+use super::file::{Farm, File, Hops, Md5Files, Number, Prefix, Vip};
 use super::{FarmConfig, NeConfig, PIN, SOCKET};
 use crate::config::strict::{Mistake, Text, place};
 use crate::necp::service::{TCP, UDP};
@@ -39,6 +40,7 @@ pub(super) fn check(text: &str, file: File) -> Result<NeConfig, Vec<Mistake>> {
         listen: check.listen(&file),
         pin: check.path(&file.pin, "pin", PIN),
         socket: check.socket(&file),
+        ttl_security: check.ttl_security(&file),
         mode: file.mode.map_or_else(Default::default, |mode| mode.0),
         manage_vips: file.manage_vips.unwrap_or(true),
         keepalive: check.seconds(&file.keepalive, "keepalive", 5.0, 0.05..=3600.0),
@@ -145,6 +147,22 @@ impl Check<'_> {
         Duration::from_secs_f64(seconds)
     }
 
+    fn ttl_security(&mut self, file: &File) -> Option<NonZeroU8> {
+        let spanned = file.ttl_security.as_ref()?;
+        let hops = match *spanned.get_ref() {
+            Hops::OnLink(on) => i64::from(on),
+            Hops::AtMost(hops) if (1..=254).contains(&hops) => hops,
+            Hops::AtMost(hops) => {
+                self.at(
+                    spanned,
+                    format!("`ttl_security` is {hops}; write true (servers on the same link) or from 1 to 254 hops"),
+                );
+                0
+            }
+        };
+        NonZeroU8::new(hops as u8)
+    }
+
     fn farm(&mut self, farm: &Farm) -> FarmConfig {
         let name = self.name(farm);
         self.authentication(farm, &name);
@@ -153,6 +171,7 @@ impl Check<'_> {
             services: self.services(farm),
             forwarding: self.forwarding(farm, &name),
             servers: self.servers(farm),
+            tcp_md5: self.tcp_md5(farm),
             table_size: self.table_size(farm),
             orphan_time: self.seconds(&farm.orphan_time, "orphan_time", 300.0, 1.0..=MAX_TIME),
             tcp_idle: self.seconds(&farm.tcp_idle, "tcp_idle", 7440.0, 1.0..=MAX_TIME),
@@ -232,6 +251,41 @@ impl Check<'_> {
         self.distinct(&farm.servers, |prefix: &Text<Prefix>| prefix.0.0, "prefix")
     }
 
+    fn tcp_md5(&mut self, farm: &Farm) -> Vec<(Ipv4Net, PathBuf)> {
+        let Some(spanned) = &farm.tcp_md5 else { return Vec::new() };
+        let servers: Vec<Ipv4Net> = farm.servers.get_ref().iter().map(|prefix| prefix.get_ref().0.0).collect();
+        let files = match spanned.get_ref() {
+            Md5Files::All(path) => servers.iter().map(|net| (*net, path.clone())).collect(),
+            Md5Files::Each(files) => self.md5_by_prefix(spanned.span().start, files, &servers),
+        };
+        if files.iter().any(|(_, path)| !path.is_absolute()) {
+            self.at(spanned, "the key files of `tcp_md5` must be absolute paths, such as /etc/necp/web.md5".into());
+        }
+        files
+    }
+
+    fn md5_by_prefix(
+        &mut self,
+        at: usize,
+        files: &BTreeMap<String, PathBuf>,
+        servers: &[Ipv4Net],
+    ) -> Vec<(Ipv4Net, PathBuf)> {
+        let mut found = Vec::new();
+        for (text, path) in files {
+            match text.parse::<Prefix>() {
+                Err(message) => self.mistake(Some(at), message),
+                Ok(Prefix(net)) if servers.iter().any(|servers| servers.contains(&net)) => {
+                    found.push((net, path.clone()));
+                }
+                Ok(Prefix(net)) => self.mistake(
+                    Some(at),
+                    format!("{net} has a `tcp_md5` key but may not join; add it to `servers`, or take it away here"),
+                ),
+            }
+        }
+        found
+    }
+
     fn table_size(&mut self, farm: &Farm) -> u32 {
         let Some(spanned) = &farm.table_size else { return TABLE_SIZE };
         let size = *spanned.get_ref();
@@ -259,8 +313,9 @@ impl Check<'_> {
         match u32::try_from(count) {
             Ok(count @ 0..=MAX_EXCEPTIONS) => count,
             _ => {
-                let message =
-                    format!("`max_exceptions` is {count}; write a number from 0 to {MAX_EXCEPTIONS} (default {default})");
+                let message = format!(
+                    "`max_exceptions` is {count}; write a number from 0 to {MAX_EXCEPTIONS} (default {default})"
+                );
                 self.at(spanned, message);
                 default
             }

@@ -28,6 +28,7 @@ pub(super) struct File {
     pub(super) keepalive: Option<Number>,
     pub(super) grace: Option<Number>,
     pub(super) max_exceptions: Option<Spanned<i64>>,
+    pub(super) ttl_security: Option<Spanned<Hops>>,
     #[serde(default)]
     pub(super) farm: Vec<Spanned<Farm>>,
 }
@@ -43,6 +44,7 @@ pub(super) struct Farm {
     pub(super) auth: Option<Spanned<String>>,
     pub(super) key_file: Option<Spanned<PathBuf>>,
     pub(super) keys: Option<Spanned<BTreeMap<String, PathBuf>>>,
+    pub(super) tcp_md5: Option<Spanned<Md5Files>>,
     pub(super) table_size: Option<Spanned<i64>>,
     pub(super) orphan_time: Option<Number>,
     pub(super) tcp_idle: Option<Number>,
@@ -52,6 +54,25 @@ pub(super) struct Farm {
     pub(super) max_exceptions: Option<Spanned<i64>>,
     pub(super) hash_seed: Option<Spanned<i64>>,
     pub(super) capacity: Option<BTreeMap<Spanned<String>, Number>>,
+}
+
+/// `true`, `false` or a number of hops.
+#[derive(Deserialize)]
+#[serde(
+    untagged,
+    expecting = "write true (servers on the same link), false, or the number of hops that they are away at most"
+)]
+pub(super) enum Hops {
+    OnLink(bool),
+    AtMost(i64),
+}
+
+/// One key file, or several by address or prefix.
+#[derive(Deserialize)]
+#[serde(untagged, expecting = "write a path, or { \"10.0.0.11\" = \"PATH\" }")]
+pub(super) enum Md5Files {
+    All(PathBuf),
+    Each(BTreeMap<String, PathBuf>),
 }
 
 /// `ADDRESS` or `ADDRESS:PORT`.

@@ -226,3 +226,39 @@ fn all_mistakes_are_shown_at_once() {
     assert!(lines[0].starts_with(&format!("{}:1:14: ", path.display())), "{error}");
     assert!(lines[1].starts_with(&format!("{}:10:8: ", path.display())), "{error}");
 }
+
+#[test]
+fn ttl_security_and_tcp_md5() {
+    let good = |extra: &str, farm: &str| {
+        NeConfig::parse(&format!(
+            "interfaces = [\"eth0\"]\n{extra}[[farm]]\nname = \"web\"\nvips = [\"192.0.2.10\"]\nservices = [\"tcp/80\"]\n\
+             forwarding = [\"l2\"]\nservers = [\"10.0.0.0/24\", \"10.1.0.7\"]\nauth = \"none\"\n{farm}"
+        ))
+    };
+    let hops = |extra: &str| good(extra, "").expect(extra).ttl_security.map(std::num::NonZeroU8::get);
+    assert_eq!(hops(""), None);
+    assert_eq!(hops("ttl_security = false\n"), None);
+    assert_eq!(hops("ttl_security = true\n"), Some(1));
+    assert_eq!(hops("ttl_security = 3\n"), Some(3));
+    let md5 = |farm: &str| good("", farm).expect(farm).farms[0].tcp_md5.clone();
+    let entry = |net: &str, path: &str| (net.parse::<ipnet::Ipv4Net>().expect(net), std::path::PathBuf::from(path));
+    assert_eq!(md5("tcp_md5 = \"/k\"\n"), [entry("10.0.0.0/24", "/k"), entry("10.1.0.7/32", "/k")]);
+    assert_eq!(md5("tcp_md5 = { \"10.0.0.11\" = \"/a\" }\n"), [entry("10.0.0.11/32", "/a")]);
+
+    let wrong = |extra: &str, farm: &str| {
+        let mistakes = good(extra, farm).expect_err("wrong");
+        mistakes.iter().map(ToString::to_string).collect::<Vec<_>>().join("; ")
+    };
+    for (extra, farm, says) in [
+        ("ttl_security = 255\n", "", "`ttl_security` is 255"),
+        ("ttl_security = 0\n", "", "`ttl_security` is 0"),
+        ("ttl_security = \"yes\"\n", "", "write true"),
+        ("", "tcp_md5 = \"k\"\n", "absolute"),
+        ("", "tcp_md5 = { \"10.9.0.1\" = \"/k\" }\n", "10.9.0.1/32 has a `tcp_md5` key but may not join"),
+        ("", "tcp_md5 = { \"x\" = \"/k\" }\n", "no IPv4 prefix"),
+        ("", "tcp_md5 = 7\n", "write a path"),
+    ] {
+        let found = wrong(extra, farm);
+        assert!(found.contains(says), "{extra}{farm}: {found}");
+    }
+}

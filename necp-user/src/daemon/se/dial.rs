@@ -10,6 +10,7 @@ use tokio::net::{TcpSocket, TcpStream, lookup_host};
 use tokio::time::timeout;
 
 use super::settings::NeAddress;
+use crate::daemon::tcp_security::Protection;
 
 /// Longest wait for a connection, whatever the keepalive interval.
 const CONNECT_MAX: Duration = Duration::from_secs(10);
@@ -29,7 +30,10 @@ pub enum DialError {
     #[error("{0} is not an address of this host (see --source and `ip addr`)")]
     Source(IpAddr),
     /// It did not answer in time.
-    #[error("no connection within {} s", .0.as_secs_f64())]
+    #[error(
+        "no connection within {} s (where TTL security or TCP-MD5 does not fit there is no answer either)",
+        .0.as_secs_f64()
+    )]
     Timeout(Duration),
     /// Nobody listens.
     #[error("connection refused; does `necp ne` run there, and listen on that port?")]
@@ -44,7 +48,12 @@ pub enum DialError {
 ///
 /// # Errors
 /// See [`DialError`]; of several addresses, that of the last one.
-pub async fn dial(ne: &NeAddress, source: Option<IpAddr>, patience: Duration) -> Result<TcpStream, DialError> {
+pub async fn dial(
+    ne: &NeAddress,
+    source: Option<IpAddr>,
+    protection: &Protection,
+    patience: Duration,
+) -> Result<TcpStream, DialError> {
     let patience = patience.max(PATIENCE_MIN);
     let limit = patience.min(CONNECT_MAX);
     let addresses = timeout(limit, lookup_host((ne.host.as_str(), ne.port)))
@@ -53,7 +62,7 @@ pub async fn dial(ne: &NeAddress, source: Option<IpAddr>, patience: Duration) ->
         .map_err(DialError::Resolve)?;
     let mut last = None;
     for address in addresses.filter(|to| source.is_none_or(|from| from.is_ipv4() == to.is_ipv4())) {
-        match timeout(limit, connect(address, source, patience)).await {
+        match timeout(limit, connect(address, source, protection, patience)).await {
             Ok(Ok(stream)) => return Ok(stream),
             Ok(Err(error)) => last = Some(error),
             Err(_) => last = Some(DialError::Timeout(limit)),
@@ -66,7 +75,12 @@ pub async fn dial(ne: &NeAddress, source: Option<IpAddr>, patience: Duration) ->
     })
 }
 
-async fn connect(to: SocketAddr, source: Option<IpAddr>, patience: Duration) -> Result<TcpStream, DialError> {
+async fn connect(
+    to: SocketAddr,
+    source: Option<IpAddr>,
+    protection: &Protection,
+    patience: Duration,
+) -> Result<TcpStream, DialError> {
     let socket = if to.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }?;
     if let Some(from) = source {
         socket.bind((from, 0).into()).map_err(|error| match error.kind() {
@@ -74,6 +88,7 @@ async fn connect(to: SocketAddr, source: Option<IpAddr>, patience: Duration) -> 
             _ => error.into(),
         })?;
     }
+    protection.apply(&socket, to.ip())?;
     let options = SockRef::from(&socket);
     options.set_tcp_nodelay(true)?;
     options.set_tcp_user_timeout(Some(patience))?;
@@ -103,7 +118,7 @@ mod tests {
     async fn options_and_source_are_set() {
         let (listener, ne) = listener().await;
         let source = "127.9.9.9".parse().expect("an address");
-        let stream = dial(&ne, Some(source), PATIENCE).await.expect("connected");
+        let stream = dial(&ne, Some(source), &Protection::default(), PATIENCE).await.expect("connected");
         assert_eq!(listener.accept().await.expect("accepted").1.ip(), source);
         let options = SockRef::from(&stream);
         assert!(options.tcp_nodelay().expect("an option") && !options.keepalive().expect("an option"));
@@ -115,11 +130,11 @@ mod tests {
         let (listener, ne) = listener().await;
         let error = async |source: &str| {
             let source: IpAddr = source.parse().expect("an address");
-            dial(&ne, Some(source), PATIENCE).await.expect_err("cannot work").to_string()
+            dial(&ne, Some(source), &Protection::default(), PATIENCE).await.expect_err("cannot work").to_string()
         };
         assert!(error("192.0.2.77").await.contains("192.0.2.77 is not an address of this host"));
         assert_eq!(error("::1").await, "it has no address that can be reached from ::1");
         drop(listener);
-        assert!(matches!(dial(&ne, None, PATIENCE).await, Err(DialError::Refused)));
+        assert!(matches!(dial(&ne, None, &Protection::default(), PATIENCE).await, Err(DialError::Refused)));
     }
 }

@@ -91,7 +91,7 @@ impl Peer {
     async fn attempt(&mut self, backoff: &mut Backoff) -> Option<String> {
         let patience = self.settings.keepalive * 3;
         let dialled = tokio::select! {
-            dialled = dial(&self.ne, self.settings.source, patience) => dialled,
+            dialled = dial(&self.ne, self.settings.source, &self.settings.protection, patience) => dialled,
             () = reached(&mut self.orders, Order::Leave) => return None,
         };
         match dialled {

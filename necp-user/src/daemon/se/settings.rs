@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::num::NonZeroU8;
 use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
@@ -12,6 +13,8 @@ use thiserror::Error;
 
 use super::health::{HealthIndex, HealthSource};
 use crate::config::strict::{self, FileError, Text};
+use crate::daemon::secret_file::SecretFileError;
+use crate::daemon::tcp_security::{Md5Key, Protection};
 use crate::necp::{PORT, ServiceKey, ServiceUnit};
 
 /// Where the lock is unless told otherwise.
@@ -57,6 +60,14 @@ pub struct Args {
     /// The lock that keeps a second agent from this host [default: /run/necp/se.lock]
     #[arg(long, value_name = "PATH")]
     pub lock: Option<PathBuf>,
+    /// TTL security (GTSM, RFC 5082), as the network element has it: send with TTL 255, and drop what has come over more
+    /// hops than these; 1, or no number, is the same link
+    #[arg(long, value_name = "HOPS", num_args = 0..=1, default_missing_value = "1")]
+    pub ttl_security: Option<NonZeroU8>,
+    /// Sign every TCP segment with the key in this file (TCP-MD5, RFC 2385), as the network element's `tcp_md5` has it;
+    /// mode 600
+    #[arg(long, value_name = "FILE")]
+    pub tcp_md5_file: Option<PathBuf>,
     /// A TOML file with the same keys (ne, serve, health, source, keepalive, retry_max, drain, vips, lock, ...); the
     /// command line wins
     #[arg(long, value_name = "FILE")]
@@ -92,6 +103,8 @@ struct File {
     drain: Option<Seconds>,
     vips: Vec<Text<Ipv4Addr>>,
     lock: Option<PathBuf>,
+    ttl_security: Option<NonZeroU8>,
+    tcp_md5_file: Option<PathBuf>,
 }
 
 /// All that the agent needs to know.
@@ -119,6 +132,8 @@ pub struct Settings {
     pub vips: Vec<Ipv4Addr>,
     /// The lock file.
     pub lock: PathBuf,
+    /// What protects the TCP connections.
+    pub protection: Protection,
 }
 
 /// Why the agent cannot start as it was told to.
@@ -127,6 +142,9 @@ pub enum SettingsError {
     /// The file of `--config`.
     #[error(transparent)]
     File(#[from] FileError),
+    /// The key file of TCP-MD5.
+    #[error(transparent)]
+    Md5(#[from] SecretFileError),
     /// No network element.
     #[error("no network element to join: give at least one with `--ne ADDR[:PORT]` (or `ne = [..]` in the file)")]
     NoNe,
@@ -198,6 +216,10 @@ impl Settings {
             drain: time("--drain", args.drain, file.drain, 30.0, (0.0, 604_800.0))?,
             vips: list(args.vip, file.vips),
             lock: args.lock.or(file.lock).unwrap_or_else(|| LOCK.into()),
+            protection: Protection {
+                ttl_hops: args.ttl_security.or(file.ttl_security),
+                md5: args.tcp_md5_file.or(file.tcp_md5_file).as_deref().map(Md5Key::read).transpose()?,
+            },
         };
         this.check()?;
         Ok(this)

@@ -39,6 +39,7 @@ impl Agent {
             drain: Duration::from_secs(20),
             vips: Vec::new(),
             lock: directory.path().join("se.lock"),
+            protection: crate::daemon::tcp_security::Protection::default(),
         };
         change(&mut settings, directory.path());
         let control = Control::new();

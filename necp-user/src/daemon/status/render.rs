@@ -128,6 +128,9 @@ fn strangers(status: &Status) -> String {
         ("too many", strangers.too_many),
         ("silent", strangers.silent),
         ("not NECP", strangers.not_necp),
+        ("HTTP", strangers.http),
+        ("TLS", strangers.tls),
+        ("SSH", strangers.ssh),
     ];
     let seen: Vec<String> =
         kinds.iter().filter(|(_, count)| *count > 0).map(|(kind, count)| format!("{count} {kind}")).collect();

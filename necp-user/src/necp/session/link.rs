@@ -383,8 +383,7 @@ impl Link {
         self.notices.pop_front()
     }
 
-    /// Bytes held, for tests of the bound.
-    #[cfg(test)]
+    /// Bytes held.
     pub(super) fn held_bytes(&self) -> usize {
         self.backlog.capacity() + self.out.capacity() + self.held.capacity()
     }

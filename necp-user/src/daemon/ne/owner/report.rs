@@ -8,8 +8,8 @@ use necp_ebpf::verdict::{Action, REASONS, Reason};
 
 use super::{Owner, alarms};
 use crate::control::cluster::Cluster;
-use crate::control::status::{ServerStatus, ServiceStatus};
 use crate::control::exceptions::MASKS;
+use crate::control::status::{ServerStatus, ServiceStatus};
 use crate::daemon::status::{Exceptions, ExceptionsOf, Farm, Interface, Packets, Server, Service, Status};
 use crate::plane::{Plane, PlaneError};
 
@@ -110,8 +110,7 @@ impl Sampler {
 type Counters = ([u64; REASONS as usize], Vec<(u32, ServerStats)>);
 
 fn read(plane: &Plane, cluster: &Cluster) -> Result<Counters, PlaneError> {
-    let services = cluster.snapshot().farms.into_iter().flat_map(|farm| farm.services);
-    let ids: Vec<u32> = services.flat_map(|service| service.servers).map(|server| server.id).collect();
+    let ids = cluster.server_ids();
     let servers = plane.server_stats(&ids)?;
     Ok((plane.reasons()?, ids.into_iter().zip(servers).collect()))
 }

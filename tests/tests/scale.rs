@@ -1,0 +1,28 @@
+//! A thousand sessions. Ten thousand are measured by `cargo xtask bench --sessions 10000`.
+
+use std::time::Duration;
+
+use anyhow::{Result, ensure};
+use necp_tests::scale::Scale;
+
+/// The bounds are those of a daemon that was built without optimisation.
+fn hold(services: u16) -> Result<()> {
+    let watch = Duration::from_secs(10);
+    let figures = Scale { sessions: 1000, services, watch, keepalive: Duration::from_secs(5) }.run()?;
+    println!("1000 sessions of {services} service(s)\n{figures}");
+    ensure!(figures.lost == 0, "sessions were lost");
+    ensure!(figures.memory <= 32 * 1024, "{} bytes a session", figures.memory);
+    ensure!(figures.cpu <= 0.25, "{:.1} % of a core", figures.cpu * 100.0);
+    ensure!(figures.returned <= Duration::from_secs(10), "back after {:?}", figures.returned);
+    Ok(())
+}
+
+#[test]
+fn a_thousand_servers_of_one_service() -> Result<()> {
+    hold(1)
+}
+
+#[test]
+fn a_thousand_servers_of_four_services() -> Result<()> {
+    hold(4)
+}

@@ -1,0 +1,94 @@
+//! TTL security and TCP-MD5 on real connections: what fits is served, what does not gets no answer at all.
+
+use std::{fs, os::unix::fs::PermissionsExt as _, path::PathBuf, time::Duration};
+
+use anyhow::{Context as _, Result, ensure};
+use necp_tests::{
+    daemon::ServerElement,
+    hand::Hand,
+    line::{Line, OFFERS, farm, top},
+    topology::{NE, Topology, VIP},
+};
+
+const SOON: Duration = Duration::from_secs(10);
+const NO_ANSWER: &str = "no connection within";
+
+fn key(bed: &Topology, name: &str, content: &str) -> Result<PathBuf> {
+    let path = bed.dir().join(name);
+    fs::write(&path, content)?;
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o600))?;
+    Ok(path)
+}
+
+/// Starts s1's agent, which must not get an answer; then ends it.
+fn gets_no_answer(line: &mut Line, index: usize, more: &[&str]) -> Result<()> {
+    let bed = line.bed();
+    let args: Vec<&str> =
+        ["--ne", "10.0.0.1", "--keepalive", "0.3", "--serve", "tcp/7=l2"].iter().chain(more).copied().collect();
+    let mut agent = ServerElement::start_unconnected(bed, bed.server(index).ns(), "turned-away", &args)?;
+    agent.process().wait_for_log(NO_ANSWER, SOON)?;
+    let status = line.ne().status()?;
+    ensure!(status["connections"] == 0, "{}", status["connections"]);
+    Ok(())
+}
+
+#[test]
+fn low_ttls_get_no_answer() -> Result<()> {
+    let config = "ttl_security = true\n".to_owned() + &top(1.0) + &farm("web", VIP, &["10.0.0.0/24"], "");
+    let mut line = Line::start(Topology::builder().servers(2).build()?, &config)?;
+    // An ordinary TTL of 64, and one hop away: 254 at most.
+    gets_no_answer(&mut line, 0, &[])?;
+    let away = line.bed().server(1).ns().clone();
+    away.sysctl(&[("net/ipv4/ip_default_ttl", "254")])?;
+    gets_no_answer(&mut line, 1, &[])?;
+    line.start_agent(0, &OFFERS, &["--ttl-security"])?;
+    line.wait_until_serving(0)?;
+    line.expect_new_flows_at("TTL 255", &["s1"])?;
+    // The SE holds the NE to it too: an NE that sends 64 is not heard.
+    drop(line);
+    let mut line = Line::start(Topology::builder().servers(1).build()?, &necp_tests::line::one_farm(1.0))?;
+    gets_no_answer(&mut line, 0, &["--ttl-security"])
+}
+
+#[test]
+fn two_hops_are_let_in_where_two_are_allowed() -> Result<()> {
+    let config = "ttl_security = 2\n".to_owned() + &top(1.0) + &farm("web", VIP, &["10.0.0.0/24"], "");
+    let line = Line::start(Topology::builder().servers(1).build()?, &config)?;
+    let ns = line.bed().server(0).ns();
+    ns.sysctl(&[("net/ipv4/ip_default_ttl", "254")])?;
+    Hand::join(ns, NE).context("TTL 254")?;
+    ns.sysctl(&[("net/ipv4/ip_default_ttl", "253")])?;
+    ensure!(Hand::join(ns, NE).is_err(), "TTL 253");
+    Ok(())
+}
+
+#[test]
+fn only_those_who_sign_with_the_right_key_get_an_answer() -> Result<()> {
+    let bed = Topology::builder().servers(2).build()?;
+    let (right, wrong) = (key(&bed, "right", "a shared secret\n")?, key(&bed, "wrong", "another secret")?);
+    let other = key(&bed, "other", "s2's own")?;
+    let (right, wrong, other) =
+        (right.to_str().context("path")?, wrong.to_str().context("path")?, other.to_str().context("path")?);
+    let more = format!("tcp_md5 = {{ \"10.0.0.0/24\" = {right:?}, \"10.0.0.12\" = {other:?} }}");
+    let config = top(1.0) + &farm("web", VIP, &["10.0.0.0/24"], &more);
+    let mut line = Line::start(bed, &config)?;
+    gets_no_answer(&mut line, 0, &[])?;
+    gets_no_answer(&mut line, 0, &["--tcp-md5-file", wrong])?;
+    gets_no_answer(&mut line, 1, &["--tcp-md5-file", right])?;
+    line.start_agent(0, &OFFERS, &["--tcp-md5-file", right])?;
+    line.start_agent(1, &OFFERS, &["--tcp-md5-file", other, "--ttl-security", "255"])?;
+    (0..2).try_for_each(|index| line.wait_until_serving(index))?;
+    line.expect_new_flows_at("signed", &["s1", "s2"])
+}
+
+#[test]
+fn a_key_file_that_others_can_read_is_refused() -> Result<()> {
+    let bed = Topology::builder().servers(1).build()?;
+    let path = key(&bed, "open", "a shared secret")?;
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o644))?;
+    let config = top(1.0) + &farm("web", VIP, &["10.0.0.0/24"], &format!("tcp_md5 = {path:?}"));
+    let error = Line::start(bed, &config).err().context("it started")?;
+    let error = format!("{error:#}");
+    ensure!(error.contains("mode 644") && error.contains("chmod 600"), "{error}");
+    Ok(())
+}
