@@ -6,7 +6,9 @@ use std::time::Instant;
 
 use super::keepalive::{Asked, KeepaliveClock};
 use super::rng::Rng;
+use super::secure::{Rejected, Secure, Stamp};
 use super::{Counters, Notice, SessionConfig};
+use crate::necp::auth::{CREDENTIAL_LEN, Rejection};
 use crate::necp::error::CloseReason;
 use crate::necp::message::Query;
 use crate::necp::service::ServiceKey;
@@ -19,12 +21,31 @@ const BACKLOG_MAX: usize = 1024 * 1024;
 /// Output handed over at once.
 const CHUNK: usize = 64 * 1024;
 
+/// What the stream brought.
+#[derive(Debug)]
+pub(super) enum Incoming {
+    /// A message begins, on a connection that is not authenticated, or not yet.
+    Header(Header),
+    /// A message begins that was verified as a whole; its header is shown without the credential.
+    Verified {
+        header: Header,
+        /// It is the first one after the peer has started over in place (§5.4).
+        restarted: bool,
+    },
+    /// A message that is not executed, as a whole.
+    Rejected(Rejected),
+    Unit(Unit),
+    End,
+}
+
 #[derive(Debug)]
 pub(super) struct Link {
     pub(super) config: SessionConfig,
     pub(super) counters: Counters,
     pub(super) keepalive: KeepaliveClock,
     decoder: Decoder,
+    /// Only with a key.
+    secure: Option<Box<Secure>>,
     /// Bytes that came while none were wanted.
     backlog: Vec<u8>,
     /// A header put back by [`Link::defer`].
@@ -47,7 +68,7 @@ pub(super) struct Link {
 }
 
 impl Link {
-    pub(super) fn new(config: SessionConfig, now: Instant, seed: u64) -> Self {
+    pub(super) fn new(config: SessionConfig, secure: Option<Secure>, now: Instant, seed: u64) -> Self {
         let mut rng = Rng::new(seed);
         let last_id = rng.next() as u16;
         Self {
@@ -55,6 +76,7 @@ impl Link {
             config,
             counters: Counters::default(),
             decoder: Decoder::default(),
+            secure: secure.map(Box::new),
             backlog: Vec::new(),
             deferred: None,
             out: Vec::new(),
@@ -101,13 +123,30 @@ impl Link {
     }
 
     /// The next item of the stream; `None` when more bytes are needed, or the session has ended.
-    pub(super) fn next_item(&mut self, consumed: &mut usize) -> Option<Item> {
-        if self.closed.is_some() {
-            return None;
+    pub(super) fn next_item(&mut self, consumed: &mut usize) -> Option<Incoming> {
+        while self.closed.is_none() {
+            if let Some(header) = self.deferred.take() {
+                return Some(Incoming::Header(header));
+            }
+            if let Some(item) = self.secure.as_mut().and_then(|secure| secure.next_of_message()) {
+                return Some(item);
+            }
+            match self.next_of_stream(consumed)? {
+                Item::Header(header) if self.is_secured() => self.hold(header),
+                Item::Header(header) => return Some(Incoming::Header(header)),
+                Item::Unit(unit) => return Some(Incoming::Unit(unit)),
+                Item::End => return Some(Incoming::End),
+                Item::Payload => {
+                    let payload = self.decoder.take_payload();
+                    let secure = self.secure.as_mut()?;
+                    return secure.examine(&payload, self.config.max_failed_units);
+                }
+            }
         }
-        if let Some(header) = self.deferred.take() {
-            return Some(Item::Header(header));
-        }
+        None
+    }
+
+    fn next_of_stream(&mut self, consumed: &mut usize) -> Option<Item> {
         let mut rest = &self.backlog[*consumed..];
         let before = rest.len();
         let item = self.decoder.next(&mut rest);
@@ -153,16 +192,70 @@ impl Link {
 
     /// Whether there is input inside that was not looked at yet.
     pub(super) fn has_backlog(&self) -> bool {
-        self.deferred.is_some() || !self.backlog.is_empty() || self.decoder.at_end()
+        let verified = self.secure.as_ref().is_some_and(|secure| secure.has_message());
+        self.deferred.is_some() || verified || !self.backlog.is_empty() || self.decoder.at_end()
     }
 
     pub(super) fn skip_payload(&mut self) {
-        self.decoder.skip_payload();
+        match &mut self.secure {
+            Some(secure) if secure.has_message() => secure.skip_message(),
+            _ => self.decoder.skip_payload(),
+        }
     }
 
     /// Whether the peer has read enough of what it was sent for us to read more of what it sends.
     pub(super) fn output_has_room(&self) -> bool {
         self.output_len() < OUTPUT_FULL
+    }
+
+    // ---- authentication ----
+
+    /// The key's part, if this side has a key.
+    pub(super) fn secure(&mut self) -> Option<&mut Secure> {
+        self.secure.as_deref_mut()
+    }
+
+    /// Whether every message is held back until it is verified, and signed (§5.8).
+    pub(super) fn is_secured(&self) -> bool {
+        self.secure.as_ref().is_some_and(|secure| secure.is_established())
+    }
+
+    /// Holds the rest of this message back until it can be verified; one that is too large ends the session.
+    pub(super) fn hold(&mut self, header: Header) {
+        if header.payload_len as usize > self.config.max_message {
+            self.counters.rejected.too_large += 1;
+            self.skip_payload();
+            if header.version == VERSION {
+                self.refuse_as(&header, Flags::NONE, &[]);
+            } else {
+                self.answer_version(&header);
+            }
+            self.close(CloseReason::MessageTooLarge(header.payload_len));
+        } else if let Some(secure) = &mut self.secure {
+            secure.hold(header);
+            self.decoder.hold_payload(&header);
+        }
+    }
+
+    /// Answers a message that was rejected, and counts it; three in a row end the session.
+    pub(super) fn reject(&mut self, rejected: &Rejected) {
+        let Rejected { header, cause, units } = rejected;
+        self.counters.rejected.count(*cause);
+        self.notice(Notice::Rejected(*cause));
+        let flags = match cause {
+            Rejection::NoCredential | Rejection::BadCredential => Flags::AUTH_REQUIRED,
+            Rejection::BadSequence => Flags::BAD_SEQUENCE_NUMBER,
+        };
+        if header.version != VERSION {
+            self.answer_version(header);
+        } else {
+            // What a failed KEEPALIVE repeats are queries that are not supported (§5.5.3); and INIT_ACK has no failed units.
+            let repeats = ![Opcode::KEEPALIVE, Opcode::INIT].contains(&header.opcode);
+            self.refuse_as(header, flags, if repeats { units } else { &[] });
+        }
+        if self.secure.as_mut().is_some_and(|secure| secure.strike()) {
+            self.close(CloseReason::Rejected(*cause));
+        }
     }
 
     // ---- deadlines ----
@@ -211,16 +304,35 @@ impl Link {
     // ---- output ----
 
     pub(super) fn send(&mut self, opcode: Opcode, flags: Flags, request_id: u16, units: &[Unit]) {
+        let stamp = self.secure.as_mut().map_or(Some(Stamp::Bare), |secure| secure.stamp());
+        match stamp {
+            Some(stamp) => self.send_as(stamp, opcode, flags, request_id, units),
+            None => _ = self.close(CloseReason::NumbersExhausted),
+        }
+    }
+
+    /// Sends a message with this number in place of the next one: INIT's, and INIT_ACK's in an open session (§5.9.2).
+    pub(super) fn send_as(&mut self, stamp: Stamp, opcode: Opcode, flags: Flags, request_id: u16, units: &[Unit]) {
         if self.closed.is_some() {
             return;
         }
-        self.out.reserve(HEADER_LEN + units.len() * UNIT_LEN);
-        self.out.extend_from_slice(&Header::new(opcode, flags, request_id, units.len()).encode());
+        let plain = Header::new(opcode, flags, request_id, units.len());
+        let signed = match (stamp, self.secure.as_deref()) {
+            (Stamp::Number(number), Some(secure)) => Some((secure, Secure::stamped(plain, number))),
+            _ => None,
+        };
+        let start = self.out.len();
+        self.out.reserve(HEADER_LEN + units.len() * UNIT_LEN + CREDENTIAL_LEN);
+        self.out.extend_from_slice(&signed.as_ref().map_or(plain, |(_, header)| *header).encode());
         for unit in units {
             self.out.extend_from_slice(&unit.encode());
         }
+        if let Some((secure, header)) = signed {
+            let credential = secure.credential(&header, &self.out[start + HEADER_LEN..]);
+            self.out.extend_from_slice(&credential);
+        }
         self.counters.messages_out += 1;
-        self.counters.bytes_out += (HEADER_LEN + units.len() * UNIT_LEN) as u64;
+        self.counters.bytes_out += (self.out.len() - start) as u64;
     }
 
     /// Sends a KEEPALIVE that asks for the health of `services`.
@@ -236,6 +348,18 @@ impl Link {
     pub(super) fn refuse(&mut self, header: &Header, flags: Flags, units: &[Unit]) {
         if let Some(answer) = header.opcode.answer() {
             self.send(answer, flags.with(Flags::ERROR), header.request_id, units);
+        }
+    }
+
+    /// As [`Self::refuse`], on an authenticated connection, but not what this role never receives.
+    fn refuse_as(&mut self, header: &Header, flags: Flags, units: &[Unit]) {
+        let ours = match header.opcode.direction() {
+            Direction::Both => true,
+            Direction::ToNe => self.secure.as_ref().is_some_and(|secure| secure.takes_init()),
+            Direction::ToSe | Direction::Reserved => false,
+        };
+        if ours {
+            self.refuse(header, flags, units);
         }
     }
 
@@ -325,6 +449,7 @@ impl Link {
     /// Bytes held, for tests of the bound.
     #[cfg(test)]
     pub(super) fn held_bytes(&self) -> usize {
-        self.backlog.capacity() + self.out.capacity()
+        let secure = self.secure.as_ref().map_or(0, |secure| secure.held_bytes());
+        self.backlog.capacity() + self.out.capacity() + self.decoder.held() + secure
     }
 }
