@@ -54,21 +54,39 @@ impl Key {
         Self::new(bytes)
     }
 
-    /// The credential of a message. `header` is as it is sent: with the flag set and the credential's length included.
+    /// Begins the credential of a message. `header` is as it is sent: with the flag set and the credential's length
+    /// included.
     #[must_use]
-    pub fn credential(&self, header: &Header, payload: &[u8]) -> [u8; CREDENTIAL_LEN] {
-        self.mac(header, payload).finalize().into_bytes().into()
+    pub fn sign(&self, header: &Header) -> Signer {
+        Signer(self.mac(header))
     }
 
     /// Whether this is the credential of the message, `header` being as it came; takes the same time wherever it differs.
     #[must_use]
     pub fn verifies(&self, header: &Header, payload: &[u8], credential: &[u8]) -> bool {
-        self.mac(header, payload).verify_slice(credential).is_ok()
+        self.mac(header).chain_update(payload).verify_slice(credential).is_ok()
     }
 
-    fn mac(&self, header: &Header, payload: &[u8]) -> Hmac<Sha1> {
+    fn mac(&self, header: &Header) -> Hmac<Sha1> {
         let mac = Hmac::<Sha1>::new_from_slice(&self.0).expect("HMAC takes keys of any length");
-        mac.chain_update(header.encode()).chain_update(payload)
+        mac.chain_update(header.encode())
+    }
+}
+
+/// The credential of a message whose payload is still to be hashed.
+#[derive(Debug, Clone)]
+pub struct Signer(Hmac<Sha1>);
+
+impl Signer {
+    /// The next bytes of the payload.
+    pub fn update(&mut self, payload: &[u8]) {
+        self.0.update(payload);
+    }
+
+    /// All of the payload was hashed.
+    #[must_use]
+    pub fn credential(self) -> [u8; CREDENTIAL_LEN] {
+        self.0.finalize().into_bytes().into()
     }
 }
 

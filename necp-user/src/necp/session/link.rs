@@ -8,7 +8,7 @@ use super::keepalive::{Asked, KeepaliveClock};
 use super::rng::Rng;
 use super::secure::{Rejected, Secure, Stamp};
 use super::{Counters, Notice, SessionConfig};
-use crate::necp::auth::{CREDENTIAL_LEN, Rejection};
+use crate::necp::auth::{CREDENTIAL_LEN, Rejection, Signer};
 use crate::necp::error::CloseReason;
 use crate::necp::message::Query;
 use crate::necp::service::ServiceKey;
@@ -52,6 +52,10 @@ pub(super) struct Link {
     deferred: Option<Header>,
     out: Vec<u8>,
     out_start: usize,
+    /// A message is in the making whose units come one by one; others wait in `held` for its end.
+    streams: bool,
+    stream_signer: Option<Signer>,
+    held: Vec<u8>,
     closed: Option<CloseReason>,
     last_id: u16,
     told: Vec<Discriminant<Notice>>,
@@ -63,6 +67,8 @@ pub(super) struct Link {
     paused: bool,
     /// Whether bytes of a message in progress came since the last tick of the keepalive clock.
     moved: bool,
+    /// Whether the peer took some of a streamed message since then.
+    took: bool,
     /// The latest time that was told.
     pub(super) now: Instant,
 }
@@ -81,6 +87,9 @@ impl Link {
             deferred: None,
             out: Vec::new(),
             out_start: 0,
+            streams: false,
+            stream_signer: None,
+            held: Vec::new(),
             closed: None,
             last_id,
             told: Vec::new(),
@@ -89,6 +98,7 @@ impl Link {
             progress_bytes: 0,
             paused: false,
             moved: false,
+            took: false,
             now,
         }
     }
@@ -289,6 +299,10 @@ impl Link {
         self.paused = paused;
     }
 
+    pub(super) fn is_paused(&self) -> bool {
+        self.paused
+    }
+
     /// Closes if the message in progress is late.
     pub(super) fn check_progress(&mut self) {
         if self.progress.is_some_and(|deadline| self.now >= deadline) {
@@ -296,9 +310,11 @@ impl Link {
         }
     }
 
-    /// Whether a message in progress has moved since this was asked last: its sender cannot answer in between.
+    /// Whether a message in progress has moved since this was asked last: its sender cannot answer in between, nor can
+    /// its reader be asked.
     pub(super) fn take_moved(&mut self) -> bool {
-        mem::take(&mut self.moved) && self.decoder.in_message()
+        let (moved, took) = (mem::take(&mut self.moved), mem::take(&mut self.took));
+        (moved && self.decoder.in_message()) || took
     }
 
     // ---- output ----
@@ -316,23 +332,76 @@ impl Link {
         if self.closed.is_some() {
             return;
         }
-        let plain = Header::new(opcode, flags, request_id, units.len());
-        let signed = match (stamp, self.secure.as_deref()) {
-            (Stamp::Number(number), Some(secure)) => Some((secure, Secure::stamped(plain, number))),
-            _ => None,
-        };
-        let start = self.out.len();
-        self.out.reserve(HEADER_LEN + units.len() * UNIT_LEN + CREDENTIAL_LEN);
-        self.out.extend_from_slice(&signed.as_ref().map_or(plain, |(_, header)| *header).encode());
+        let (header, signer) = self.stamped(stamp, Header::new(opcode, flags, request_id, units.len()));
+        let out = if self.streams { &mut self.held } else { &mut self.out };
+        let start = out.len();
+        out.reserve(HEADER_LEN + units.len() * UNIT_LEN + CREDENTIAL_LEN);
+        out.extend_from_slice(&header.encode());
         for unit in units {
-            self.out.extend_from_slice(&unit.encode());
+            out.extend_from_slice(&unit.encode());
         }
-        if let Some((secure, header)) = signed {
-            let credential = secure.credential(&header, &self.out[start + HEADER_LEN..]);
-            self.out.extend_from_slice(&credential);
+        if let Some(mut signer) = signer {
+            signer.update(&out[start + HEADER_LEN..]);
+            out.extend_from_slice(&signer.credential());
         }
         self.counters.messages_out += 1;
-        self.counters.bytes_out += (self.out.len() - start) as u64;
+        self.counters.bytes_out += (out.len() - start) as u64;
+    }
+
+    fn stamped(&self, stamp: Stamp, plain: Header) -> (Header, Option<Signer>) {
+        match (stamp, self.secure.as_deref()) {
+            (Stamp::Number(number), Some(secure)) => {
+                let header = Secure::stamped(plain, number);
+                (header, Some(secure.signer(&header)))
+            }
+            _ => (plain, None),
+        }
+    }
+
+    /// Begins a message whose `units` follow one by one, as the peer reads them; what is sent meanwhile goes out after it.
+    pub(super) fn begin_stream(&mut self, opcode: Opcode, request_id: u16, units: usize) {
+        if self.closed.is_some() {
+            return;
+        }
+        debug_assert!(!self.streams, "one at a time");
+        let Some(stamp) = self.secure.as_mut().map_or(Some(Stamp::Bare), |secure| secure.stamp()) else {
+            self.close(CloseReason::NumbersExhausted);
+            return;
+        };
+        let (header, signer) = self.stamped(stamp, Header::new(opcode, Flags::NONE, request_id, units));
+        self.out.extend_from_slice(&header.encode());
+        self.stream_signer = signer;
+        self.counters.messages_out += 1;
+        self.counters.bytes_out += HEADER_LEN as u64;
+        self.streams = true;
+    }
+
+    /// Units for which there is room: the peer must read first.
+    pub(super) fn stream_room(&self) -> usize {
+        OUTPUT_FULL.saturating_sub(self.out.len() - self.out_start) / UNIT_LEN
+    }
+
+    /// The next unit of the message that was begun.
+    pub(super) fn stream_unit(&mut self, unit: &Unit) {
+        if self.closed.is_none() {
+            let bytes = unit.encode();
+            self.out.extend_from_slice(&bytes);
+            if let Some(signer) = &mut self.stream_signer {
+                signer.update(&bytes);
+            }
+            self.counters.bytes_out += UNIT_LEN as u64;
+        }
+    }
+
+    /// All units of the message that was begun are sent.
+    pub(super) fn end_stream(&mut self) {
+        self.streams = false;
+        if let Some(signer) = self.stream_signer.take() {
+            self.out.extend_from_slice(&signer.credential());
+            self.counters.bytes_out += CREDENTIAL_LEN as u64;
+        }
+        self.out.append(&mut self.held);
+        self.held = Vec::new();
     }
 
     /// Sends a KEEPALIVE that asks for the health of `services`.
@@ -376,10 +445,11 @@ impl Link {
     }
 
     pub(super) fn take_output(&mut self) -> Option<Vec<u8>> {
-        let waiting = self.output_len();
+        let waiting = self.out.len() - self.out_start;
         if waiting == 0 {
             return None;
         }
+        self.took |= self.streams;
         if waiting <= CHUNK {
             let chunk = self.out.split_off(self.out_start);
             self.out = Vec::new();
@@ -392,7 +462,7 @@ impl Link {
     }
 
     fn output_len(&self) -> usize {
-        self.out.len() - self.out_start
+        self.out.len() - self.out_start + self.held.len()
     }
 
     /// A request id distinct from those that are outstanding (§5.2.1).
@@ -442,6 +512,11 @@ impl Link {
         self.notice(Notice::BadHealth);
     }
 
+    pub(super) fn bad_entry(&mut self) {
+        self.counters.discarded_entries += 1;
+        self.notice(Notice::BadEntry);
+    }
+
     pub(super) fn next_notice(&mut self) -> Option<Notice> {
         self.notices.pop_front()
     }
@@ -450,6 +525,7 @@ impl Link {
     #[cfg(test)]
     pub(super) fn held_bytes(&self) -> usize {
         let secure = self.secure.as_ref().map_or(0, |secure| secure.held_bytes());
-        self.backlog.capacity() + self.out.capacity() + self.decoder.held() + secure
+        let input = self.backlog.capacity() + self.decoder.held() + secure;
+        input + self.out.capacity() + self.held.capacity()
     }
 }

@@ -42,7 +42,8 @@ pub struct SessionConfig {
     /// Payload bytes of a message on an authenticated connection, at most: it is held back until it is verified (§5.8). A
     /// larger one is answered with F_Error, and the session closed.
     pub max_message: usize,
-    /// SE: how long the NE may take to answer START or STOP.
+    /// SE: how long the NE may take to answer a request. While a long answer comes in, others wait behind it, and
+    /// [`Self::progress_deadline`] holds.
     pub answer_deadline: Duration,
     /// Units repeated in one answer, at most; beyond it the answer is sent as it is, and the session closed (§5.2.3).
     pub max_failed_units: usize,
@@ -67,7 +68,7 @@ impl Default for SessionConfig {
     }
 }
 
-/// Units in one [`NeEvent::Operations`], at most.
+/// Units in one [`NeEvent::Operations`], entries in one [`NeEvent::ListMore`] or [`SeEvent::Listed`], at most.
 pub const MAX_BATCH: usize = 1024;
 /// KEEPALIVEs in a row that may go unanswered; then the peer is dead (§5.5).
 pub const MAX_MISSED: usize = 3;
@@ -104,6 +105,9 @@ pub enum Notice {
     /// The peer rejected a message of ours (§5.8.3, §5.9.2).
     #[error("the peer rejected our message as not authentic: {0}")]
     RejectedByPeer(Opcode),
+    /// An entry of a list that is out of range, or was not asked for, was discarded (§5.7.8).
+    #[error("discarded a listed exception that is out of range, or was not asked for")]
+    BadEntry,
     /// An answer to nothing outstanding was ignored.
     #[error("ignored {0}, an answer to nothing outstanding")]
     Unexpected(Opcode),
@@ -132,6 +136,8 @@ pub struct Counters {
     pub malformed: u64,
     /// Health answers above 100, or to another question than was asked: discarded.
     pub discarded_health: u64,
+    /// Listed exceptions out of range, or not asked for: discarded.
+    pub discarded_entries: u64,
     /// Answers to nothing outstanding: ignored.
     pub unexpected_answers: u64,
     /// Units that failed, in either direction.

@@ -3,7 +3,7 @@
 use std::vec;
 
 use super::link::Incoming;
-use crate::necp::auth::{CREDENTIAL_LEN, Credentials, Freshness, Inbound, Key, Rejection, apart_from};
+use crate::necp::auth::{CREDENTIAL_LEN, Credentials, Freshness, Inbound, Key, Rejection, Signer, apart_from};
 use crate::necp::wire::{Flags, Header, Opcode, UNIT_LEN, Unit};
 
 /// Rejected messages in a row that end the connection (§5.8.3).
@@ -235,9 +235,9 @@ impl Secure {
         }
     }
 
-    /// The credential of a message with such a header.
-    pub(super) fn credential(&self, header: &Header, payload: &[u8]) -> [u8; CREDENTIAL_LEN] {
-        self.key.credential(header, payload)
+    /// Begins the credential of a message with such a header.
+    pub(super) fn signer(&self, header: &Header) -> Signer {
+        self.key.sign(header)
     }
 
     /// Bytes held, for tests of the bound.
