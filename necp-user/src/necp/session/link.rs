@@ -521,8 +521,7 @@ impl Link {
         self.notices.pop_front()
     }
 
-    /// Bytes held, for tests of the bound.
-    #[cfg(test)]
+    /// Bytes held.
     pub(super) fn held_bytes(&self) -> usize {
         let secure = self.secure.as_ref().map_or(0, |secure| secure.held_bytes());
         let input = self.backlog.capacity() + self.decoder.held() + secure;

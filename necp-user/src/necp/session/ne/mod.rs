@@ -633,9 +633,9 @@ impl NeSession {
         self.link.has_deferred() && matches!(self.state, State::InitPending { .. })
     }
 
-    /// Bytes held, for tests of the bound.
-    #[cfg(test)]
-    pub(super) fn held_bytes(&self) -> usize {
+    /// Bytes that this session holds of what the peer sent or has not read, besides its fixed size.
+    #[must_use]
+    pub fn held_bytes(&self) -> usize {
         let body = match &self.body {
             Body::Queries(queries) => queries.units.capacity() * size_of::<Unit>(),
             _ => 0,
