@@ -249,10 +249,7 @@ impl<'a> Session<'a> {
             SeEvent::Notice(notice) => tracing::warn!(%ne, "{notice}"),
             // `run` sees it too, and says it.
             // Nothing of the kind is asked here.
-            SeEvent::Excepted { .. }
-            | SeEvent::Reset { .. }
-            | SeEvent::Listed { .. }
-            | SeEvent::ListFailed { .. } => {}
+            SeEvent::Excepted { .. } | SeEvent::Reset { .. } | SeEvent::Listed { .. } | SeEvent::ListFailed { .. } => {}
             SeEvent::Closed(_) => {}
         }
     }

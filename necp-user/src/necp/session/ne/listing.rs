@@ -62,9 +62,9 @@ impl Listings {
 
     /// Whether a RESP is in progress that waits for the caller, and not for the peer.
     pub(super) fn waits_for_caller(&self) -> bool {
-        self.current.as_ref().is_some_and(|current| {
-            matches!(current.state, State::Counting | State::Listing { asked: true, .. })
-        })
+        self.current
+            .as_ref()
+            .is_some_and(|current| matches!(current.state, State::Counting | State::Listing { asked: true, .. }))
     }
 
     /// INIT: what was not begun is forgotten. What was begun is framed, and goes on to its end.

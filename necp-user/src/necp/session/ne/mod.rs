@@ -619,10 +619,7 @@ impl NeSession {
 
     /// Whether input is looked at: what the peer has to read, and what the caller has to answer, has its limits.
     fn reads(&self) -> bool {
-        self.link.output_has_room()
-            && !self.waits_for_caller()
-            && !self.waits_for_init()
-            && !self.listings.is_full()
+        self.link.output_has_room() && !self.waits_for_caller() && !self.waits_for_init() && !self.listings.is_full()
     }
 
     fn waits_for_caller(&self) -> bool {

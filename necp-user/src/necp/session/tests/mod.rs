@@ -114,7 +114,9 @@ impl Ne {
                     NeEvent::Init { token } => self.session.respond(*token, &[]),
                     NeEvent::Operations { token, operations } => {
                         let failed: Vec<usize> = (0..operations.len())
-                            .filter(|index| operations[*index].service().is_some_and(|service| failing.contains(&service)))
+                            .filter(|index| {
+                                operations[*index].service().is_some_and(|service| failing.contains(&service))
+                            })
                             .collect();
                         self.session.respond(*token, &failed);
                         done.extend(operations.iter().copied());
