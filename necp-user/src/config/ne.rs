@@ -122,7 +122,9 @@ impl Auth {
     pub fn of(&self, server: Ipv4Addr) -> Proof<'_> {
         match self {
             Self::None => Proof::None,
-            Self::Keys { default, servers } => Proof::Key(servers.get(&server).or(default.as_ref()).map(PathBuf::as_path)),
+            Self::Keys { default, servers } => {
+                Proof::Key(servers.get(&server).or(default.as_ref()).map(PathBuf::as_path))
+            }
         }
     }
 

@@ -173,7 +173,10 @@ async fn serve(config: NeConfig, keys: HashMap<PathBuf, Key>, leave: bool) -> an
 type Started<C> = (Owner, mpsc::Receiver<Input>, mpsc::Sender<Input>, C, Arc<Door>);
 
 /// The packet path, and the owner of it.
-async fn start(config: &Arc<NeConfig>, keys: &Arc<Keys>) -> anyhow::Result<Started<impl Stream<Item = Change> + Unpin + use<>>> {
+async fn start(
+    config: &Arc<NeConfig>,
+    keys: &Arc<Keys>,
+) -> anyhow::Result<Started<impl Stream<Item = Change> + Unpin + use<>>> {
     let plane = Plane::open(&plane_config(config))?;
     for port in plane.ports() {
         tracing::info!(interface = port.name, "the packet path is on {} in {} mode", port.name, port.mode);
@@ -265,7 +268,11 @@ fn follow_hangups(keys: Arc<Keys>) -> anyhow::Result<impl Future<Output = ()> + 
             let changed: Vec<_> = changed.iter().map(|path| path.display().to_string()).collect();
             tracing::info!(
                 "SIGHUP: key files read again, {}",
-                if changed.is_empty() { "no key has changed".into() } else { format!("new keys in {}", changed.join(", ")) }
+                if changed.is_empty() {
+                    "no key has changed".into()
+                } else {
+                    format!("new keys in {}", changed.join(", "))
+                }
             );
         }
     })

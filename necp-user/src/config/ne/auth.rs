@@ -22,12 +22,20 @@ impl Check<'_> {
                 self.at(auth, format!("auth = \"{}\" is not known; {CHOICES}", auth.get_ref()));
             }
             Some(auth) if has_keys => {
-                self.at(auth, format!("farm `{name}` has keys, and auth = \"none\" says that it needs none; write one of the two"));
+                self.at(
+                    auth,
+                    format!(
+                        "farm `{name}` has keys, and auth = \"none\" says that it needs none; write one of the two"
+                    ),
+                );
             }
             Some(_) => {}
             None if has_keys => {}
             None => {
-                self.at(&farm.name, format!("farm `{name}` does not say how its servers prove who they are; {CHOICES}"));
+                self.at(
+                    &farm.name,
+                    format!("farm `{name}` does not say how its servers prove who they are; {CHOICES}"),
+                );
             }
         }
         if !has_keys {
@@ -79,7 +87,8 @@ impl Check<'_> {
         let nets = farm.servers.get_ref().iter().map(|net| net.get_ref().0.0);
         let nets = Ipv4Net::aggregate(&nets.collect());
         if nets.iter().map(size).sum::<u64>() > keys.len() as u64 {
-            let message = format!("servers of farm `{name}` that are not in `keys` cannot join: there is no `key_file`");
+            let message =
+                format!("servers of farm `{name}` that are not in `keys` cannot join: there is no `key_file`");
             self.note(place, message);
         }
     }

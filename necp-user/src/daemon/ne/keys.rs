@@ -6,11 +6,10 @@ use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 
-use crate::config::key_file::{self, KeyFileError};
 use crate::config::ne::{NeConfig, Proof};
-use crate::daemon::numbers::{NumberError, Numbers};
 use crate::daemon::status::Rejected;
 use crate::necp::{Access, Credentials, Key, Rejections};
+use crate::secret::{KeyFileError, NumberError, Numbers, key_file};
 
 /// Shared by all connections.
 pub struct Keys {
@@ -203,7 +202,8 @@ mod tests {
         let tally = Tally::default();
         let first = Rejections { bad_credential: 2, stripped: 1, ..Rejections::default() };
         tally.add(&first, &Rejections::default());
-        let second = Rejections { unconfirmed: 1, too_large: 4, no_key: 5, unauthenticated: 6, bad_sequence: 7, ..first };
+        let second =
+            Rejections { unconfirmed: 1, too_large: 4, no_key: 5, unauthenticated: 6, bad_sequence: 7, ..first };
         tally.add(&second, &first);
         let expected = Rejected {
             unauthenticated: 6,
