@@ -97,7 +97,7 @@ fn every_flipped_bit_is_noticed() {
         let counted = bad_credential + stripped + bad_sequence + too_large + ne.session.counters().framing_errors;
         // A longer message is not complete yet.
         let waits = ne.closed().is_none() && ne.session.counters().messages_in == 3 && (16 * 8..20 * 8).contains(&bit);
-        assert!(counted == 1 || waits, "bit {bit}: {:?}", ne.rejected());
+        assert!(counted >= 1 || waits, "bit {bit}: {:?}", ne.rejected());
         assert_eq!(ne.session.started().count(), 1, "bit {bit}");
     }
     // The same for INIT: bare, and closed.
