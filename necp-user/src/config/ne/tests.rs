@@ -203,7 +203,7 @@ fn keys_are_for_a_farm_or_for_its_servers() {
     let single = keyed("keys = { \"10.0.0.11\" = \"/etc/necp/11.key\" }");
     assert_eq!((single.proof(named), single.proof(other)), (Some(Proof::Key(Some(own))), Some(Proof::Key(None))));
     let notes: Vec<String> = single.notes.iter().map(Mistake::to_string).collect();
-    assert_eq!(notes[1..], ["10:8: servers of farm `web` that are not in `keys` cannot join: there is no `key_file`"]);
+    assert_eq!(notes[0], "10:8: servers of farm `web` that are not in `keys` cannot join: there is no `key_file`");
 }
 
 #[test]
@@ -240,7 +240,7 @@ fn an_address_has_one_proof() {
     let named = "keys = { \"10.0.0.11\" = \"/a\" }";
     let disputed = |address: &str| {
         [format!(
-            "15:11: farms `web` and `b` would both admit {address} and want different proof of it, and INIT names no farm; \
+            "16:11: farms `web` and `b` would both admit {address} and want different proof of it, and INIT names no farm; \
              give both the same key file for it, or disjoint `servers`"
         )]
     };
