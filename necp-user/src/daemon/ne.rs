@@ -7,6 +7,7 @@
 //!  rtnetlink ──────── changes ───────────────► owner ──► cluster ──► plan ──► the maps
 //! ```
 
+pub mod commands;
 pub mod hosts;
 pub mod input;
 pub mod listener;
@@ -128,7 +129,7 @@ async fn serve(config: NeConfig, leave: bool) -> anyhow::Result<()> {
     let (mut owner, mut inputs, sender, mut changes, door) = start(&config).await?;
 
     let mut tasks = JoinSet::new();
-    tasks.spawn(admin.serve(sender));
+    tasks.spawn(admin.serve(commands::answers(sender)));
     for listener in listeners {
         tasks.spawn(Arc::clone(&door).serve(listener));
     }

@@ -1,13 +1,13 @@
 //! The client's side: asks the daemon over its Unix socket and prints the answer.
 
-use std::io::{self, BufRead as _, BufReader, Write as _};
-use std::os::unix::net::UnixStream;
+use std::io::{self, Write as _};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
 use super::{Status, render};
 use crate::config::ne::SOCKET;
+use crate::daemon::admin::{Unreachable, Who, ask};
 
 /// How long the daemon may take to answer.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -28,34 +28,6 @@ pub struct Args {
     /// The daemon's socket (`socket` in its configuration)
     #[arg(long, value_name = "PATH", default_value = SOCKET)]
     pub socket: PathBuf,
-}
-
-/// Why there is no status.
-#[derive(Debug, thiserror::Error)]
-pub enum Unreachable {
-    /// Nobody listens.
-    #[error(
-        "no network element answers at {}: {source}; is `necp ne` running? If its configuration has another `socket`, \
-         name it with --socket PATH{}", path.display(), as_root(source)
-    )]
-    Connect {
-        /// The socket.
-        path: PathBuf,
-        /// What the system said.
-        source: io::Error,
-    },
-    /// It does not say what it should.
-    #[error("the network element at {} did not answer as it should: {what}; is it of another version? Its log may tell more", path.display())]
-    Answer {
-        /// The socket.
-        path: PathBuf,
-        /// What came, or did not.
-        what: String,
-    },
-}
-
-fn as_root(source: &io::Error) -> &'static str {
-    if source.kind() == io::ErrorKind::PermissionDenied { " (the socket is for root only)" } else { "" }
 }
 
 /// Asks, prints, and says how it went: 0, or 1 if no daemon answered.
@@ -79,19 +51,12 @@ pub fn run(args: &Args) -> ExitCode {
 /// # Errors
 /// See [`Unreachable`].
 pub fn fetch(socket: &Path) -> Result<(String, Status), Unreachable> {
-    let connect = |source| Unreachable::Connect { path: socket.into(), source };
-    let failed = |what: String| Unreachable::Answer { path: socket.into(), what };
-    let mut stream = UnixStream::connect(socket).map_err(connect)?;
-    stream.set_read_timeout(Some(PATIENCE)).and_then(|()| stream.set_write_timeout(Some(PATIENCE))).map_err(connect)?;
-    stream.write_all(b"{\"command\":\"status\"}\n").map_err(|error| failed(error.to_string()))?;
-    let mut line = String::new();
-    BufReader::new(stream).read_line(&mut line).map_err(|error| failed(error.to_string()))?;
-    let mut answer: serde_json::Value = serde_json::from_str(&line).map_err(|error| failed(error.to_string()))?;
-    if let Some(error) = answer.get("error") {
-        return Err(failed(error.to_string()));
-    }
-    let status = answer.get_mut("status").map(serde_json::Value::take).unwrap_or_default();
-    let text = serde_json::to_string_pretty(&status).map_err(|error| failed(error.to_string()))?;
-    let status = serde_json::from_value(status).map_err(|error| failed(error.to_string()))?;
+    let status = ask(Who::Ne, socket, &serde_json::json!({"command": "status"}), "status", PATIENCE)?;
+    let text = format!("{status:#}");
+    let status = serde_json::from_value(status).map_err(|error| Unreachable::Answer {
+        who: Who::Ne,
+        path: socket.into(),
+        what: error.to_string(),
+    })?;
     Ok((text, status))
 }

@@ -111,7 +111,7 @@ fn strangers(status: &Status) -> String {
     if seen.is_empty() { String::new() } else { format!("\nconnections turned away: {}\n", seen.join(", ")) }
 }
 
-fn table(header: &[&str]) -> Table {
+pub(in crate::daemon) fn table(header: &[&str]) -> Table {
     let mut table = Table::new();
     table.load_preset(presets::NOTHING).set_header(header);
     for column in table.column_iter_mut() {
@@ -121,7 +121,7 @@ fn table(header: &[&str]) -> Table {
 }
 
 /// Adds the table to `text`; columns from `numbers` on are aligned to the right.
-fn finish(mut table: Table, numbers: usize, text: &mut String) {
+pub(in crate::daemon) fn finish(mut table: Table, numbers: usize, text: &mut String) {
     for column in table.column_iter_mut().skip(numbers) {
         column.set_cell_alignment(CellAlignment::Right);
     }
@@ -131,7 +131,7 @@ fn finish(mut table: Table, numbers: usize, text: &mut String) {
 }
 
 /// `3d 4h`, `4h 5m`, `5m 6s`, `6s`.
-fn duration(seconds: u64) -> String {
+pub(in crate::daemon) fn duration(seconds: u64) -> String {
     let (days, hours, minutes) = (seconds / 86_400, seconds / 3600 % 24, seconds / 60 % 60);
     match (days, hours, minutes) {
         (0, 0, 0) => format!("{seconds}s"),
