@@ -38,6 +38,7 @@ impl Agent {
             drain: Duration::from_secs(20),
             vips: Vec::new(),
             lock: directory.path().join("se.lock"),
+            socket: directory.path().join("se.sock"),
         };
         change(&mut settings, directory.path());
         let control = Control::new();
