@@ -91,6 +91,10 @@ pub struct FarmConfig {
     pub hash_seed: Option<u64>,
     /// Capacity by server, in thousandths; 1000 for those not named, at most 1,000,000.
     pub capacity: BTreeMap<Ipv4Addr, u32>,
+    /// Its servers' global exceptions are in force as such; else as local ones.
+    pub global_exceptions: bool,
+    /// Exceptions that one server may have. Of a server that several farms admit: the least of them.
+    pub max_exceptions: u32,
 }
 
 impl FarmConfig {
@@ -109,6 +113,8 @@ impl FarmConfig {
             udp_tracking: true,
             hash_seed: None,
             capacity: BTreeMap::new(),
+            global_exceptions: false,
+            max_exceptions: 65_536,
         }
     }
 
@@ -147,6 +153,8 @@ pub struct ClusterConfig {
     pub slots: u32,
     /// Capacity of the map `servers`.
     pub servers: u32,
+    /// Exceptions that all servers together may have.
+    pub max_exceptions: u32,
     /// Forwarding types that the packet path has.
     pub implemented: Vec<Forwarding>,
 }
@@ -162,6 +170,7 @@ impl Default for ClusterConfig {
             half_open: Duration::from_secs(60),
             slots: abi::DEFAULT_SLOTS,
             servers: abi::MAX_SERVERS,
+            max_exceptions: 1 << 20,
             implemented: vec![Forwarding::Layer2],
         }
     }

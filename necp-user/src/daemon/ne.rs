@@ -254,6 +254,7 @@ pub(super) fn cluster_config(config: &NeConfig) -> ClusterConfig {
         udp_tracking: farm.udp_tracking,
         hash_seed: farm.hash_seed,
         capacity: farm.capacity.iter().map(|(server, one)| (*server, (one * 1000.0).round() as u32)).collect(),
+        ..FarmConfig::new("")
     };
     ClusterConfig {
         farms: config.farms.iter().map(farm).collect(),

@@ -169,11 +169,11 @@ impl Peer {
                     continue;
                 }
                 NeEvent::Query { token, .. } => {
-                    self.session.list(token, 0, None);
+                    self.session.list(token, 0);
                     continue;
                 }
                 NeEvent::ListMore { token, .. } => {
-                    self.session.list_more(token, &[], true);
+                    self.session.list_more(token, &[]);
                     continue;
                 }
                 NeEvent::Health(answers) => Input::Health { from, answers },
