@@ -24,6 +24,7 @@ pub mod exceptions;
 pub mod ids;
 pub mod layout;
 mod lifecycle;
+mod offers;
 pub mod plan;
 pub mod slots;
 pub mod stable;

@@ -66,7 +66,7 @@ fn read_messages(decoder: &mut Decoder, bytes: &[u8]) -> Vec<(Header, Vec<Unit>)
                     units.push(unit);
                 }
             }
-            Item::End => {}
+            Item::End | Item::Payload => {}
         }
     }
     found
