@@ -17,6 +17,7 @@ use super::words::{Ports, Prefix, ScopeName, flows};
 use crate::client::{Answers, Client, HealthIndex, JoinError, Listing, NeError, NeState, Standing};
 use crate::daemon::admin::error;
 use crate::necp::{Exception, Filter, Scope};
+use crate::secret::Identity;
 
 /// How long to wait for the network elements' answers to one command.
 pub const ANSWER_WITHIN: Duration = Duration::from_secs(10);
@@ -40,7 +41,11 @@ struct Shared {
 
 impl Agent {
     /// Joins the network elements; `health` is what the source says.
-    pub(super) fn join(settings: &Settings, health: watch::Receiver<HealthIndex>) -> Result<(Self, Client), JoinError> {
+    pub(super) fn join(
+        settings: &Settings,
+        identity: Option<Identity>,
+        health: watch::Receiver<HealthIndex>,
+    ) -> Result<(Self, Client), JoinError> {
         let override_ = watch::Sender::new(None);
         let mut builder = Client::builder().answer_within(ANSWER_WITHIN).keepalive(settings.keepalive);
         builder = builder.retry_max(settings.retry_max).health({
@@ -52,6 +57,9 @@ impl Agent {
         builder = settings.offers.iter().fold(builder, |builder, offer| builder.serve(*offer));
         if let Some(source) = settings.source {
             builder = builder.source(source);
+        }
+        if let Some(identity) = identity {
+            builder = builder.identity(identity);
         }
         let client = builder.join()?;
         let services = settings.offers.iter().map(|offer| format!("{}={}", offer.key(), offer.forwarding)).collect();

@@ -33,6 +33,7 @@ use vip::Vips;
 
 use super::admin::AdminSocket;
 use crate::client::{Client, NeError};
+use crate::secret::Identity;
 
 /// How long STOP may go unacknowledged before the drain begins without it.
 const STOP_WAIT: Duration = Duration::from_secs(5);
@@ -115,12 +116,14 @@ fn follow_signals(control: Control) -> anyhow::Result<impl Future<Output = ()>> 
 /// As [`run`].
 pub async fn serve(settings: Settings, control: &Control) -> anyhow::Result<()> {
     let _lock = HostLock::acquire(&settings.lock)?;
+    let numbers = Identity::numbers_beside(&settings.lock);
+    let identity = settings.key_file.as_deref().map(|file| Identity::open(file, &numbers)).transpose()?;
     let vips = Vips::establish(&settings.vips, &vip::state_path(&settings.lock)).await?;
     let socket = AdminSocket::bind(&settings.socket).with_context(|| {
         format!("cannot listen on the agent's socket {} (another place: `--socket PATH`)", settings.socket.display())
     })?;
     let health = settings.health.clone().watch(settings.health_interval, settings.health_timeout).await;
-    let (agent, client) = Agent::join(&settings, health)?;
+    let (agent, client) = Agent::join(&settings, identity, health)?;
     let socket = tokio::spawn(socket.serve(agent.answers()));
     control.asked(Asked::Drain).await;
     tokio::select! {

@@ -56,6 +56,10 @@ pub struct Args {
     /// for several
     #[arg(long, value_name = "ADDR")]
     pub vip: Vec<Ipv4Addr>,
+    /// The file of the key that this server shares with the network elements: with it all sessions are authenticated, and
+    /// none is opened without. It is for its owner only (chmod 600), and has at least 16 bytes
+    #[arg(long, value_name = "FILE")]
+    pub key_file: Option<PathBuf>,
     /// The lock that keeps a second agent from this host [default: /run/necp/se.lock]
     #[arg(long, value_name = "PATH")]
     pub lock: Option<PathBuf>,
@@ -63,8 +67,8 @@ pub struct Args {
     /// /run/necp/se.sock]
     #[arg(long, value_name = "PATH")]
     pub socket: Option<PathBuf>,
-    /// A TOML file with the same keys (ne, serve, health, source, keepalive, retry_max, drain, vips, lock, ...); the
-    /// command line wins
+    /// A TOML file with the same keys (ne, serve, health, source, keepalive, retry_max, drain, vips, key_file, lock,
+    /// ...); the command line wins
     #[arg(long, value_name = "FILE")]
     pub config: Option<PathBuf>,
 }
@@ -76,6 +80,9 @@ Examples:
 
   Two network elements, health by a command (exit code 0, or a number from 0 to 100 on its output):
     necp se --ne 10.0.0.1 --ne 10.0.0.2 --serve udp/53=l2 --health 'exec:dig +time=1 @127.0.0.1 example.com >/dev/null'
+
+  With the key that the network element has for this server:
+    necp se --ne 10.0.0.1 --serve tcp/80=l2 --key-file /etc/necp/se.key
 
   From a file (ne = [\"10.0.0.1\"], serve = [\"tcp/80=l2\"], health = \"load\", vips = [\"192.0.2.10\"]):
     necp se --config /etc/necp/se.toml
@@ -100,6 +107,7 @@ struct File {
     retry_max: Option<Seconds>,
     drain: Option<Seconds>,
     vips: Vec<Text<Ipv4Addr>>,
+    key_file: Option<PathBuf>,
     lock: Option<PathBuf>,
     socket: Option<PathBuf>,
 }
@@ -127,7 +135,9 @@ pub struct Settings {
     pub drain: Duration,
     /// Virtual addresses to set up on `lo`.
     pub vips: Vec<Ipv4Addr>,
-    /// The lock file.
+    /// The file of the key that is shared with the network elements (§5.8).
+    pub key_file: Option<PathBuf>,
+    /// The lock file; the file of sequence numbers is beside it.
     pub lock: PathBuf,
     /// The agent's socket.
     pub socket: PathBuf,
@@ -212,6 +222,7 @@ impl Settings {
             vips: list(args.vip, file.vips),
             socket: args.socket.or(file.socket).unwrap_or_else(|| lock.with_extension("sock")),
             lock,
+            key_file: args.key_file.or(file.key_file),
         };
         this.check()?;
         Ok(this)
