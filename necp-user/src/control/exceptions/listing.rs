@@ -31,15 +31,48 @@ impl Listing {
 
     /// Counts on: looks at no more than `budget` entries. How many units the answer has, once that is known.
     pub fn count(&mut self, cluster: &Cluster, budget: usize) -> Option<u32> {
-        let _ = (cluster, budget, &self.filter, self.cut, self.next, self.again);
-        self.left = Some(self.counted);
-        self.left
+        for _ in 0..budget {
+            if self.left.is_some() {
+                break;
+            }
+            match cluster.exceptions.listed(self.next, self.cut, &self.filter) {
+                Some(Some(entry)) => {
+                    self.again.get_or_insert(entry);
+                    self.counted += 1;
+                    self.next += 1;
+                }
+                Some(None) => self.next += 1,
+                None => (self.left, self.next) = (Some(self.counted), 0),
+            }
+        }
+        self.left.map(|_| self.counted)
     }
 
     /// Appends at most `most` entries to `entries`, in the order of the listing, looking at no more than `budget`; true
     /// if the listing is complete with them. [`Listing::count`] must have said a number.
-    pub fn read(&mut self, cluster: &Cluster, most: usize, budget: usize, entries: &mut Vec<Listed>) -> bool {
-        let _ = (cluster, most, budget, entries);
-        self.left == Some(0)
+    pub fn read(&mut self, cluster: &Cluster, most: usize, mut budget: usize, entries: &mut Vec<Listed>) -> bool {
+        let Some(mut left) = self.left else { return false };
+        for _ in 0..most {
+            let entry = loop {
+                if left == 0 || budget == 0 {
+                    break None;
+                }
+                match cluster.exceptions.listed(self.next, self.cut, &self.filter) {
+                    Some(found) => {
+                        (self.next, budget) = (self.next + 1, budget - 1);
+                        if found.is_some() {
+                            break found;
+                        }
+                    }
+                    None => break self.again,
+                }
+            };
+            let Some(entry) = entry else { break };
+            self.again = Some(entry);
+            entries.push(entry);
+            left -= 1;
+        }
+        self.left = Some(left);
+        left == 0
     }
 }
