@@ -43,7 +43,7 @@ Examples:
 
 SIGTERM and SIGINT: STOP, wait for the connections, leave."
 )]
-struct Args {
+pub struct Args {
     /// A network element to join; repeat it for several
     #[arg(long, required = true, value_name = "ADDR[:PORT]")]
     ne: Vec<NeAddress>,
@@ -91,7 +91,7 @@ async fn main() -> ExitCode {
     }
 }
 
-async fn run(args: Args) -> Result<(), Box<dyn std::error::Error>> {
+pub async fn run(args: Args) -> Result<(), Box<dyn std::error::Error>> {
     let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
     let listener = listen(&args)?;
     println!("proxy: listening on {}", listener.local_addr()?);
