@@ -4,6 +4,4 @@ pub mod admin;
 pub mod ne;
 pub mod peer;
 pub mod se;
-pub mod secret_file;
 pub mod status;
-pub mod tcp_security;

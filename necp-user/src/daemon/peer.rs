@@ -23,9 +23,10 @@ use tokio::sync::{mpsc, oneshot};
 use tokio::time::{sleep_until, timeout};
 
 use super::ne::input::{From, Input, ListPart, ListStep, SessionId};
+use super::ne::keys::Tally;
 use super::ne::limits::{Limits, Share};
 use crate::control::exceptions::Listing;
-use crate::necp::{CloseReason, NeEvent, NeSession, SessionConfig, Token};
+use crate::necp::{Access, CloseReason, NeEvent, NeSession, Rejections, SessionConfig, Token};
 
 /// Bytes read at once.
 const READ: usize = 16 * 1024;
@@ -66,6 +67,8 @@ pub struct Patron {
     pub joined: Arc<AtomicBool>,
     /// What all connections share.
     pub limits: Arc<Limits>,
+    /// Where rejected messages are counted.
+    pub rejected: Arc<Tally>,
 }
 
 struct Peer<'a> {
@@ -81,6 +84,8 @@ struct Peer<'a> {
     /// The list that is being sent.
     sending: Option<Token>,
     joined: bool,
+    /// What of the session's rejections was counted.
+    rejected: Rejections,
 }
 
 /// Serves one connection to its end. `kicked` is the owner's, and the listener's, way to end it.
@@ -88,7 +93,7 @@ pub async fn serve(
     stream: TcpStream,
     patron: Patron,
     mut kicked: mpsc::Receiver<CloseReason>,
-    config: SessionConfig,
+    (config, access): (SessionConfig, Access),
     owner: mpsc::Sender<Input>,
 ) -> Ended {
     let server = patron.server;
@@ -98,7 +103,7 @@ pub async fn serve(
     }
     let mut peer = Peer {
         stream,
-        session: NeSession::new(config, Instant::now(), rand::random()),
+        session: NeSession::with_access(config, access, Instant::now(), rand::random()),
         from: From { server, session: patron.id },
         owner,
         patron: &patron,
@@ -107,6 +112,7 @@ pub async fn serve(
         lists: BTreeMap::new(),
         sending: None,
         joined: false,
+        rejected: Rejections::default(),
     };
     let reason = peer.run(&mut kicked).await;
     if peer.joined {
@@ -131,6 +137,7 @@ impl Peer<'_> {
         let mut written = 0;
         loop {
             self.pass_on_events().await;
+            self.count_rejected();
             if let Some(reason) = self.session.closed() {
                 let reason = reason.clone();
                 if written < output.len() {
@@ -197,9 +204,9 @@ impl Peer<'_> {
             let input = match event {
                 NeEvent::Init { token } => {
                     self.joined = true;
+                    self.patron.joined.store(true, Ordering::Relaxed);
                     // The session sends on what was begun, and forgets the rest.
                     self.lists.retain(|token, _| Some(*token) == self.sending);
-                    self.patron.joined.store(true, Ordering::Relaxed);
                     let done = self.await_answer(token);
                     Input::Opened { from, kick: self.patron.kick.clone(), done }
                 }
@@ -230,6 +237,14 @@ impl Peer<'_> {
             if self.owner.send(input).await.is_err() {
                 self.session.close(CloseReason::Shutdown);
             }
+        }
+    }
+
+    fn count_rejected(&mut self) {
+        let now = self.session.counters().rejected;
+        if now != self.rejected {
+            self.patron.rejected.add(&now, &self.rejected);
+            self.rejected = now;
         }
     }
 

@@ -14,13 +14,14 @@ use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 
 use super::input::{Input, SessionId};
+use super::keys::{Keys, Tally};
 use super::limits::Limits;
 use crate::config::ne::NeConfig;
 use crate::daemon::peer::{self, Ended, Patron};
-use crate::daemon::secret_file::SecretFileError;
-use crate::daemon::status::Strangers;
-use crate::daemon::tcp_security::{self, Md5Key};
+use crate::daemon::status::{Rejected, Strangers};
 use crate::necp::{CloseReason, SessionConfig};
+use crate::secret::KeyFileError;
+use crate::secret::tcp_security::{self, Md5Key};
 
 /// Connections in all.
 pub const MAX_SESSIONS: usize = 16_384;
@@ -36,6 +37,8 @@ pub struct Door {
     config: Arc<NeConfig>,
     owner: mpsc::Sender<Input>,
     limits: Arc<Limits>,
+    keys: Arc<Keys>,
+    rejected: Arc<Tally>,
     counts: Counts,
     connected: Mutex<Connected>,
     next_session: AtomicU64,
@@ -79,7 +82,7 @@ impl Protections {
     ///
     /// # Errors
     /// The first key file that cannot be used.
-    pub fn read(config: &NeConfig) -> Result<Self, SecretFileError> {
+    pub fn read(config: &NeConfig) -> Result<Self, KeyFileError> {
         let files = config.farms.iter().flat_map(|farm| &farm.tcp_md5);
         let md5 = files.map(|(net, path)| Ok((*net, Md5Key::read(path)?))).collect::<Result<_, _>>()?;
         Ok(Self { ttl_hops: config.ttl_security, md5 })
@@ -105,11 +108,13 @@ pub fn bind(address: SocketAddrV4, protections: &Protections) -> io::Result<TcpL
 
 impl Door {
     /// A door to `owner`.
-    pub fn new(config: Arc<NeConfig>, owner: mpsc::Sender<Input>, limits: Arc<Limits>) -> Arc<Self> {
+    pub fn new(config: Arc<NeConfig>, owner: mpsc::Sender<Input>, limits: Arc<Limits>, keys: Arc<Keys>) -> Arc<Self> {
         Arc::new(Self {
             config,
             owner,
             limits,
+            keys,
+            rejected: Arc::default(),
             counts: Counts::default(),
             connected: Mutex::default(),
             next_session: AtomicU64::new(1),
@@ -152,6 +157,11 @@ impl Door {
         }
     }
 
+    /// What authentication has kept out so far.
+    pub fn rejected(&self) -> Rejected {
+        self.rejected.read()
+    }
+
     /// Connections that are open now.
     pub fn connected(&self) -> usize {
         self.connected.lock().unwrap_or_else(PoisonError::into_inner).total
@@ -180,14 +190,19 @@ impl Door {
     async fn session(self: Arc<Self>, stream: TcpStream, place: Place, kicked: mpsc::Receiver<CloseReason>) {
         let keepalive = self.config.keepalive;
         let config = SessionConfig { keepalive, jitter: keepalive / 5, ..SessionConfig::default() };
+        let access = match self.keys.access(place.address) {
+            Ok(access) => access,
+            Err(error) => return tracing::error!("{} is turned away: {error}", place.address),
+        };
         let patron = Patron {
             server: place.address,
             id: place.id,
             kick: place.kick.clone(),
             joined: Arc::clone(&place.joined),
             limits: Arc::clone(&self.limits),
+            rejected: Arc::clone(&self.rejected),
         };
-        let Ended { reason, joined } = peer::serve(stream, patron, kicked, config, self.owner.clone()).await;
+        let Ended { reason, joined } = peer::serve(stream, patron, kicked, (config, access), self.owner.clone()).await;
         if joined {
             return;
         }
@@ -202,9 +217,23 @@ impl Door {
             CloseReason::TooManySessions => {
                 self.count(&self.counts.too_many, place.address, "sent no INIT and had to make room for others");
             }
-            CloseReason::AuthRequired => {
-                tracing::warn!("{} asks for authentication, which is not built yet: refused", place.address);
+            CloseReason::AuthRequired
+            | CloseReason::NoKey
+            | CloseReason::BadInit
+            | CloseReason::Unconfirmed(_)
+            | CloseReason::Rejected(_)
+            | CloseReason::MessageTooLarge(_)
+                if self.limits.voices().may_speak(place.address) =>
+            {
+                tracing::warn!("{} is turned away: {reason}", place.address);
             }
+            // Counted by the session.
+            CloseReason::AuthRequired
+            | CloseReason::NoKey
+            | CloseReason::BadInit
+            | CloseReason::Unconfirmed(_)
+            | CloseReason::Rejected(_)
+            | CloseReason::MessageTooLarge(_) => {}
             CloseReason::Shutdown => {}
             _ => self.count(&self.counts.silent, place.address, "connected and left without an INIT"),
         }

@@ -21,8 +21,15 @@ async fn bench(config: SessionConfig) -> Bench {
     let (stream, _) = listener.accept().await.expect("accepted");
     let (owner, inputs) = mpsc::channel(16);
     let (kick, kicked) = mpsc::channel(1);
-    let patron = Patron { server: SERVER, id: 7, kick, joined: Arc::default(), limits: Arc::default() };
-    let peer = tokio::spawn(serve(stream, patron, kicked, config, owner));
+    let patron = Patron {
+        server: SERVER,
+        id: 7,
+        kick,
+        joined: Arc::default(),
+        limits: Arc::default(),
+        rejected: Arc::default(),
+    };
+    let peer = tokio::spawn(serve(stream, patron, kicked, (config, Access::Open), owner));
     Bench { client, inputs, peer }
 }
 

@@ -1,7 +1,7 @@
 //! What the agent is told: the command line, a file with the same keys, and what the two make together.
 
-use std::fmt;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::collections::BTreeSet;
+use std::net::{IpAddr, Ipv4Addr};
 use std::num::NonZeroU8;
 use std::path::PathBuf;
 use std::str::FromStr;
@@ -11,11 +11,13 @@ use clap::Args as ClapArgs;
 use serde::{Deserialize, Deserializer};
 use thiserror::Error;
 
-use super::health::{HealthIndex, HealthSource};
+use super::health::HealthSource;
+use crate::client::{HealthIndex, NeAddress};
 use crate::config::strict::{self, FileError, Text};
-use crate::daemon::secret_file::SecretFileError;
-use crate::daemon::tcp_security::{Md5Key, Protection};
-use crate::necp::{PORT, ServiceKey, ServiceUnit};
+use crate::necp::service::TCP;
+use crate::necp::{ServiceKey, ServiceUnit};
+use crate::secret::KeyFileError;
+use crate::secret::tcp_security::{Md5Key, Protection};
 
 /// Where the lock is unless told otherwise.
 const LOCK: &str = "/run/necp/se.lock";
@@ -57,6 +59,10 @@ pub struct Args {
     /// for several
     #[arg(long, value_name = "ADDR")]
     pub vip: Vec<Ipv4Addr>,
+    /// The file of the key that this server shares with the network elements: with it all sessions are authenticated, and
+    /// none is opened without. It is for its owner only (chmod 600), and has at least 16 bytes
+    #[arg(long, value_name = "FILE")]
+    pub key_file: Option<PathBuf>,
     /// The lock that keeps a second agent from this host [default: /run/necp/se.lock]
     #[arg(long, value_name = "PATH")]
     pub lock: Option<PathBuf>,
@@ -68,8 +74,12 @@ pub struct Args {
     /// mode 600
     #[arg(long, value_name = "FILE")]
     pub tcp_md5_file: Option<PathBuf>,
-    /// A TOML file with the same keys (ne, serve, health, source, keepalive, retry_max, drain, vips, lock, ...); the
-    /// command line wins
+    /// The socket that `necp except`, `drain`, `resume` and `health` speak to [default: beside the lock,
+    /// /run/necp/se.sock]
+    #[arg(long, value_name = "PATH")]
+    pub socket: Option<PathBuf>,
+    /// A TOML file with the same keys (ne, serve, health, source, keepalive, retry_max, drain, vips, key_file, lock,
+    /// ...); the command line wins
     #[arg(long, value_name = "FILE")]
     pub config: Option<PathBuf>,
 }
@@ -82,8 +92,14 @@ Examples:
   Two network elements, health by a command (exit code 0, or a number from 0 to 100 on its output):
     necp se --ne 10.0.0.1 --ne 10.0.0.2 --serve udp/53=l2 --health 'exec:dig +time=1 @127.0.0.1 example.com >/dev/null'
 
+  With the key that the network element has for this server:
+    necp se --ne 10.0.0.1 --serve tcp/80=l2 --key-file /etc/necp/se.key
+
   From a file (ne = [\"10.0.0.1\"], serve = [\"tcp/80=l2\"], health = \"load\", vips = [\"192.0.2.10\"]):
     necp se --config /etc/necp/se.toml
+
+While it runs, `necp except`, `necp drain`, `necp resume`, `necp health` and `necp status --agent` speak to it over its
+socket. What they changed ends with it.
 
 SIGTERM and SIGINT: STOP everywhere, wait for the connections of the served ports to end (at most --drain), leave.
 A second signal: leave at once.";
@@ -102,9 +118,11 @@ struct File {
     retry_max: Option<Seconds>,
     drain: Option<Seconds>,
     vips: Vec<Text<Ipv4Addr>>,
+    key_file: Option<PathBuf>,
     lock: Option<PathBuf>,
     ttl_security: Option<NonZeroU8>,
     tcp_md5_file: Option<PathBuf>,
+    socket: Option<PathBuf>,
 }
 
 /// All that the agent needs to know.
@@ -130,10 +148,14 @@ pub struct Settings {
     pub drain: Duration,
     /// Virtual addresses to set up on `lo`.
     pub vips: Vec<Ipv4Addr>,
-    /// The lock file.
+    /// The file of the key that is shared with the network elements (§5.8).
+    pub key_file: Option<PathBuf>,
+    /// The lock file; the file of sequence numbers is beside it.
     pub lock: PathBuf,
     /// What protects the TCP connections.
     pub protection: Protection,
+    /// The agent's socket.
+    pub socket: PathBuf,
 }
 
 /// Why the agent cannot start as it was told to.
@@ -144,7 +166,7 @@ pub enum SettingsError {
     File(#[from] FileError),
     /// The key file of TCP-MD5.
     #[error(transparent)]
-    Md5(#[from] SecretFileError),
+    Md5(#[from] KeyFileError),
     /// No network element.
     #[error("no network element to join: give at least one with `--ne ADDR[:PORT]` (or `ne = [..]` in the file)")]
     NoNe,
@@ -195,6 +217,7 @@ impl Settings {
         let time = |name, first: Option<Seconds>, second: Option<Seconds>, default, range| {
             in_range(name, first.or(second).map_or(default, |Seconds(value)| value), range)
         };
+        let lock = args.lock.or(file.lock).unwrap_or_else(|| LOCK.into());
         let this = Self {
             nes: list(args.ne, file.ne),
             offers: list(args.serve, file.serve).into_iter().map(|Offer(unit)| unit).collect(),
@@ -215,7 +238,9 @@ impl Settings {
             retry_max: time("--retry-max", args.retry_max, file.retry_max, 256.0, (1.0, 86_400.0))?,
             drain: time("--drain", args.drain, file.drain, 30.0, (0.0, 604_800.0))?,
             vips: list(args.vip, file.vips),
-            lock: args.lock.or(file.lock).unwrap_or_else(|| LOCK.into()),
+            socket: args.socket.or(file.socket).unwrap_or_else(|| lock.with_extension("sock")),
+            lock,
+            key_file: args.key_file.or(file.key_file),
             protection: Protection {
                 ttl_hops: args.ttl_security.or(file.ttl_security),
                 md5: args.tcp_md5_file.or(file.tcp_md5_file).as_deref().map(Md5Key::read).transpose()?,
@@ -223,6 +248,12 @@ impl Settings {
         };
         this.check()?;
         Ok(this)
+    }
+
+    /// The TCP ports that are served.
+    pub fn tcp_ports(&self) -> BTreeSet<u16> {
+        let keys = self.offers.iter().map(ServiceUnit::key);
+        keys.filter(|key| key.protocol() == TCP).map(ServiceKey::port).collect()
     }
 
     fn check(&self) -> Result<(), SettingsError> {
@@ -272,6 +303,14 @@ impl Seconds {
     }
 }
 
+impl Seconds {
+    /// The same as a duration; what is too long for one is the longest.
+    #[must_use]
+    pub fn duration(self) -> Duration {
+        Duration::try_from_secs_f64(self.0).unwrap_or(Duration::from_secs(u32::MAX.into()))
+    }
+}
+
 impl FromStr for Seconds {
     type Err = &'static str;
 
@@ -283,60 +322,6 @@ impl FromStr for Seconds {
 impl<'de> Deserialize<'de> for Seconds {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         Self::new(f64::deserialize(deserializer)?).map_err(serde::de::Error::custom)
-    }
-}
-
-/// A network element: a name or an address, and a port.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct NeAddress {
-    /// A host name, or an address without brackets.
-    pub host: String,
-    /// TCP port, 1–65535.
-    pub port: u16,
-}
-
-/// Why a text names no network element.
-#[derive(Debug, Clone, PartialEq, Eq, Error)]
-#[error("`{0}` is no address of a network element; write 10.0.0.1, 10.0.0.1:3262, [2001:db8::1]:3262 or a host name")]
-pub struct ParseNeError(String);
-
-impl FromStr for NeAddress {
-    type Err = ParseNeError;
-
-    fn from_str(text: &str) -> Result<Self, Self::Err> {
-        let wrong = || ParseNeError(text.into());
-        if let Ok(address) = text.parse::<Ipv6Addr>() {
-            return Ok(Self { host: address.to_string(), port: PORT });
-        }
-        let (host, port) = match text.strip_prefix('[') {
-            Some(rest) => {
-                let (host, port) = rest.split_once(']').ok_or_else(wrong)?;
-                let host = host.parse::<Ipv6Addr>().map_err(|_| wrong())?.to_string();
-                let port = if port.is_empty() { None } else { Some(port.strip_prefix(':').ok_or_else(wrong)?) };
-                (host, port)
-            }
-            None => match text.split_once(':') {
-                Some((host, port)) => (host.to_owned(), Some(port)),
-                None => (text.to_owned(), None),
-            },
-        };
-        let is_name = |c: char| c.is_ascii_alphanumeric() || "-._:".contains(c);
-        let digits_and_dots = host.chars().all(|c| c.is_ascii_digit() || c == '.');
-        if host.is_empty() || !host.chars().all(is_name) || (digits_and_dots && host.parse::<Ipv4Addr>().is_err()) {
-            return Err(wrong());
-        }
-        let port = port.map_or(Ok(PORT), |port| port.parse().map_err(|_| wrong()))?;
-        if port == 0 { Err(wrong()) } else { Ok(Self { host, port }) }
-    }
-}
-
-impl fmt::Display for NeAddress {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        if self.host.contains(':') {
-            write!(f, "[{}]:{}", self.host, self.port)
-        } else {
-            write!(f, "{}:{}", self.host, self.port)
-        }
     }
 }
 

@@ -22,6 +22,7 @@ pub fn tables(status: &Status) -> String {
     text.push('\n');
     text.push_str(&packets(status));
     text.push_str(&strangers(status));
+    text.push_str(&rejected(status));
     text
 }
 
@@ -49,7 +50,8 @@ fn head(status: &Status) -> String {
 
 fn farm_text(farm: &Farm) -> String {
     let vips: Vec<String> = farm.vips.iter().map(ToString::to_string).collect();
-    let mut text = format!("farm {} at {}\n", farm.name, vips.join(" "));
+    let authenticated = if farm.authenticated { ", authenticated" } else { "" };
+    let mut text = format!("farm {} at {}{authenticated}\n", farm.name, vips.join(" "));
     let mut table = table(&[
         "SERVICE",
         "SERVER",
@@ -137,7 +139,23 @@ fn strangers(status: &Status) -> String {
     if seen.is_empty() { String::new() } else { format!("\nconnections turned away: {}\n", seen.join(", ")) }
 }
 
-fn table(header: &[&str]) -> Table {
+fn rejected(status: &Status) -> String {
+    let rejected = &status.rejected;
+    let kinds = [
+        ("INIT without credential", rejected.unauthenticated),
+        ("INIT without a key for it", rejected.no_key),
+        ("wrong credential", rejected.bad_credential),
+        ("no credential", rejected.stripped),
+        ("bad sequence number", rejected.bad_sequence),
+        ("too large", rejected.too_large),
+        ("INIT sent again", rejected.unconfirmed),
+    ];
+    let seen: Vec<String> =
+        kinds.iter().filter(|(_, count)| *count > 0).map(|(kind, count)| format!("{count} {kind}")).collect();
+    if seen.is_empty() { String::new() } else { format!("\nrejected by authentication: {}\n", seen.join(", ")) }
+}
+
+pub(in crate::daemon) fn table(header: &[&str]) -> Table {
     let mut table = Table::new();
     table.load_preset(presets::NOTHING).set_header(header);
     for column in table.column_iter_mut() {
@@ -147,7 +165,7 @@ fn table(header: &[&str]) -> Table {
 }
 
 /// Adds the table to `text`; columns from `numbers` on are aligned to the right.
-fn finish(mut table: Table, numbers: usize, text: &mut String) {
+pub(in crate::daemon) fn finish(mut table: Table, numbers: usize, text: &mut String) {
     for column in table.column_iter_mut().skip(numbers) {
         column.set_cell_alignment(CellAlignment::Right);
     }
@@ -157,7 +175,7 @@ fn finish(mut table: Table, numbers: usize, text: &mut String) {
 }
 
 /// `3d 4h`, `4h 5m`, `5m 6s`, `6s`.
-fn duration(seconds: u64) -> String {
+pub(in crate::daemon) fn duration(seconds: u64) -> String {
     let (days, hours, minutes) = (seconds / 86_400, seconds / 3600 % 24, seconds / 60 % 60);
     match (days, hours, minutes) {
         (0, 0, 0) => format!("{seconds}s"),
@@ -189,7 +207,7 @@ fn bytes(bytes: u64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::daemon::status::{ExceptionsOf, Interface, Packets, Server, Service, Strangers};
+    use crate::daemon::status::{ExceptionsOf, Interface, Packets, Rejected, Server, Service, Strangers};
 
     pub fn sample() -> Status {
         let server = |address: [u8; 4], state: &str, health, slots: u32| Server {
@@ -229,6 +247,7 @@ mod tests {
             farms: vec![Farm {
                 name: "web".into(),
                 vips: vec![Ipv4Addr::new(192, 0, 2, 10)],
+                authenticated: true,
                 services: vec![
                     Service {
                         service: "tcp/80".into(),
@@ -258,6 +277,7 @@ mod tests {
                 Packets { reason: "bad-tables".into(), action: "drop".into(), packets: 0, per_second: 0.0 },
             ],
             strangers: Strangers { not_admitted: 3, ..Strangers::default() },
+            rejected: Rejected { bad_credential: 2, unconfirmed: 1, ..Rejected::default() },
             alarms: vec!["farm web: most servers were lost at once".into()],
             pending_writes: 1,
             failed_writes: 7,
@@ -274,7 +294,7 @@ map writes: 1 pending, 7 failed
 exceptions: 21 of at most 1048576
 ALARM: farm web: most servers were lost at once
 
-farm web at 192.0.2.10
+farm web at 192.0.2.10, authenticated
   SERVICE  SERVER     BY  STATE              HEALTH  WEIGHT  SLOTS   SHARE  RECORDS  FLOWS/S  PACKETS/S    BYTES
   tcp/80   10.0.0.11  l2  up                    100    2510    251  100.0%       12      3.2      51234  1.2 MiB
   tcp/80   10.0.0.12  l2  lost, unreachable       -       0      0    0.0%       12      3.2      51234  1.2 MiB
@@ -287,6 +307,8 @@ packets
   plain   transmit     1000       51234
 
 connections turned away: 3 not admitted
+
+rejected by authentication: 2 wrong credential, 1 INIT sent again
 ";
         assert_eq!(tables(&sample()), expected);
     }

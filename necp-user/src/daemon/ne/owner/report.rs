@@ -7,6 +7,7 @@ use necp_ebpf::abi::ServerStats;
 use necp_ebpf::verdict::{Action, REASONS, Reason};
 
 use super::{Owner, alarms};
+use crate::config::ne::Auth;
 use crate::control::cluster::Cluster;
 use crate::control::exceptions::MASKS;
 use crate::control::status::{ServerStatus, ServiceStatus};
@@ -125,8 +126,11 @@ impl Owner {
             slots: service.slots,
             servers: service.servers.iter().map(|one| self.sampler.server(one, service.slots, records)).collect(),
         };
+        let authenticated =
+            |name: &str| self.config.farms.iter().any(|farm| farm.name == name && farm.auth != Auth::None);
         let farms = cluster.farms.iter().enumerate().map(|(index, farm)| Farm {
             name: farm.name.clone(),
+            authenticated: authenticated(&farm.name),
             vips: farm.vips.clone(),
             services: farm.services.iter().map(service).collect(),
             exceptions: self.exceptions(index),
@@ -156,6 +160,7 @@ impl Owner {
             max_exceptions: exceptions.limit,
             packets: self.sampler.packets(),
             strangers: self.door.strangers(),
+            rejected: self.door.rejected(),
             alarms: alarms(&in_alarm, failing),
             pending_writes: failing,
             failed_writes: self.failed_writes,

@@ -36,6 +36,7 @@ fn the_command_line_alone_with_its_defaults() {
         [settings.health_interval, settings.health_timeout, settings.keepalive, settings.retry_max, settings.drain];
     assert_eq!(seconds.map(|time| time.as_secs()), [1, 2, 5, 256, 30]);
     assert_eq!((settings.source, settings.vips, settings.lock), (None, vec![], PathBuf::from("/run/necp/se.lock")));
+    assert_eq!(settings.socket, PathBuf::from("/run/necp/se.sock"));
 }
 
 const FILE: &str = "\
@@ -58,7 +59,7 @@ fn the_file_says_the_same() {
     assert_eq!((settings.health, settings.health_interval), (HealthSource::Load, Duration::from_millis(500)));
     assert_eq!((settings.source, settings.vips), (Some([10, 0, 0, 11].into()), vec![[192, 0, 2, 10].into()]));
     assert_eq!((settings.keepalive.as_secs(), settings.retry_max.as_secs(), settings.drain), (1, 8, Duration::ZERO));
-    assert_eq!(settings.lock, PathBuf::from("/run/x.lock"));
+    assert_eq!((settings.lock, settings.socket), (PathBuf::from("/run/x.lock"), PathBuf::from("/run/x.sock")));
 }
 
 #[test]
@@ -108,37 +109,6 @@ fn what_makes_no_sense_together_is_refused() {
         assert!(found.contains(error), "{line}: {found}");
     }
     Settings::load(args("--ne 10.0.0.1")).expect("a session that serves nothing is legal");
-}
-
-#[test]
-fn network_elements() {
-    for (text, printed) in [
-        ("10.0.0.1", "10.0.0.1:3262"),
-        ("10.0.0.1:1", "10.0.0.1:1"),
-        ("2001:DB8::1", "[2001:db8::1]:3262"),
-        ("[2001:db8::1]", "[2001:db8::1]:3262"),
-        ("[2001:db8::1]:65535", "[2001:db8::1]:65535"),
-        ("ne-1.example:3262", "ne-1.example:3262"),
-    ] {
-        assert_eq!(text.parse::<NeAddress>().expect(text).to_string(), printed);
-    }
-    for text in [
-        "",
-        ":1",
-        "a:0",
-        "a:65536",
-        "a:b",
-        "[::1",
-        "[::1]1",
-        "[a]:1",
-        "10.0.0",
-        "10.0.0.256",
-        "a b",
-        "a:1:2",
-        "tcp://a",
-    ] {
-        assert!(text.parse::<NeAddress>().is_err(), "{text:?}");
-    }
 }
 
 #[test]

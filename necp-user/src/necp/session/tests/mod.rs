@@ -1,5 +1,6 @@
 //! Both machines on a virtual clock.
 
+mod auth;
 mod exceptions;
 mod hostile;
 mod ne;
@@ -66,7 +67,7 @@ fn read_messages(decoder: &mut Decoder, bytes: &[u8]) -> Vec<(Header, Vec<Unit>)
                     units.push(unit);
                 }
             }
-            Item::End => {}
+            Item::End | Item::Payload => {}
         }
     }
     found

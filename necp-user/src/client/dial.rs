@@ -9,8 +9,8 @@ use thiserror::Error;
 use tokio::net::{TcpSocket, TcpStream, lookup_host};
 use tokio::time::timeout;
 
-use super::settings::NeAddress;
-use crate::daemon::tcp_security::Protection;
+use super::address::NeAddress;
+use crate::secret::tcp_security::Protection;
 
 /// Longest wait for a connection, whatever the keepalive interval.
 const CONNECT_MAX: Duration = Duration::from_secs(10);

@@ -9,7 +9,7 @@ use std::path::Path;
 
 use ipnet::{IpNet, Ipv4Net};
 
-use super::secret_file::{self, SecretFileError};
+use super::key_file::{self, KeyFileError};
 
 /// What is sent; who is not further away than it may be cannot get a packet here with less than this minus the hops.
 const TTL: u8 = 255;
@@ -26,9 +26,9 @@ impl Md5Key {
     /// Reads it: 1 to 80 bytes.
     ///
     /// # Errors
-    /// See [`SecretFileError`].
-    pub fn read(path: &Path) -> Result<Self, SecretFileError> {
-        secret_file::read(path, 1, KEY_MAX).map(Self)
+    /// See [`KeyFileError`].
+    pub fn read(path: &Path) -> Result<Self, KeyFileError> {
+        key_file::read_secret(path, KEY_MAX).map(Self)
     }
 }
 
