@@ -34,8 +34,7 @@
 //! - [`backoff`]: when a server element dials again.
 //! - [`error`]: why a session ended.
 //!
-//! Not yet spoken: authentication (an INIT that asks for it is refused as an NE without a key refuses it, §5.8) and
-//! exceptions (§5.7: recognised, and answered as failed units, so that no SE believes one to be installed).
+//! Not yet spoken: authentication (an INIT that asks for it is refused as an NE without a key refuses it, §5.8).
 
 pub mod backoff;
 pub mod error;
