@@ -22,7 +22,9 @@ pub fn listing(answers: &[NeAnswer]) -> String {
     let mut notes = String::new();
     for answer in answers {
         let Some(entries) = &answer.entries else {
-            let _ = writeln!(notes, "{}: {}", answer.ne, result(answer));
+            let why = answer.why.as_deref().unwrap_or("no answer");
+            let away = if answer.result == Outcome::Away { "away, " } else { "" };
+            let _ = writeln!(notes, "{}: {away}{why}", answer.ne);
             continue;
         };
         for entry in entries {
