@@ -265,6 +265,7 @@ pub(super) fn plane_config(config: &NeConfig) -> PlaneConfig {
         },
         slots: config.slots(),
         flow_buckets: necp_ebpf::abi::DEFAULT_FLOW_BUCKETS,
+        exceptions: necp_ebpf::abi::exception_records(necp_ebpf::abi::DEFAULT_EXCEPTIONS),
     }
 }
 
@@ -283,12 +284,15 @@ pub(super) fn cluster_config(config: &NeConfig) -> ClusterConfig {
         udp_tracking: farm.udp_tracking,
         hash_seed: farm.hash_seed,
         capacity: farm.capacity.iter().map(|(server, one)| (*server, (one * 1000.0).round() as u32)).collect(),
+        global_exceptions: farm.global_exceptions,
+        max_exceptions: farm.max_exceptions,
     };
     ClusterConfig {
         farms: config.farms.iter().map(farm).collect(),
         keepalive: config.keepalive,
         grace: config.grace,
         slots: config.slots().max(necp_ebpf::abi::DEFAULT_SLOTS),
+        max_exceptions: config.max_exceptions,
         ..ClusterConfig::default()
     }
 }

@@ -66,6 +66,14 @@ fn step() -> BoxedStrategy<Step> {
     .boxed()
 }
 
+fn exception(port: u16, ttl: u32) -> Exception {
+    Exception { scope: Scope::Local, ttl, flows: Flows { protocol: 6, port, ..Flows::ALL } }
+}
+
+fn entry() -> Listed {
+    Listed { scope: Scope::Local, installer: [10, 0, 0, 11].into(), flows: exception(80, 0).flows }
+}
+
 /// One role of the two, as the steps see it.
 trait Role {
     fn input(&mut self, now: Instant, bytes: &[u8]);
@@ -95,6 +103,12 @@ impl Role for NeSession {
                 NeEvent::Operations { token, operations } => {
                     assert!(!operations.is_empty() && operations.len() <= MAX_BATCH);
                     NeSession::respond(self, token, if fail { &[0, 2] } else { &[] });
+                }
+                NeEvent::Reset { token } => NeSession::respond(self, token, if fail { &[0] } else { &[] }),
+                NeEvent::Query { token, .. } => _ = self.list(token, 3_000),
+                NeEvent::ListMore { token, max } => {
+                    assert!((1..=MAX_BATCH).contains(&max));
+                    self.list_more(token, &vec![entry(); if fail { max.div_ceil(2) } else { max }]);
                 }
                 NeEvent::Health(answers) => assert!(answers.iter().all(|answer| answer.health <= 100)),
                 NeEvent::Notice(_) | NeEvent::Closed(_) => {}
@@ -132,15 +146,25 @@ impl Role for SeSession {
                     self.answer_health(token, &vec![(!fail).then_some(50); queries.len()]);
                 }
                 SeEvent::NeHealth(health) => assert!(health <= 100),
-                SeEvent::Ready | SeEvent::Acked { .. } | SeEvent::Notice(_) | SeEvent::Closed(_) => {}
+                SeEvent::Listed { entries, .. } => assert!(entries.len() <= MAX_BATCH),
+                SeEvent::Ready
+                | SeEvent::Acked { .. }
+                | SeEvent::Excepted { .. }
+                | SeEvent::Reset { .. }
+                | SeEvent::ListFailed { .. }
+                | SeEvent::Notice(_)
+                | SeEvent::Closed(_) => {}
             }
         }
     }
     fn request(&mut self, start: bool, port: u16) {
-        if start {
-            self.start(&[ServiceUnit { forwarding: Forwarding::L2, protocol: 6, port }]);
-        } else {
-            self.stop(&[ServiceKey::new(6, port)]);
+        match (start, port) {
+            (true, 3) => _ = self.except_add(&[exception(80, 1), exception(81, 0)]),
+            (false, 3) => _ = self.except_del(&[exception(80, 0).flows]),
+            (true, 4) => _ = self.except_query(Filter::default()),
+            (false, 4) => _ = self.except_reset(),
+            (true, _) => _ = self.start(&[ServiceUnit { forwarding: Forwarding::L2, protocol: 6, port }]),
+            (false, _) => _ = self.stop(&[ServiceKey::new(6, port)]),
         }
     }
     fn closed(&self) -> bool {
@@ -160,6 +184,8 @@ const BOUND: usize = 12 * 1024 * 1024;
 
 fn drive(role: &mut impl Role, mut now: Instant, steps: Vec<Step>) {
     let mut last_request = None;
+    let mut decoder = Decoder::default();
+    let mut last_sent = None;
     for step in steps {
         let was_closed = role.closed();
         match step {
@@ -185,7 +211,8 @@ fn drive(role: &mut impl Role, mut now: Instant, steps: Vec<Step>) {
                 role.timeout(now);
             }
             Step::Read => {
-                for (header, _) in messages(&read(role)) {
+                for (header, _) in read_messages(&mut decoder, &read(role)) {
+                    last_sent = Some(header.opcode);
                     last_request = header.opcode.answer().map(|answer| (answer, header.request_id)).or(last_request);
                 }
             }
@@ -195,10 +222,14 @@ fn drive(role: &mut impl Role, mut now: Instant, steps: Vec<Step>) {
         assert!(role.held() < BOUND, "{} bytes held", role.held());
         assert!(role.closed() || !was_closed, "closed is for ever");
     }
-    messages(&read(role));
+    for (header, _) in read_messages(&mut decoder, &read(role)) {
+        last_sent = Some(header.opcode);
+    }
+    // A list is cut where the session ends, or waits for its caller.
+    assert!(!decoder.in_message() || last_sent == Some(Opcode::EXCEPTION_RESP));
 }
 
-/// All that the peer gets to read; what waits inside goes on meanwhile.
+/// All that the peer gets to read, until the caller is needed; what waits inside goes on meanwhile.
 fn read(role: &mut impl Role) -> Vec<u8> {
     std::iter::from_fn(|| role.read()).flatten().collect()
 }

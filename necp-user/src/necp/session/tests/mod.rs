@@ -1,5 +1,6 @@
 //! Both machines on a virtual clock.
 
+mod exceptions;
 mod hostile;
 mod ne;
 mod pairs;
@@ -10,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use super::*;
 use crate::necp::error::CloseReason;
-use crate::necp::message::{HealthAnswer, Operation, ServiceUnit};
+use crate::necp::message::{Exception, Filter, Flows, HealthAnswer, Listed, Operation, Scope, ServiceUnit};
 use crate::necp::service::{Forwarding, ServiceKey};
 use crate::necp::wire::{Decoder, Flags, Header, Item, Unit};
 
@@ -42,6 +43,13 @@ fn init(request_id: u16) -> Vec<u8> {
 /// The messages in a stream; fails unless it is framed to the last byte and every header is one that we may send.
 fn messages(bytes: &[u8]) -> Vec<(Header, Vec<Unit>)> {
     let mut decoder = Decoder::default();
+    let found = read_messages(&mut decoder, bytes);
+    assert!(!decoder.in_message(), "output ends with a whole message");
+    found
+}
+
+/// As [`messages`], of a stream that may be cut; units of a message that began in an earlier piece are left out.
+fn read_messages(decoder: &mut Decoder, bytes: &[u8]) -> Vec<(Header, Vec<Unit>)> {
     let mut rest = bytes;
     let mut found: Vec<(Header, Vec<Unit>)> = Vec::new();
     while let Some(item) = decoder.next(&mut rest).expect("output is framed") {
@@ -53,11 +61,14 @@ fn messages(bytes: &[u8]) -> Vec<(Header, Vec<Unit>)> {
                 assert!(header.units().is_some());
                 found.push((header, Vec::new()));
             }
-            Item::Unit(unit) => found.last_mut().unwrap().1.push(unit),
+            Item::Unit(unit) => {
+                if let Some((_, units)) = found.last_mut() {
+                    units.push(unit);
+                }
+            }
             Item::End => {}
         }
     }
-    assert!(!decoder.in_message(), "output ends with a whole message");
     found
 }
 
@@ -114,11 +125,15 @@ impl Ne {
                     NeEvent::Init { token } => self.session.respond(*token, &[]),
                     NeEvent::Operations { token, operations } => {
                         let failed: Vec<usize> = (0..operations.len())
-                            .filter(|index| failing.contains(&operations[*index].service()))
+                            .filter(|index| {
+                                operations[*index].service().is_some_and(|service| failing.contains(&service))
+                            })
                             .collect();
                         self.session.respond(*token, &failed);
                         done.extend(operations.iter().copied());
                     }
+                    NeEvent::Reset { token } => self.session.respond(*token, &[]),
+                    NeEvent::Query { token, .. } => _ = self.session.list(*token, 0),
                     _ => {}
                 }
             }
