@@ -76,8 +76,7 @@ pub fn steer<T: Tables>(packet: &Packet, tables: &T) -> Decision {
     {
         return decision;
     }
-    let chosen =
-        if tracking != 0 || packet.is_syn() { at.choose() } else { Chosen { server: owner, excepted: false } };
+    let chosen = if tracking != 0 || packet.is_syn() { at.choose() } else { Chosen { server: owner, excepted: false } };
     if tracking == UNTRACKED || plain && chosen.server == owner {
         return at.forward(chosen.server, Reason::Plain, packet.is_syn());
     }

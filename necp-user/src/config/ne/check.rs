@@ -313,8 +313,9 @@ impl Check<'_> {
         match u32::try_from(count) {
             Ok(count @ 0..=MAX_EXCEPTIONS) => count,
             _ => {
-                let message =
-                    format!("`max_exceptions` is {count}; write a number from 0 to {MAX_EXCEPTIONS} (default {default})");
+                let message = format!(
+                    "`max_exceptions` is {count}; write a number from 0 to {MAX_EXCEPTIONS} (default {default})"
+                );
                 self.at(spanned, message);
                 default
             }

@@ -4,8 +4,8 @@ use std::net::Ipv4Addr;
 
 use tokio::sync::{mpsc, oneshot};
 
-use crate::daemon::status::Status;
 use crate::control::exceptions::Listing;
+use crate::daemon::status::Status;
 use crate::necp::{CloseReason, Filter, HealthAnswer, Listed, Operation};
 
 /// Inputs that may wait for the owner; whoever has more waits himself.

@@ -267,7 +267,10 @@ impl Owner {
             }
             _ => {}
         }
-        self.sessions.insert(from.server, Current { session: from.session, kick, started: BTreeSet::new(), tally: Tally::default() });
+        self.sessions.insert(
+            from.server,
+            Current { session: from.session, kick, started: BTreeSet::new(), tally: Tally::default() },
+        );
         true
     }
 

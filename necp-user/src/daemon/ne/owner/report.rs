@@ -8,8 +8,8 @@ use necp_ebpf::verdict::{Action, REASONS, Reason};
 
 use super::{Owner, alarms};
 use crate::control::cluster::Cluster;
-use crate::control::status::{ServerStatus, ServiceStatus};
 use crate::control::exceptions::MASKS;
+use crate::control::status::{ServerStatus, ServiceStatus};
 use crate::daemon::status::{Exceptions, ExceptionsOf, Farm, Interface, Packets, Server, Service, Status};
 use crate::plane::{Plane, PlaneError};
 
