@@ -134,7 +134,7 @@ impl Owner {
         if let Some(session) = self.sessions.get_mut(&server) {
             session.tally.resets += 1;
         }
-        self.dirty = true;
+        self.must_write();
     }
 
     pub(super) fn tell_all_exceptions(&mut self) {
@@ -147,9 +147,12 @@ impl Owner {
     pub(super) fn tell_exceptions(&mut self, server: Ipv4Addr) {
         let Some(session) = self.sessions.get_mut(&server) else { return };
         let tally = std::mem::take(&mut session.tally);
+        if tally.is_empty() || !self.limits.voices().may_speak(server) {
+            return;
+        }
         if tally.refused > 0 {
             tracing::warn!("exceptions of {server}: {tally}");
-        } else if !tally.is_empty() {
+        } else {
             tracing::info!("exceptions of {server}: {tally}");
         }
     }
