@@ -201,11 +201,18 @@ pub enum Excepted {
 /// By mask: one more than the number of the record that a flow matches; 0: none.
 pub type Records = [u32; EXCEPTION_MASKS];
 
-/// Looks a new flow up. `records` is filled in if it says [`Excepted::Local`].
+/// Looks a new flow up. `records` means something if it says [`Excepted::Local`].
 #[inline(always)]
 pub fn look_up<T: Tables>(tables: &T, packet: &Packet, farm: u32, records: &mut Records) -> Excepted {
     let Some(masks) = tables.exception_masks(farm) else { return Excepted::No };
-    let count = masks.count.load() as u32;
+    let header = masks.count.load();
+    let (count, zero) =
+        if cfg!(target_endian = "little") { (header as u32, header >> 32) } else { ((header >> 32) as u32, header) };
+    if count == 0 {
+        return Excepted::No;
+    }
+    // The header's reserved half. A zero that the verifier knew would have it tell apart which of the records were found.
+    *records = [zero as u32; EXCEPTION_MASKS];
     let mut excepted = Excepted::No;
     for index in Rounds::new(EXCEPTION_MASKS as u32) {
         if index >= count {
