@@ -184,16 +184,12 @@ const fn netmask(length: u64) -> u32 {
     ((0xffff_ffff_u64 << (32u64.wrapping_sub(length) & 63)) as u32).to_be()
 }
 
-/// What the exceptions of a farm say of a flow.
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub enum Excepted {
-    /// Nothing.
-    No,
-    /// There are records that name installers.
-    Local,
-    /// It is to be cut through.
-    Global,
-}
+/// What exceptions say of a flow: nothing.
+pub const NOTHING: u32 = 0;
+/// What exceptions say of a flow: there are records that name installers.
+pub const LOCAL: u32 = 1;
+/// What exceptions say of a flow: it is to be cut through.
+pub const GLOBAL: u32 = 2;
 
 /// Records that name installers and that a flow matches, one more than their numbers each; 0: none. Those under the last
 /// masks, if there are more.
@@ -202,20 +198,20 @@ pub type Records = [u32; RECORDS];
 /// Local exceptions under different masks that count for one flow.
 pub const RECORDS: usize = 4;
 
-/// Looks a new flow up. `records` means something if it says [`Excepted::Local`].
+/// Looks a new flow up. `records` means something if it says [`LOCAL`].
 #[inline(always)]
-pub fn look_up<T: Tables>(tables: &T, packet: &Packet, farm: u32, records: &mut Records) -> Excepted {
-    let Some(masks) = tables.exception_masks(farm) else { return Excepted::No };
+pub fn look_up<T: Tables>(tables: &T, packet: &Packet, farm: u32, records: &mut Records) -> u32 {
+    let Some(masks) = tables.exception_masks(farm) else { return NOTHING };
     let header = masks.count.load();
     let (count, zero) =
         if cfg!(target_endian = "little") { (header as u32, header >> 32) } else { ((header >> 32) as u32, header) };
     if count == 0 {
-        return Excepted::No;
+        return NOTHING;
     }
     // The header's reserved half is a zero of which the verifier knows nothing: else it would follow each number of records
     // on its own.
     *records = [zero as u32, (zero >> 1) as u32, (zero >> 2) as u32, (zero >> 3) as u32];
-    let mut excepted = Excepted::No;
+    let mut excepted = zero as u32;
     for index in Rounds::new(EXCEPTION_MASKS as u32) {
         if index >= count {
             break;
@@ -227,9 +223,9 @@ pub fn look_up<T: Tables>(tables: &T, packet: &Packet, farm: u32, records: &mut 
         let key = ExceptionKey::for_packet(packet, farm, index, mask);
         let Some((record, state)) = find(tables, key) else { continue };
         if state == EXCEPTION_GLOBAL {
-            return Excepted::Global;
+            return GLOBAL;
         }
-        excepted = Excepted::Local;
+        excepted = LOCAL ^ zero as u32;
         let [first, second, third, _] = *records;
         *records = [record + 1, first, second, third];
     }

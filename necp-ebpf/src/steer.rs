@@ -10,7 +10,7 @@
 
 use crate::{
     abi::{ACCEPTS, ALIVE, ALWAYS_TRACKED, DIRECT, NONE, REACHABLE, Service, UNTRACKED},
-    exceptions::{self, Excepted, Rounds},
+    exceptions::{self, Rounds},
     flows::{FlowWord, Found, find, flow_key, insert, opaque},
     hash::{flow_buckets, flow_hash, next_probe, service_bucket, slot_index},
     packet::{Packet, protocol, tcp},
@@ -305,11 +305,10 @@ impl<'a, T: Tables> At<'a, T> {
     #[inline(always)]
     fn choose(&self) -> Chosen {
         let mut records = [0; exceptions::RECORDS];
-        let excepted = match exceptions::look_up(self.tables, self.packet, self.service.farm, &mut records) {
-            Excepted::Global => return Chosen { server: DIRECT, excepted: 1 },
-            Excepted::Local => 1,
-            Excepted::No => 0,
-        };
+        let excepted = exceptions::look_up(self.tables, self.packet, self.service.farm, &mut records);
+        if excepted == exceptions::GLOBAL {
+            return Chosen { server: DIRECT, excepted: 1 };
+        }
         let excepted = excepted ^ (opaque(self.word.0) >> SlotWord::BITS) as u32;
         let mut server = self.word.owner();
         let (size, mut hash) = (self.service.slots_size, self.hash);
