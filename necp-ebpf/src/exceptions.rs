@@ -8,7 +8,10 @@
 //! makes it valid, comes last and goes first. Who finds the same key before and after reading a record has read all of it.
 
 use crate::{
-    abi::{EXCEPTION_GLOBAL, EXCEPTION_INSTALLERS, EXCEPTION_MASKS, EXCEPTIONS_PER_BUCKET, Exception, ExceptionBucket, ExceptionMasks},
+    abi::{
+        EXCEPTION_GLOBAL, EXCEPTION_INSTALLERS, EXCEPTION_MASKS, EXCEPTIONS_PER_BUCKET, Exception, ExceptionBucket,
+        ExceptionMasks,
+    },
     flows::opaque,
     packet::Packet,
     tables::Tables,

@@ -76,8 +76,7 @@ pub fn steer<T: Tables>(packet: &Packet, tables: &T) -> Decision {
     {
         return decision;
     }
-    let mut chosen =
-        if tracking != 0 || packet.is_syn() { at.choose() } else { Chosen { server: owner, excepted: 0 } };
+    let mut chosen = if tracking != 0 || packet.is_syn() { at.choose() } else { Chosen { server: owner, excepted: 0 } };
     // The verifier would follow what comes now once for each answer that it knew already: the last bits of a slot are zeroes
     // of which it knows nothing, and the flags are read anew.
     let zero = (opaque(at.word.0) >> SlotWord::BITS) as u32;

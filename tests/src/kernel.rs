@@ -74,8 +74,14 @@ impl Kernel {
     pub fn load_with(slots: u32, flow_buckets: u32, exceptions: u32) -> Result<Self> {
         let instance = INSTANCES.fetch_add(1, Ordering::Relaxed);
         let pin = PathBuf::from(format!("/sys/fs/bpf/necp-test-{}-{instance}", std::process::id()));
-        let config =
-            PlaneConfig { pin: pin.clone(), interfaces: Vec::new(), mode: AttachMode::Auto, slots, flow_buckets, exceptions };
+        let config = PlaneConfig {
+            pin: pin.clone(),
+            interfaces: Vec::new(),
+            mode: AttachMode::Auto,
+            slots,
+            flow_buckets,
+            exceptions,
+        };
         let plane = Plane::open(&config)?;
         let program = load_program(&pin, &plane.layout())?;
         let mut kernel = Self { plane: Some(plane), program, pin };

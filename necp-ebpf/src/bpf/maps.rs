@@ -6,9 +6,9 @@ use aya_ebpf::{
 };
 use necp_ebpf::{
     abi::{
-        DEFAULT_EXCEPTIONS, DEFAULT_FLOW_BUCKETS, DEFAULT_SLOTS, Exception, ExceptionBucket, ExceptionMasks, FlowBucket,
-        Layout, MAX_FARMS, MAX_PORTS, MAX_SERVERS, Port, SERVICE_BUCKETS, Server, ServerStats, ServiceBucket, Slot,
-        exception_buckets, exception_records,
+        DEFAULT_EXCEPTIONS, DEFAULT_FLOW_BUCKETS, DEFAULT_SLOTS, Exception, ExceptionBucket, ExceptionMasks,
+        FlowBucket, Layout, MAX_FARMS, MAX_PORTS, MAX_SERVERS, Port, SERVICE_BUCKETS, Server, ServerStats,
+        ServiceBucket, Slot, exception_buckets, exception_records,
     },
     exceptions::{ExceptionBucketWords, ExceptionMasksWords, ExceptionWords},
     flows::FlowBucketWords,

@@ -6,7 +6,8 @@ use super::View;
 use crate::{
     abi::{EXCEPTION_GLOBAL, Exception, ExceptionMasks, exception_buckets},
     exceptions::{
-        CHOICES, ExceptionBucketWords, ExceptionKey, ExceptionMasksWords, ExceptionWords, bucket_of, has_tag, place_word,
+        CHOICES, ExceptionBucketWords, ExceptionKey, ExceptionMasksWords, ExceptionWords, bucket_of, has_tag,
+        place_word,
     },
     tables::Tables,
     word::Word,
@@ -154,11 +155,8 @@ pub(super) fn no_index(records: u32) -> Vec<ExceptionBucketWords> {
 
 /// So many records that say nothing.
 pub(super) fn no_records(records: u32) -> Vec<ExceptionWords> {
-    let none = |_| ExceptionWords {
-        addresses: Word::new(0),
-        rest: Word::new(0),
-        installers: [const { Word::new(0) }; _],
-    };
+    let none =
+        |_| ExceptionWords { addresses: Word::new(0), rest: Word::new(0), installers: [const { Word::new(0) }; _] };
     (0..records).map(none).collect()
 }
 

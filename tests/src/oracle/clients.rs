@@ -48,7 +48,8 @@ pub fn flows(number: u8) -> Flows {
         _ => "0.0.0.0/0".into(),
     };
     let source = source.parse().expect("a prefix");
-    let (protocol, port) = [(0, 0), (protocol::TCP, 0), (protocol::TCP, TCP_PORT), (protocol::UDP, UDP_PORT)][usize::from(number % 4)];
+    let (protocol, port) =
+        [(0, 0), (protocol::TCP, 0), (protocol::TCP, TCP_PORT), (protocol::UDP, UDP_PORT)][usize::from(number % 4)];
     Flows { source, protocol, port, ..Flows::ALL }
 }
 

@@ -283,7 +283,11 @@ impl<'a> Game<'a> {
                 }
                 None if self.settled()
                     && met.is_some()
-                    && (0..).zip(&self.servers).any(|(number, se)| se.takes_flows() && !refuses(number)) =>
+                    && (0..).zip(&self.servers).any(|(number, se)| {
+                        let has_slots =
+                            || met.iter().flatten().next().is_none() || self.world.has_slots(number, packet);
+                        se.takes_flows() && !refuses(number) && has_slots()
+                    }) =>
                 {
                     return Err(format!("a new flow went to no server though there is one ({decision:?})"));
                 }

@@ -122,6 +122,13 @@ impl<'a> World<'a> {
         Some(host - 1)
     }
 
+    /// Whether a server has a slot of the packet's service: one of little weight may have none.
+    pub fn has_slots(&self, server: u8, packet: &Packet) -> bool {
+        let owners = self.view.slots().iter().filter_map(|slot| self.view.server(SlotWord(slot.load()).owner()));
+        let wanted = address(server).to_ipv6_mapped().octets();
+        owners.into_iter().any(|owner| owner.protocol == packet.protocol && owner.address == wanted)
+    }
+
     /// What has been decided gets into the maps.
     pub fn sync(&mut self) {
         let applied = self.cluster.sync(&self.view, self.now);

@@ -197,21 +197,25 @@ fn standing() -> Vec<Case> {
             .frame(F.data(5005), Fate::To(LEGACY, Reason::Record)),
         Case::new("data of a flow on record", why, all(Setup::tracked().record(F, LEGACY, 1000)))
             .frame(F.data(1001), Fate::To(LEGACY, Reason::Record)),
-        Case::new("a SYN that came before the exception", "the same SYN again", all(Setup::tracked().candidate(F, OTHER, 1000)))
-            .frame(F.syn(1000), Fate::To(OTHER, Reason::Repeated))
-            .frame(F.ack(1001), Fate::To(OTHER, Reason::Confirmed))
-            .leaves(record(OTHER, 1000)),
         Case::new(
-            "another client beside a flow that is cut through",
-            why,
-            Setup::plain().global([CLIENT, ANY], 0, 0),
+            "a SYN that came before the exception",
+            "the same SYN again",
+            all(Setup::tracked().candidate(F, OTHER, 1000)),
         )
-        .frame(F.syn(1000), DIRECTLY)
-        .leaves(candidate(DIRECT, 1000))
-        .frame(Flow { source: [203, 0, 113, 9], ..F }.data(7), Fate::To(OWNER, Reason::Plain)),
-        Case::new("cut through, and the exception is gone", "its record says where it is", Setup::tracked().record(F, DIRECT, 1000))
-            .frame(F.data(1001), DIRECTLY)
-            .frame(F.syn(1000), DIRECTLY),
+        .frame(F.syn(1000), Fate::To(OTHER, Reason::Repeated))
+        .frame(F.ack(1001), Fate::To(OTHER, Reason::Confirmed))
+        .leaves(record(OTHER, 1000)),
+        Case::new("another client beside a flow that is cut through", why, Setup::plain().global([CLIENT, ANY], 0, 0))
+            .frame(F.syn(1000), DIRECTLY)
+            .leaves(candidate(DIRECT, 1000))
+            .frame(Flow { source: [203, 0, 113, 9], ..F }.data(7), Fate::To(OWNER, Reason::Plain)),
+        Case::new(
+            "cut through, and the exception is gone",
+            "its record says where it is",
+            Setup::tracked().record(F, DIRECT, 1000),
+        )
+        .frame(F.data(1001), DIRECTLY)
+        .frame(F.syn(1000), DIRECTLY),
         Case::new("a forged SYN of a flow on record", "moves nothing", all(Setup::tracked().record(F, LEGACY, 1000)))
             .frame(F.syn(9000), DIRECTLY)
             .leaves(record(LEGACY, 1000).and(candidate(DIRECT, 9000)))
@@ -228,7 +232,8 @@ fn udp() -> Vec<Case> {
     let why = "the first packet of a flow that shows no beginning is the one without a record";
     let (dns, quic, always) = (F.on(UDP, DNS), F.on(UDP, QUIC), F.on(TCP, ALWAYS));
     let global = || Setup::plain().global([CLIENT, ANY], 0, 0);
-    let not_the_owner = |flow| Setup::owned_by(OTHER).slot_of(flow, SlotWord::plain(OWNER)).local([CLIENT, ANY], 0, 0, &[OWNER]);
+    let not_the_owner =
+        |flow| Setup::owned_by(OTHER).slot_of(flow, SlotWord::plain(OWNER)).local([CLIENT, ANY], 0, 0, &[OWNER]);
     vec![
         Case::new("a new UDP flow under a global exception", why, global())
             .frame(dns.udp(b"?"), DIRECTLY)

@@ -3,8 +3,8 @@
 use necp_ebpf::{
     abi::{
         ACCEPTS, ALIVE, ALWAYS_TRACKED, DIRECT, EXCEPTION_GLOBAL, EXCEPTION_INSTALLERS, EXCEPTION_LOCAL, Exception,
-        ExceptionMask, ExceptionMasks, FLOWS_PER_BUCKET, REACHABLE, SERVICES_PER_BUCKET, Server, Service,
-        UDP_CLASS, UNTRACKED,
+        ExceptionMask, ExceptionMasks, FLOWS_PER_BUCKET, REACHABLE, SERVICES_PER_BUCKET, Server, Service, UDP_CLASS,
+        UNTRACKED,
     },
     flows::{FlowWord, flow_key},
     hash::{flow_buckets, flow_hash, service_bucket, slot_index},

@@ -224,14 +224,8 @@ impl Keys {
 
     fn insert(&mut self, farm: usize, flows: &Flows) -> Option<u32> {
         let mask = self.mask(farm, flows)?;
-        let key = Key {
-            flows: *flows,
-            farm: farm as u16,
-            mask: mask as u8,
-            used: true,
-            global: 0,
-            local: [0; INSTALLERS],
-        };
+        let key =
+            Key { flows: *flows, farm: farm as u16, mask: mask as u8, used: true, global: 0, local: [0; INSTALLERS] };
         let id = match self.free.pop_front() {
             Some(id) => {
                 self.slab[id as usize] = key;

@@ -27,7 +27,9 @@ pub enum ExceptError {
     #[error("the server has {0} exceptions, and may have no more: raise the farm's `max_exceptions`")]
     TooMany(u32),
     /// All SEs together have as many entries as there may be.
-    #[error("there are {0} exceptions, and there may be no more: raise `max_exceptions` at the top of the configuration")]
+    #[error(
+        "there are {0} exceptions, and there may be no more: raise `max_exceptions` at the top of the configuration"
+    )]
     Full(u32),
     /// The entry would need one more combination of prefix lengths, protocol or any, and port or any.
     #[error("farm {0:?} has {max} different masks in use, and may have no more: use fewer prefix lengths", max = MASKS)]

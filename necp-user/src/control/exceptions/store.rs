@@ -204,7 +204,8 @@ impl Store {
 
     /// Whether entries of this SE are there, or leave just now.
     pub(in super::super) fn knows(&self, address: Ipv4Addr) -> bool {
-        let of_old = |&number: &u32| self.installers[number as usize].as_ref().is_some_and(|one| one.address == address);
+        let of_old =
+            |&number: &u32| self.installers[number as usize].as_ref().is_some_and(|one| one.address == address);
         self.current.contains_key(&address) || self.sweeps.iter().any(of_old)
     }
 
@@ -281,7 +282,8 @@ impl Store {
 
     /// An entry of the SE's older session that has not gone yet makes room: a host is in a record once.
     fn outlive(&mut self, address: Ipv4Addr, flows: &Flows, change: Change) {
-        let of_old = |&number: &u32| self.installers[number as usize].as_ref().is_some_and(|one| one.address == address);
+        let of_old =
+            |&number: &u32| self.installers[number as usize].as_ref().is_some_and(|one| one.address == address);
         let sweeps: Vec<u32> = self.sweeps.iter().copied().filter(of_old).collect();
         for number in sweeps {
             if let Some(id) = self.find(number, flows) {

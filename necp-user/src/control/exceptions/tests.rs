@@ -132,7 +132,10 @@ fn an_entry_ends_with_its_time_and_a_second_add_prolongs_it() {
     assert_eq!(bed.connect(1), 0, "it was prolonged");
     bed.now = begun + Duration::from_millis(6250);
     bed.sync();
-    assert_eq!(list(&bed, Filter::default(), 9), [Listed { scope: Scope::Local, installer: se(1), flows: other.flows }]);
+    assert_eq!(
+        list(&bed, Filter::default(), 9),
+        [Listed { scope: Scope::Local, installer: se(1), flows: other.flows }]
+    );
     bed.now = begun + Duration::from_millis(10_250);
     bed.sync();
     assert_eq!((list(&bed, Filter::default(), 9).len(), bed.cluster.next_deadline()), (0, None));
