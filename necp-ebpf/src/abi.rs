@@ -97,7 +97,7 @@ pub const fn exception_records(exceptions: u32) -> u32 {
 
 /// Buckets that the map [`names::EXCEPTION_INDEX`] needs for this many records; a power of two.
 pub const fn exception_buckets(records: u32) -> u32 {
-    (records / 5 + 1).next_power_of_two()
+    (records / 3 + 1).next_power_of_two()
 }
 
 /// Server id: nobody was ever there.

@@ -54,7 +54,7 @@ const _: () = {
 };
 
 /// Buckets in which an exception may be: its sequence.
-pub const CHOICES: u32 = 6;
+pub const CHOICES: u32 = 3;
 
 /// What an exception is found by: the first 14 bytes of its record, as two words.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -133,18 +133,15 @@ const fn record_of(place: u64) -> u32 {
     record.wrapping_sub(1)
 }
 
-/// All bits set if a place has this hash's tag and is not free, else none.
+/// All bits set if a place has this hash's tag, else none. One that is free may have it too.
+///
+/// Arithmetic all the way: seven branches would be as many paths for the verifier as there are sets of entries.
 #[inline(always)]
 pub(crate) fn has_tag(place: u64, hash: u64) -> u64 {
-    let (tag, record) = if cfg!(target_endian = "little") {
-        (place >> 32, place & 0xffff_ffff)
-    } else {
-        (place & 0xffff_ffff, place >> 32)
-    };
-    // The subtraction borrows exactly if the difference is 0; so for the record, the other way round.
-    let same = (tag ^ hash >> 32).wrapping_sub(1) >> 63;
-    let used = 1 ^ record.wrapping_sub(1) >> 63;
-    opaque(same & used).wrapping_neg()
+    let tag = if cfg!(target_endian = "little") { place >> 32 } else { place & 0xffff_ffff };
+    let differs = tag ^ hash >> 32;
+    // 1 if they differ, else 0; less one, it is the mask.
+    opaque(opaque(differs | differs.wrapping_neg()) >> 63).wrapping_sub(1)
 }
 
 /// [`ExceptionMask`](crate::abi::ExceptionMask), as it was read.
@@ -190,26 +187,34 @@ const fn netmask(length: u64) -> u32 {
     ((0xffff_ffff_u64 << (32u64.wrapping_sub(length) & 63)) as u32).to_be()
 }
 
-/// What the exceptions of a farm say of a flow.
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub enum Excepted {
-    /// Nothing.
-    No,
-    /// There are records that name installers.
-    Local,
-    /// It is to be cut through.
-    Global,
-}
+/// What exceptions say of a flow: nothing.
+pub const NOTHING: u32 = 0;
+/// What exceptions say of a flow: there are records that name installers.
+pub const LOCAL: u32 = 1;
+/// What exceptions say of a flow: it is to be cut through.
+pub const GLOBAL: u32 = 2;
 
-/// By mask: one more than the number of the record that a flow matches; 0: none.
-pub type Records = [u32; EXCEPTION_MASKS];
+/// Records that name installers and that a flow matches, one more than their numbers each; 0: none. Those under the last
+/// masks, if there are more.
+pub type Records = [u32; RECORDS];
 
-/// Looks a new flow up. `records` is filled in if it says [`Excepted::Local`].
+/// Local exceptions under different masks that count for one flow.
+pub const RECORDS: usize = 4;
+
+/// Looks a new flow up. `records` means something if it says [`LOCAL`].
 #[inline(always)]
-pub fn look_up<T: Tables>(tables: &T, packet: &Packet, farm: u32, records: &mut Records) -> Excepted {
-    let Some(masks) = tables.exception_masks(farm) else { return Excepted::No };
-    let count = masks.count.load() as u32;
-    let mut excepted = Excepted::No;
+pub fn look_up<T: Tables>(tables: &T, packet: &Packet, farm: u32, records: &mut Records) -> u32 {
+    let Some(masks) = tables.exception_masks(farm) else { return NOTHING };
+    let header = masks.count.load();
+    let (count, zero) =
+        if cfg!(target_endian = "little") { (header as u32, header >> 32) } else { ((header >> 32) as u32, header) };
+    if count == 0 {
+        return NOTHING;
+    }
+    // The header's reserved half is a zero of which the verifier knows nothing: else it would follow each number of records
+    // on its own.
+    *records = [zero as u32, (zero >> 1) as u32, (zero >> 2) as u32, (zero >> 3) as u32];
+    let mut excepted = zero as u32;
     for index in Rounds::new(EXCEPTION_MASKS as u32) {
         if index >= count {
             break;
@@ -221,10 +226,11 @@ pub fn look_up<T: Tables>(tables: &T, packet: &Packet, farm: u32, records: &mut 
         let key = ExceptionKey::for_packet(packet, farm, index, mask);
         let Some((record, state)) = find(tables, key) else { continue };
         if state == EXCEPTION_GLOBAL {
-            return Excepted::Global;
+            return GLOBAL;
         }
-        excepted = Excepted::Local;
-        records[index as usize % EXCEPTION_MASKS] = record + 1;
+        excepted = LOCAL ^ zero as u32;
+        let [first, second, third, _] = *records;
+        *records = [record + 1, first, second, third];
     }
     excepted
 }
@@ -233,19 +239,13 @@ pub fn look_up<T: Tables>(tables: &T, packet: &Packet, farm: u32, records: &mut 
 #[inline(always)]
 pub fn exclude<T: Tables>(tables: &T, records: &Records, host: u16) -> bool {
     // An empty place in a record is 0.
-    if host == 0 {
-        return false;
-    }
-    for index in Rounds::new(EXCEPTION_MASKS as u32) {
-        let record = records[index as usize % EXCEPTION_MASKS];
-        if record != 0
-            && let Some(record) = tables.exception(record - 1)
-            && record.names(host)
-        {
-            return true;
-        }
-    }
-    false
+    let [a, b, c, d] = *records;
+    host != 0 && (names(tables, a, host) || names(tables, b, host) || names(tables, c, host) || names(tables, d, host))
+}
+
+#[inline(always)]
+fn names<T: Tables>(tables: &T, record: u32, host: u16) -> bool {
+    record != 0 && tables.exception(record - 1).is_some_and(|record| record.names(host))
 }
 
 /// A count of rounds that the compiler leaves as a loop: unrolled, they would need more stack than a BPF program has.

@@ -9,9 +9,9 @@
 //! choice. A service that is opted out of tracking knows no flows, so each of its packets is a new one.
 
 use crate::{
-    abi::{ACCEPTS, ALIVE, ALWAYS_TRACKED, DIRECT, EXCEPTION_MASKS, NONE, REACHABLE, Service, UNTRACKED},
-    exceptions::{self, Excepted, Rounds},
-    flows::{FlowWord, Found, find, flow_key, insert},
+    abi::{ACCEPTS, ALIVE, ALWAYS_TRACKED, DIRECT, NONE, REACHABLE, Service, UNTRACKED},
+    exceptions::{self, Rounds},
+    flows::{FlowWord, Found, find, flow_key, insert, opaque},
     hash::{flow_buckets, flow_hash, next_probe, service_bucket, slot_index},
     packet::{Packet, protocol, tcp},
     slot::{SlotWord, TRACKED},
@@ -21,9 +21,9 @@ use crate::{
 };
 
 /// Slots that a new flow asks, its own first, for a server that takes it and that it may go to.
-pub const PROBES: u32 = 48;
+pub const PROBES: u32 = 32;
 /// How many of them follow one another at random: in a table of a few slots that alone might miss one.
-const SCATTERED: u32 = 32;
+const SCATTERED: u32 = 20;
 
 /// What is to become of a packet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -65,7 +65,7 @@ pub fn steer<T: Tables>(packet: &Packet, tables: &T) -> Decision {
     if owner == NONE {
         return Decision::unsteered(Reason::NoServer);
     }
-    let tracking = service.flags & (ALWAYS_TRACKED | UNTRACKED);
+    let tracking = at.flags() & (ALWAYS_TRACKED | UNTRACKED);
     let plain = tracking == 0 && at.word.is_plain();
     if plain && !packet.is_syn() {
         return at.forward(owner, Reason::Plain, false);
@@ -76,7 +76,13 @@ pub fn steer<T: Tables>(packet: &Packet, tables: &T) -> Decision {
     {
         return decision;
     }
-    let chosen = if tracking != 0 || packet.is_syn() { at.choose() } else { Chosen { server: owner, excepted: false } };
+    let mut chosen = if tracking != 0 || packet.is_syn() { at.choose() } else { Chosen { server: owner, excepted: 0 } };
+    // The verifier would follow what comes now once for each answer that it knew already: the last bits of a slot are zeroes
+    // of which it knows nothing, and the flags are read anew.
+    let zero = (opaque(at.word.0) >> SlotWord::BITS) as u32;
+    (chosen.server, chosen.excepted) = (chosen.server ^ zero, chosen.excepted ^ zero);
+    let tracking = at.flags() & (ALWAYS_TRACKED | UNTRACKED);
+    let plain = tracking == 0 && SlotWord(opaque(at.word.0)).is_plain();
     if tracking == UNTRACKED || plain && chosen.server == owner {
         return at.forward(chosen.server, Reason::Plain, packet.is_syn());
     }
@@ -117,8 +123,8 @@ struct Ruling {
 #[derive(Clone, Copy)]
 struct Chosen {
     server: u32,
-    /// An exception had a say in it.
-    excepted: bool,
+    /// 1: an exception had a say in it, else 0.
+    excepted: u32,
 }
 
 /// What is to be written to the flow table.
@@ -133,6 +139,13 @@ enum Write {
 }
 
 impl<'a, T: Tables> At<'a, T> {
+    /// The service's flags, read once.
+    #[inline(always)]
+    fn flags(&self) -> u16 {
+        // SAFETY: an aligned field of a record that is there for as long as the tables are.
+        unsafe { (&raw const self.service.flags).read_volatile() }
+    }
+
     /// What becomes of a packet whose flow is on record, in a service whose flows all are.
     #[inline(always)]
     fn on_record(&self) -> Option<Decision> {
@@ -154,7 +167,7 @@ impl<'a, T: Tables> At<'a, T> {
         let found = find(self.tables, buckets, key);
         let living =
             Living { candidate: self.if_alive(found.candidate.value), record: self.if_alive(found.record.value) };
-        let ruling = if self.service.flags & ALWAYS_TRACKED != 0 {
+        let ruling = if self.flags() & ALWAYS_TRACKED != 0 {
             self.rule_always(&living, chosen)
         } else if self.packet.is_syn() {
             self.rule_syn(&living, chosen.server)
@@ -190,7 +203,7 @@ impl<'a, T: Tables> At<'a, T> {
             return Ruling { server: record.server(), reason: Reason::Record, write: Write::Touch, forget: false };
         }
         // What an exception cuts through stays so, on record; what finds no server may find one with its next packet.
-        let write = if chosen.server == DIRECT && !chosen.excepted {
+        let write = if chosen.server == DIRECT && chosen.excepted == 0 {
             Write::Nothing
         } else {
             Write::Record(FlowWord::record(chosen.server, self.packet.sequence, self.is_closing()))
@@ -256,7 +269,7 @@ impl<'a, T: Tables> At<'a, T> {
         };
         let begins = matches!(reason, Reason::NewUnrecorded);
         let legacy = self.word.legacy();
-        let server = if !begins || self.service.flags & ALWAYS_TRACKED != 0 {
+        let server = if !begins || self.flags() & ALWAYS_TRACKED != 0 {
             ruling.server
         } else if living.record != FlowWord::EMPTY {
             living.record.server()
@@ -290,18 +303,18 @@ impl<'a, T: Tables> At<'a, T> {
     /// The server of a new flow: the slot's owner, or the first of the probe sequence that takes new flows and wants this.
     #[inline(always)]
     fn choose(&self) -> Chosen {
-        let mut records = [0; EXCEPTION_MASKS];
-        let excepted = match exceptions::look_up(self.tables, self.packet, self.service.farm, &mut records) {
-            Excepted::Global => return Chosen { server: DIRECT, excepted: true },
-            Excepted::Local => true,
-            Excepted::No => false,
-        };
+        let mut records = [0; exceptions::RECORDS];
+        let excepted = exceptions::look_up(self.tables, self.packet, self.service.farm, &mut records);
+        if excepted == exceptions::GLOBAL {
+            return Chosen { server: DIRECT, excepted: 1 };
+        }
+        let excepted = excepted ^ (opaque(self.word.0) >> SlotWord::BITS) as u32;
         let mut server = self.word.owner();
         let (size, mut hash) = (self.service.slots_size, self.hash);
         let mut index = slot_index(hash, size);
         for probe in Rounds::new(PROBES) {
             if self.accepts(server)
-                && !(excepted && exceptions::exclude(self.tables, &records, self.tables.host_number(server)))
+                && !(excepted != 0 && exceptions::exclude(self.tables, &records, self.tables.host_number(server)))
             {
                 return Chosen { server, excepted };
             }
@@ -310,7 +323,9 @@ impl<'a, T: Tables> At<'a, T> {
                 hash = next_probe(hash);
                 index = slot_index(hash, size);
             } else {
-                index = if index + 1 < size { index + 1 } else { 0 };
+                // A remainder, because a comparison would give the verifier another path to follow with each probe.
+                let Some(next) = (index + 1).checked_rem(size) else { break };
+                index = next;
             }
             let Some(slot) = self.tables.slot(self.service.slots_base.wrapping_add(index)) else { break };
             server = SlotWord(slot.load()).owner();

@@ -109,7 +109,7 @@ impl View<'_> {
     fn give_place(&self, number: u32, key: ExceptionKey) -> bool {
         let hash = key.hash(self.exceptions.seed);
         let free = |bucket: &&ExceptionBucketWords| {
-            let alike = bucket.entries.iter().any(|entry| has_tag(entry.load(), hash) != 0);
+            let alike = bucket.entries.iter().any(|entry| entry.load() & has_tag(entry.load(), hash) != 0);
             if alike { None } else { bucket.entries.iter().position(|entry| entry.load() == 0) }
         };
         let Some((choice, entry)) =

@@ -6,7 +6,7 @@ use necp_ebpf::{
     hash::{flow_buckets, flow_hash},
     packet::{Packet, protocol, tcp},
 };
-use necp_user::control::config::FarmConfig;
+use necp_user::{control::config::FarmConfig, necp::message::Flows};
 
 /// The VIP.
 pub const VIP: [u8; 4] = [192, 0, 2, 10];
@@ -34,6 +34,31 @@ pub fn datagram(client: u8) -> Packet {
 /// A client's first word.
 pub fn syn(client: u8, sequence: u32, payload: u16) -> Packet {
     segment(client, tcp::SYN, sequence, payload)
+}
+
+/// How many sets of flows an exception may be for.
+pub const FLOWS: u8 = 4 * (CLIENTS + 3);
+
+/// A set of flows by its number: of one client, of a few, or of all; of any protocol, or of one, or to one service.
+pub fn flows(number: u8) -> Flows {
+    let source = match number / 4 {
+        client @ 0..CLIENTS => format!("198.51.100.{}/32", 1 + client),
+        CLIENTS => "198.51.100.0/30".into(),
+        9 => "198.51.100.4/30".into(),
+        _ => "0.0.0.0/0".into(),
+    };
+    let source = source.parse().expect("a prefix");
+    let (protocol, port) =
+        [(0, 0), (protocol::TCP, 0), (protocol::TCP, TCP_PORT), (protocol::UDP, UDP_PORT)][usize::from(number % 4)];
+    Flows { source, protocol, port, ..Flows::ALL }
+}
+
+/// Whether a packet is of these flows.
+pub fn is_of(packet: &Packet, flows: &Flows) -> bool {
+    let source = std::net::Ipv4Addr::from(packet.source.to_ne_bytes());
+    flows.source.contains(&source)
+        && (flows.protocol == 0 || flows.protocol == packet.protocol)
+        && (flows.port == 0 || flows.port.to_be() == packet.destination_port)
 }
 
 /// The clients' ports: such that no two tuples have the same first choice of [`AMPLE_BUCKETS`].

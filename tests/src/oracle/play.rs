@@ -4,13 +4,14 @@ use std::time::{Duration, Instant};
 
 use necp_ebpf::{
     host::View,
-    packet::tcp,
+    packet::{Packet, tcp},
     steer::Decision,
     verdict::{REASONS, Reason},
 };
+use necp_user::necp::message::{Exception, Flows, Scope};
 
 use super::{
-    clients::{CLIENTS, datagram, segment, syn},
+    clients::{CLIENTS, datagram, flows, is_of, segment, syn},
     step::{Forgery, Step},
     world::{CLOSING, HALF_OPEN, ORPHAN, Place, SERVERS, Size, TCP_IDLE, UDP_IDLE, World},
 };
@@ -80,12 +81,26 @@ struct Flow {
     epoch: u64,
 }
 
+/// An exception as the oracle knows it.
+#[derive(Clone, Copy, Debug)]
+struct Excepted {
+    server: u8,
+    flows: Flows,
+    global: bool,
+    /// When its time is over.
+    end: Option<Instant>,
+}
+
+/// How long an exception may live on after its time.
+const LINGERS: Duration = Duration::from_millis(250);
+
 struct Game<'a> {
     world: World<'a>,
     promise: Promise,
     servers: [Se; SERVERS as usize],
     flows: [Option<Flow>; CLIENTS as usize],
     streams: [Option<Flow>; CLIENTS as usize],
+    exceptions: Vec<Excepted>,
     /// Some server was there at some time: before that, packets are the host's own.
     served: bool,
     numbers: u32,
@@ -104,6 +119,7 @@ impl<'a> Game<'a> {
             servers: [Se::default(); SERVERS as usize],
             flows: [None; CLIENTS as usize],
             streams: [None; CLIENTS as usize],
+            exceptions: Vec::new(),
             served: false,
             // The first flows' numbers wrap around.
             numbers: u32::MAX - 49,
@@ -139,6 +155,15 @@ impl<'a> Game<'a> {
             }
             Step::NeighbourLost(server) | Step::NeighbourFound(server) => self.neighbour(server, step),
             Step::Health(server, index) => self.health(server, index),
+            Step::Except { server, flows: number, global, ttl } => self.except(server, flows(number), global, ttl),
+            Step::Unexcept { server, flows: number } => {
+                self.world.unexcept(server, &flows(number));
+                self.exceptions.retain(|one| one.server != server || one.flows != flows(number));
+            }
+            Step::ExceptReset(server) => {
+                self.world.except_reset(server);
+                self.exceptions.retain(|one| one.server != server);
+            }
             Step::Open { client, data } => return self.open(client, data),
             Step::SynAgain(client) => return self.syn_again(client),
             Step::Data(client) => return self.segment(client, tcp::ACK, 100),
@@ -149,7 +174,29 @@ impl<'a> Game<'a> {
             Step::Datagram(client) => return self.datagram(client),
         }
         self.epoch += 1;
+        let now = self.world.now;
+        self.exceptions.retain(|one| one.end.is_none_or(|end| now < end + LINGERS));
         self.bury()
+    }
+
+    fn except(&mut self, server: u8, flows: Flows, global: bool, ttl: u16) {
+        if !self.servers[usize::from(server)].session {
+            return;
+        }
+        // Nobody may cut everything through.
+        let global = global && flows != Flows::ALL;
+        let scope = if global { Scope::Global } else { Scope::Local };
+        self.world.except(server, &Exception { scope, ttl: ttl.into(), flows });
+        let end = (ttl > 0).then(|| self.world.now + Duration::from_secs(ttl.into()));
+        self.exceptions.retain(|one| one.server != server || one.flows != flows);
+        self.exceptions.push(Excepted { server, flows, global, end });
+    }
+
+    /// The exceptions that a new flow meets; none: the time of one is just over, and it may be there or not.
+    fn met(&self, packet: &Packet) -> Option<Vec<Excepted>> {
+        let met: Vec<Excepted> = self.exceptions.iter().filter(|one| is_of(packet, &one.flows)).copied().collect();
+        let over = |one: &Excepted| one.end.is_some_and(|end| end <= self.world.now);
+        (!met.iter().any(over)).then_some(met)
     }
 
     fn start(&mut self, server: u8) {
@@ -163,6 +210,7 @@ impl<'a> Game<'a> {
         let se = &mut self.servers[usize::from(server)];
         if se.session {
             self.world.lose_session(server);
+            self.exceptions.retain(|one| one.server != server);
             (se.session, se.lost) = (false, Some(self.world.now));
         }
     }
@@ -212,7 +260,7 @@ impl<'a> Game<'a> {
         let isn = self.number();
         let packet = syn(client, isn, data);
         let decision = self.world.steer(&packet);
-        let flow = self.placed(&decision, HALF_OPEN)?;
+        let flow = self.placed(&packet, &decision, HALF_OPEN)?;
         let sure = self.world.record(&packet).is_none() && decision.reason == Reason::Plain;
         let next = isn.wrapping_add(1).wrapping_add(u32::from(data));
         self.flows[usize::from(client)] = flow.map(|flow| Flow { isn, next, sure, ..flow });
@@ -220,15 +268,27 @@ impl<'a> Game<'a> {
     }
 
     /// A new flow, which must go to a server that takes new flows, if there is one.
-    fn placed(&self, decision: &Decision, limit: Duration) -> Result<Option<Flow>, String> {
+    fn placed(&self, packet: &Packet, decision: &Decision, limit: Duration) -> Result<Option<Flow>, String> {
         let place = self.world.place(decision);
         let unrecorded = matches!(decision.reason, Reason::NewUnrecorded | Reason::Direct | Reason::NoNextHop);
         if self.promise == Promise::Every || !unrecorded {
+            let met = self.met(packet);
+            let refuses = |server: u8| met.iter().flatten().any(|one| one.global || one.server == server);
             match place {
+                Some(server) if refuses(server) => {
+                    return Err(format!("a new flow went to server {server} in spite of {met:?} ({decision:?})"));
+                }
                 Some(server) if !self.servers[usize::from(server)].takes_flows() => {
                     return Err(format!("a new flow went to server {server}, which takes none ({decision:?})"));
                 }
-                None if self.settled() && self.servers.iter().any(Se::takes_flows) => {
+                None if self.settled()
+                    && met.is_some()
+                    && (0..).zip(&self.servers).any(|(number, se)| {
+                        let has_slots =
+                            || met.iter().flatten().next().is_none() || self.world.has_slots(number, packet);
+                        se.takes_flows() && !refuses(number) && has_slots()
+                    }) =>
+                {
                     return Err(format!("a new flow went to no server though there is one ({decision:?})"));
                 }
                 _ => {}
@@ -257,7 +317,7 @@ impl<'a> Game<'a> {
         if known {
             return self.stayed(&flow, &decision);
         }
-        let again = self.placed(&decision, HALF_OPEN)?;
+        let again = self.placed(&packet, &decision, HALF_OPEN)?;
         self.flows[usize::from(client)] = again.map(|again| Flow { isn: flow.isn, next: flow.next, ..again });
         Ok(())
     }
@@ -297,8 +357,11 @@ impl<'a> Game<'a> {
             }
             // Silent for too long, but not collected yet.
             None if on_record => Some(self.flow(&decision, UDP_IDLE)),
-            // What no server gets is not recorded: it is the host's own.
-            None => self.placed(&decision, UDP_IDLE)?.filter(|flow| flow.place.is_some()),
+            // What no server gets is not recorded, unless an exception had a say in it: it is the host's own.
+            None => self.placed(&packet, &decision, UDP_IDLE)?.filter(|flow| {
+                let recorded = || self.world.record(&packet).is_some();
+                flow.place.is_some() || self.met(&packet).map_or_else(recorded, |met| !met.is_empty())
+            }),
         };
         let sure = self.world.record(&packet).is_some();
         self.streams[usize::from(client)] = flow.map(|flow| Flow { sure, ..flow });

@@ -2,7 +2,10 @@
 
 use proptest::prelude::*;
 
-use super::{clients::CLIENTS, world::SERVERS};
+use super::{
+    clients::{CLIENTS, FLOWS},
+    world::SERVERS,
+};
 
 /// One thing that happens. What makes no sense where it stands is skipped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -38,6 +41,26 @@ pub enum Step {
     NeighbourFound(u8),
     /// A health index.
     Health(u8, u8),
+    /// EXCEPTION_ADD, if there is a session.
+    Except {
+        /// Whose.
+        server: u8,
+        /// Which flows, by [`flows`](super::clients::flows).
+        flows: u8,
+        /// Global, else local.
+        global: bool,
+        /// Time to live in seconds; 0: until it is taken away.
+        ttl: u16,
+    },
+    /// EXCEPTION_DEL.
+    Unexcept {
+        /// Whose.
+        server: u8,
+        /// Which flows.
+        flows: u8,
+    },
+    /// EXCEPTION_RESET.
+    ExceptReset(u8),
     /// User space collects.
     Collect,
     /// A client begins a connection; if it had one, that has ended and its tuple is used again.
@@ -87,10 +110,16 @@ pub fn histories(length: usize) -> impl Strategy<Value = Vec<Step>> {
 
 /// A step from a number: cheaper to make than a choice of strategies, and smaller numbers are simpler steps.
 fn step(number: u32) -> Step {
-    let [kind, who, how, _] = number.to_le_bytes();
+    let [kind, who, how, what] = number.to_le_bytes();
     let (server, client) = (who % SERVERS, who % CLIENTS);
     match kind {
-        0..=59 => Step::Data(client),
+        0..=47 => Step::Data(client),
+        48..=54 => {
+            let ttl = [0, 0, 30, 200][usize::from(how / 16) % 4];
+            Step::Except { server, flows: what % FLOWS, global: how % 3 == 0, ttl }
+        }
+        55..=58 => Step::Unexcept { server, flows: what % FLOWS },
+        59 => Step::ExceptReset(server),
         60..=109 => Step::Open { client, data: if how % 4 == 3 { 100 } else { 0 } },
         110..=129 => Step::Ack(client),
         130..=139 => Step::Fin(client),

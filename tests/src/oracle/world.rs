@@ -16,11 +16,14 @@ use necp_ebpf::{
     tables::Tables,
     verdict::{REASONS, Reason},
 };
-use necp_user::control::{
-    cluster::{Cluster, Hop},
-    collect::Collector,
-    config::{ClusterConfig, FarmConfig, Forwarding, ServiceKey},
-    plan::Plan,
+use necp_user::{
+    control::{
+        cluster::{Cluster, Hop},
+        collect::Collector,
+        config::{ClusterConfig, FarmConfig, Forwarding, ServiceKey},
+        plan::Plan,
+    },
+    necp::message::{Exception, Flows},
 };
 
 use super::clients::{FARM, TCP_PORT, UDP_PORT, VIP};
@@ -56,7 +59,7 @@ pub struct Size {
 impl Size {
     /// Tables for [`World::new`]; they can be used again.
     pub fn tables(self) -> Owned {
-        Owned::new(2 * self.slots as usize, IDS as usize, self.buckets)
+        Owned::new(2 * self.slots as usize, IDS as usize, self.buckets).with_exceptions(256)
     }
 }
 
@@ -85,6 +88,7 @@ impl<'a> World<'a> {
         farm.services = vec![ServiceKey::new(protocol::TCP, TCP_PORT), ServiceKey::new(protocol::UDP, UDP_PORT)];
         farm.servers = vec!["10.0.0.0/24".parse().expect("a prefix")];
         (farm.table_size, farm.orphan_time, farm.tcp_idle, farm.udp_idle) = (size.slots, ORPHAN, TCP_IDLE, UDP_IDLE);
+        farm.global_exceptions = true;
         let config = ClusterConfig {
             farms: vec![farm],
             keepalive: KEEPALIVE,
@@ -116,6 +120,13 @@ impl<'a> World<'a> {
         let [.., net, host] = server.address;
         assert_eq!(net, 0, "server id {} has a record: {server:?}", decision.server);
         Some(host - 1)
+    }
+
+    /// Whether a server has a slot of the packet's service: one of little weight may have none.
+    pub fn has_slots(&self, server: u8, packet: &Packet) -> bool {
+        let owners = self.view.slots().iter().filter_map(|slot| self.view.server(SlotWord(slot.load()).owner()));
+        let wanted = address(server).to_ipv6_mapped().octets();
+        owners.into_iter().any(|owner| owner.protocol == packet.protocol && owner.address == wanted)
     }
 
     /// What has been decided gets into the maps.
@@ -181,6 +192,24 @@ impl<'a> World<'a> {
         for (protocol, port) in SERVICES {
             self.cluster.health(address(server), protocol, port, index, self.now);
         }
+        self.sync();
+    }
+
+    /// EXCEPTION_ADD of a server with a session.
+    pub fn except(&mut self, server: u8, exception: &Exception) {
+        self.cluster.except_add(address(server), exception, self.now).expect("there is room for all");
+        self.sync();
+    }
+
+    /// EXCEPTION_DEL.
+    pub fn unexcept(&mut self, server: u8, flows: &Flows) {
+        self.cluster.except_del(address(server), flows, self.now);
+        self.sync();
+    }
+
+    /// EXCEPTION_RESET.
+    pub fn except_reset(&mut self, server: u8) {
+        self.cluster.except_reset(address(server), self.now);
         self.sync();
     }
 
@@ -266,6 +295,7 @@ fn hop(server: u8) -> Hop {
 }
 
 fn wipe(view: &View<'_>) {
+    view.clear_exceptions();
     for slot in view.slots() {
         slot.store(0);
     }

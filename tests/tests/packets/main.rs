@@ -1,6 +1,7 @@
 //! Frames in, verdicts, frames and tables out: the kernel program and the host build, against a described table and each other.
 
 mod case;
+mod exceptions;
 mod frames;
 mod fuzz;
 mod headers;
@@ -20,7 +21,7 @@ use setup::Setup;
 const VERIFIED_INSTRUCTIONS: u32 = 500_000;
 
 fn all_cases() -> Vec<Case> {
-    [headers::cases(), tracking::cases(), services::cases()].into_iter().flatten().collect()
+    [headers::cases(), tracking::cases(), services::cases(), exceptions::cases()].into_iter().flatten().collect()
 }
 
 #[test]

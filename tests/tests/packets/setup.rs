@@ -2,8 +2,9 @@
 
 use necp_ebpf::{
     abi::{
-        ACCEPTS, ALIVE, ALWAYS_TRACKED, DIRECT, FLOWS_PER_BUCKET, REACHABLE, SERVICES_PER_BUCKET, Server, Service,
-        UDP_CLASS, UNTRACKED,
+        ACCEPTS, ALIVE, ALWAYS_TRACKED, DIRECT, EXCEPTION_GLOBAL, EXCEPTION_INSTALLERS, EXCEPTION_LOCAL, Exception,
+        ExceptionMask, ExceptionMasks, FLOWS_PER_BUCKET, REACHABLE, SERVICES_PER_BUCKET, Server, Service, UDP_CLASS,
+        UNTRACKED,
     },
     flows::{FlowWord, flow_key},
     hash::{flow_buckets, flow_hash, service_bucket, slot_index},
@@ -61,7 +62,15 @@ pub struct Setup {
     services: Vec<Service>,
     slots: Vec<u64>,
     entries: Vec<(u32, usize, u64, FlowWord)>,
+    exceptions: Vec<Exception>,
+    masks: ExceptionMasks,
 }
+
+/// Source and destination prefix of an exception; an address of zeroes with length 0 is any.
+pub type Nets = [([u8; 4], u8); 2];
+
+/// Any address.
+pub const ANY: ([u8; 4], u8) = ([0; 4], 0);
 
 impl Setup {
     /// Four services, all of whose slots have this word.
@@ -74,7 +83,7 @@ impl Setup {
             service(4, tcp, ALWAYS, ALWAYS_TRACKED),
         ];
         let slots = vec![word.0; services.len() * SLOTS_PER_SERVICE as usize];
-        Self { services, slots, entries: Vec::new() }
+        Self { services, slots, entries: Vec::new(), exceptions: Vec::new(), masks: ExceptionMasks::default() }
     }
 
     /// Plain slots of this owner.
@@ -127,6 +136,47 @@ impl Setup {
     pub fn broken(mut self, port: u16) -> Self {
         let broken = service(self.services.len() as u16 + 1, protocol::TCP, port, 0);
         self.services.push(Service { slots_base: 1 << 21, ..broken });
+        self
+    }
+
+    /// No server is to have these flows.
+    pub fn global(self, nets: Nets, protocol: u8, port: u16) -> Self {
+        self.except(EXCEPTION_GLOBAL, nets, protocol, port, &[])
+    }
+
+    /// These servers do not want these flows.
+    pub fn local(self, nets: Nets, protocol: u8, port: u16, servers: &[u32]) -> Self {
+        self.except(EXCEPTION_LOCAL, nets, protocol, port, servers)
+    }
+
+    /// An exception; its mask is the one that it needs, or a new one.
+    pub fn except(mut self, state: u8, nets: Nets, protocol: u8, port: u16, servers: &[u32]) -> Self {
+        let [(source, source_len), (destination, destination_len)] = nets;
+        let (has_protocol, has_port) = (u8::from(protocol != 0), u8::from(port != 0));
+        let mask = ExceptionMask {
+            source_len,
+            destination_len,
+            protocol: has_protocol,
+            port: has_port,
+            used: 1,
+            ..ExceptionMask::default()
+        };
+        let there = self.masks.masks.iter().position(|other| *other == mask || other.used == 0).expect("a free mask");
+        self.masks.masks[there] = mask;
+        self.masks.count = self.masks.count.max(there as u32 + 1);
+        let mut installers = [0; EXCEPTION_INSTALLERS];
+        installers.iter_mut().zip(servers).for_each(|(to, server)| *to = *server as u16);
+        let port = port.to_be_bytes();
+        let mask = there as u8;
+        let farm = 0;
+        let new = Exception { source, destination, farm, port, protocol, mask, state, reserved: 0, installers };
+        self.exceptions.push(new);
+        self
+    }
+
+    /// The exceptions are another farm's.
+    pub fn of_another_farm(mut self) -> Self {
+        self.exceptions.iter_mut().for_each(|exception| exception.farm = 1);
         self
     }
 
@@ -190,6 +240,11 @@ impl Setup {
             entry.key.store(key);
             entry.word.store(word.0);
         }
+        view.clear_exceptions();
+        for (number, exception) in (0..).zip(&self.exceptions) {
+            assert_eq!(view.set_exception(number, exception), Ok(true));
+        }
+        assert!(view.set_exception_masks(0, &self.masks));
         for id in OWNER..SERVERS {
             assert!(view.set_server(id, &server(id)));
         }
@@ -270,5 +325,5 @@ fn server(id: u32) -> Server {
         LOST_PORT => 9,
         _ => 0,
     };
-    Server { mac: mac(id), flags, port, ..Server::default() }
+    Server { mac: mac(id), flags, port, host: id as u16, ..Server::default() }
 }
