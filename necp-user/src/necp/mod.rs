@@ -38,6 +38,8 @@
 //! exceptions (§5.7: recognised, and answered as failed units, so that no SE believes one to be installed).
 
 pub mod backoff;
+#[cfg(any(test, fuzzing))]
+pub mod chaos;
 pub mod error;
 pub mod message;
 pub mod service;

@@ -323,7 +323,7 @@ impl Link {
     }
 
     /// Bytes held, for tests of the bound.
-    #[cfg(test)]
+    #[cfg(any(test, fuzzing))]
     pub(super) fn held_bytes(&self) -> usize {
         self.backlog.capacity() + self.out.capacity()
     }

@@ -437,8 +437,8 @@ impl NeSession {
     }
 
     /// Bytes held, for tests of the bound.
-    #[cfg(test)]
-    pub(super) fn held_bytes(&self) -> usize {
+    #[cfg(any(test, fuzzing))]
+    pub(in crate::necp) fn held_bytes(&self) -> usize {
         let body = match &self.body {
             Body::Refuse(_, units) => units.capacity() * size_of::<Unit>(),
             Body::Queries(queries) => queries.units.capacity() * size_of::<Unit>(),

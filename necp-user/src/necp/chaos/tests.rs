@@ -1,0 +1,22 @@
+//! The scripts of the fuzz targets, random ones and those that found something.
+
+use proptest::prelude::*;
+
+proptest! {
+    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn any_stream_however_it_is_cut(script in prop::collection::vec(any::<u8>(), 0..400)) {
+        super::wire(&script);
+    }
+
+    #[test]
+    fn any_peer_of_the_ne(script in prop::collection::vec(any::<u8>(), 0..600)) {
+        super::ne(&script);
+    }
+
+    #[test]
+    fn any_peer_of_the_se(script in prop::collection::vec(any::<u8>(), 0..600)) {
+        super::se(&script);
+    }
+}
