@@ -163,6 +163,19 @@ impl Peer {
                     let done = self.await_answer(token);
                     Input::Operations { from, operations, done }
                 }
+                // No exception is installed yet, so of its own there is none left, and none to be listed.
+                NeEvent::Reset { token } => {
+                    self.session.respond(token, &[]);
+                    continue;
+                }
+                NeEvent::Query { token, .. } => {
+                    self.session.list(token, 0, None);
+                    continue;
+                }
+                NeEvent::ListMore { token, .. } => {
+                    self.session.list_more(token, &[], true);
+                    continue;
+                }
                 NeEvent::Health(answers) => Input::Health { from, answers },
                 NeEvent::Notice(notice) => {
                     tracing::info!(server = %from.server, "{notice}");

@@ -242,7 +242,10 @@ impl Owner {
         let mut ack = Ack::operations(server, now + NEXT_HOP_WAIT, done);
         let mut started = self.sessions.get_mut(&server).map(|session| std::mem::take(&mut session.started));
         for (index, operation) in operations.iter().enumerate() {
-            let key = operation.service();
+            let Some(key) = operation.service() else {
+                ack.fail(index);
+                continue;
+            };
             match operation {
                 Operation::Stop(_) => {
                     ack.wait(index, self.cluster.stop(server, key.protocol(), key.port(), now));
@@ -265,6 +268,7 @@ impl Owner {
                         }
                     }
                 }
+                Operation::Except(_) | Operation::Unexcept(_) => {}
             }
         }
         if let (Some(session), Some(started)) = (self.sessions.get_mut(&server), started) {

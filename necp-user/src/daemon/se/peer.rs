@@ -248,6 +248,8 @@ impl<'a> Session<'a> {
             SeEvent::NeHealth(index) => tracing::debug!(%ne, "the network element's own health is {index}"),
             SeEvent::Notice(notice) => tracing::warn!(%ne, "{notice}"),
             // `run` sees it too, and says it.
+            // Nothing of the kind is asked here.
+            SeEvent::Excepted { .. } | SeEvent::Reset { .. } | SeEvent::Listed { .. } | SeEvent::ListFailed { .. } => {}
             SeEvent::Closed(_) => {}
         }
     }

@@ -1,12 +1,13 @@
 //! A network element against any server element, its caller late, slow and forgetful.
 
 use std::collections::BTreeSet;
+use std::net::Ipv4Addr;
 use std::time::{Duration, Instant};
 
 use super::may_hold;
 use super::peer::{Received, Sent};
 use super::script::{Script, limits, message};
-use crate::necp::message::Operation;
+use crate::necp::message::{Exception, Filter, Flows, Listed, Operation, Scope};
 use crate::necp::service::{ServiceKey, TCP, UDP};
 use crate::necp::session::{MAX_BATCH, NeEvent, NeSession, SessionConfig, Token};
 use crate::necp::wire::{Direction, Flags, Header, Opcode, Unit};
@@ -32,6 +33,9 @@ struct Bed {
     tokens: Vec<(Token, usize)>,
     /// Tokens that were given out, of which none may come again.
     seen: BTreeSet<Token>,
+    /// EXCEPTION_QUERYs that the caller has not counted, and pieces of lists that it has not given.
+    queries: Vec<Token>,
+    wanted: Vec<(Token, usize)>,
     last: Vec<u8>,
     inits: u64,
     closed: bool,
@@ -50,6 +54,8 @@ impl Bed {
             received: Received::new(Direction::ToSe),
             tokens: Vec::new(),
             seen: BTreeSet::new(),
+            queries: Vec::new(),
+            wanted: Vec::new(),
             last: Vec::new(),
             inits: 0,
             closed: false,
@@ -129,6 +135,7 @@ impl Bed {
                 NeEvent::Init { token } => {
                     self.inits += 1;
                     assert!(self.sent.has(Opcode::INIT, |_| true), "INIT was not sent");
+                    // Tokens from before are void; that of a list in progress is not.
                     self.tokens.clear();
                     self.ask(token, 0);
                 }
@@ -136,6 +143,20 @@ impl Bed {
                     assert!((1..=MAX_BATCH).contains(&operations.len()));
                     operations.iter().for_each(|operation| self.was_asked_for(operation));
                     self.ask(token, operations.len());
+                }
+                NeEvent::Reset { token } => {
+                    assert!(self.sent.has_request(Opcode::EXCEPTION_RESET), "EXCEPTION_RESET was not sent");
+                    self.ask(token, 0);
+                }
+                NeEvent::Query { token, filter } => {
+                    let like = |unit: &[u32; 8]| Filter::parse(&Unit(*unit)) == Ok(filter);
+                    assert!(self.sent.has(Opcode::EXCEPTION_QUERY, like), "{filter:?} was not sent");
+                    assert!(self.seen.insert(token), "{token:?} came before");
+                    self.queries.push(token);
+                }
+                NeEvent::ListMore { token, max } => {
+                    assert!(max > 0 && self.seen.contains(&token));
+                    self.wanted.push((token, max));
                 }
                 NeEvent::Health(answers) => {
                     for answer in answers {
@@ -164,6 +185,12 @@ impl Bed {
                 .sent
                 .has(Opcode::START, |unit| unit[0] == u32::from(offer.forwarding.code()) && is(unit, offer.key())),
             Operation::Stop(key) => self.sent.has(Opcode::STOP, |unit| is(unit, *key)),
+            Operation::Except(exception) => {
+                self.sent.has(Opcode::EXCEPTION_ADD, |unit| Exception::parse(&Unit(*unit)).as_ref() == Ok(exception))
+            }
+            Operation::Unexcept(flows) => {
+                self.sent.has(Opcode::EXCEPTION_DEL, |unit| Exception::parse_del(&Unit(*unit)).as_ref() == Ok(flows))
+            }
         };
         assert!(found, "{operation:?} was not sent");
     }
@@ -183,14 +210,32 @@ impl Bed {
             }
         }
         self.tokens = later;
+        self.list(how);
         self.ne.handle_timeout(self.now);
+    }
+
+    /// The caller's lists: refused, empty, shorter or longer than was said.
+    fn list(&mut self, how: u8) {
+        let sample = Listed { scope: Scope::Local, installer: Ipv4Addr::new(10, 0, 0, 11), flows: Flows::ALL };
+        for token in std::mem::take(&mut self.queries) {
+            match how & 3 {
+                0 => self.ne.refuse_list(token),
+                1 => self.ne.list(token, u32::from(how >> 2), Some(sample)),
+                2 => self.ne.list(token, 3_000, Some(sample)),
+                _ => self.ne.list(token, how.into(), None),
+            }
+        }
+        for (token, max) in std::mem::take(&mut self.wanted) {
+            let count = max.min(1 + usize::from(how));
+            self.ne.list_more(token, &vec![sample; count], how & 0x40 == 0);
+        }
     }
 
     fn read(&mut self) {
         while let Some(bytes) = self.ne.poll_transmit() {
             self.received.add(&bytes, &mut self.sent);
         }
-        assert!(self.received.is_whole(), "output ends with a whole message");
+        assert!(self.received.is_whole() || self.received.in_list(), "output ends with a whole message");
         assert!(self.received.init_acks <= self.inits, "every INIT_ACK was asked for");
     }
 
@@ -225,7 +270,9 @@ impl Bed {
         self.events();
         self.read();
         assert!(self.told_closed && self.ne.poll_event().is_none());
-        assert_eq!(self.received.messages, self.ne.counters().messages_out);
+        let made = self.ne.counters().messages_out;
+        // What waits behind a list that is cut off is not sent.
+        assert!(self.received.messages == made || self.received.in_list() && self.received.messages < made);
         self.check();
     }
 }

@@ -41,6 +41,11 @@ impl Sent {
         self.units.range((opcode.0, [0; 8])..=(opcode.0, [u32::MAX; 8])).any(|(_, unit)| like(unit))
     }
 
+    /// Whether such a message was sent and not answered.
+    pub(super) fn has_request(&self, opcode: Opcode) -> bool {
+        self.open.iter().any(|(sent, _, _)| *sent == opcode)
+    }
+
     fn has_unit(&self, opcode: Opcode, unit: &Unit) -> bool {
         self.units.contains(&(opcode.0, unit.0))
     }
@@ -89,6 +94,11 @@ impl Received {
     /// Between two pieces of output that are all of it, no message is in progress.
     pub(super) fn is_whole(&self) -> bool {
         !self.decoder.in_message()
+    }
+
+    /// Whether an EXCEPTION_RESP is in progress, which is sent as the peer reads it.
+    pub(super) fn in_list(&self) -> bool {
+        self.current.is_some_and(|(header, _)| header.opcode == Opcode::EXCEPTION_RESP)
     }
 
     fn header(&mut self, header: Header, sent: &mut Sent) {

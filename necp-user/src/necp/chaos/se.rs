@@ -6,9 +6,9 @@ use std::time::{Duration, Instant};
 use super::may_hold;
 use super::peer::{Received, Sent};
 use super::script::{Script, limits, message};
-use crate::necp::message::ServiceUnit;
+use crate::necp::message::{Exception, Filter, Flows, Listed, Scope, ServiceUnit};
 use crate::necp::service::{Forwarding, ServiceKey, TCP};
-use crate::necp::session::{RequestId, SeEvent, SeSession, Token};
+use crate::necp::session::{MAX_BATCH, RequestId, SeEvent, SeSession, Token};
 use crate::necp::wire::{Direction, Flags, Header, Opcode, Unit};
 
 /// Plays a script to its end; panics when something happens that must not.
@@ -31,6 +31,9 @@ struct Bed {
     seen: BTreeSet<Token>,
     /// Requests of ours that were not answered.
     asked: BTreeMap<RequestId, Vec<ServiceKey>>,
+    /// EXCEPTION_ADDs and EXCEPTION_DELs; EXCEPTION_RESETs and EXCEPTION_QUERYs.
+    excepted: BTreeMap<RequestId, BTreeSet<Flows>>,
+    lists: BTreeSet<RequestId>,
     own_units: usize,
     last: Vec<u8>,
     ready: bool,
@@ -50,6 +53,8 @@ impl Bed {
             questions: Vec::new(),
             seen: BTreeSet::new(),
             asked: BTreeMap::new(),
+            excepted: BTreeMap::new(),
+            lists: BTreeSet::new(),
             own_units: 0,
             last: Vec::new(),
             ready: false,
@@ -142,6 +147,9 @@ impl Bed {
     }
 
     fn request(&mut self, what: u8) {
+        if what & 0x80 != 0 {
+            return self.except(what);
+        }
         let keys: Vec<ServiceKey> = (0..what & 3).map(|at| ServiceKey::new(TCP, 80 + u16::from(at))).collect();
         self.own_units += keys.len();
         let id = if what & 4 == 0 {
@@ -152,6 +160,25 @@ impl Bed {
             self.se.stop(&keys)
         };
         assert!(self.asked.insert(id, keys).is_none(), "{id:?} was given out before");
+    }
+
+    fn except(&mut self, what: u8) {
+        let flows = |at: u8| Flows { protocol: TCP, port: 80 + u16::from(at), ..Flows::ALL };
+        let several: BTreeSet<Flows> = (0..what & 3).map(flows).collect();
+        self.own_units += 4;
+        match what >> 2 & 3 {
+            0 => drop(self.lists.insert(self.se.except_reset())),
+            1 => drop(self.lists.insert(self.se.except_query(Filter::default()))),
+            2 => {
+                let add: Vec<_> =
+                    several.iter().map(|flows| Exception { scope: Scope::Global, ttl: 9, flows: *flows }).collect();
+                drop(self.excepted.insert(self.se.except_add(&add), several));
+            }
+            _ => {
+                let delete: Vec<_> = several.iter().copied().collect();
+                drop(self.excepted.insert(self.se.except_del(&delete), several));
+            }
+        }
     }
 
     fn events(&mut self) {
@@ -174,6 +201,20 @@ impl Bed {
                 SeEvent::Acked { id, failed } => {
                     let services = self.asked.remove(&id).expect("what is acknowledged was asked, and not answered");
                     assert!(failed.iter().all(|failed| services.contains(failed)), "{failed:?} of {services:?}");
+                }
+                SeEvent::Excepted { id, failed } => {
+                    let flows = self.excepted.remove(&id).expect("what is answered was asked, and not answered");
+                    assert!(failed.iter().all(|failed| flows.contains(failed)), "{failed:?} of {flows:?}");
+                }
+                SeEvent::Reset { id, .. } | SeEvent::ListFailed { id } | SeEvent::Listed { id, last: true, .. } => {
+                    assert!(self.lists.remove(&id), "{id:?} was not asked, or answered before");
+                }
+                SeEvent::Listed { id, entries, last: false } => {
+                    assert!(self.lists.contains(&id) && entries.len() <= MAX_BATCH);
+                    for entry in entries {
+                        let sent = |unit: &[u32; 8]| Listed::parse(&Unit(*unit)) == Ok(entry);
+                        assert!(self.sent.has(Opcode::EXCEPTION_RESP, sent), "{entry:?} was not sent");
+                    }
                 }
                 SeEvent::NeHealth(health) => {
                     let sent = |unit: &[u32; 8]| unit[3] == u32::from(health);
@@ -205,7 +246,7 @@ impl Bed {
     }
 
     fn check(&mut self) {
-        let (held, input) = (self.se.held_bytes(), self.sent.bytes + 32 * self.own_units);
+        let (held, input) = (self.se.held_bytes(), self.sent.bytes + 32 * self.own_units + 8_192);
         assert!(held <= may_hold(input), "{held} bytes held after {input} bytes of input");
         let counters = *self.se.counters();
         if self.closed {

@@ -114,6 +114,14 @@ impl Flows {
         Ok(Self { source, destination, protocol, port })
     }
 
+    /// Of a unit that was made here from flows, whatever they are.
+    pub(in crate::necp) fn of_own(unit: &Unit) -> Self {
+        let [_, _, source, source_len, destination, destination_len, protocol, port] = unit.0;
+        let net = |address: u32, length: u32| Ipv4Net::new(address.into(), length as u8).unwrap_or(ANY);
+        let (source, destination) = (net(source, source_len), net(destination, destination_len));
+        Self { source, destination, protocol: protocol as u8, port: port as u16 }
+    }
+
     /// data2 to data7.
     fn words(&self) -> [u32; 6] {
         let [(source, source_len), (destination, destination_len)] =

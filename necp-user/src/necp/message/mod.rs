@@ -8,7 +8,7 @@ mod exception;
 pub use exception::{Exception, Filter, Flows, Listed, Scope};
 
 use super::service::{Forwarding, ServiceKey, TCP, UDP};
-use super::wire::Unit;
+use super::wire::{Opcode, Unit};
 
 /// Why a unit failed; the answer repeats the unit and says no more than that (§5.6.2), so this is for logs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -76,7 +76,7 @@ impl ServiceUnit {
     }
 }
 
-/// One unit of a START or STOP that is well formed, for the caller to carry out.
+/// One unit of a START, STOP, EXCEPTION_ADD or EXCEPTION_DEL that is well formed, for the caller to carry out.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Operation {
     /// Send future flows of this service to the SE too (§5.6.1). Idempotent; another forwarding type than before
@@ -84,16 +84,33 @@ pub enum Operation {
     Start(ServiceUnit),
     /// Send it no future flows of this service (§5.6.3). Succeeds if there was nothing to stop.
     Stop(ServiceKey),
+    /// Keep these flows from the SE, or from the farm (§5.7.1). One that exists is overwritten.
+    Except(Exception),
+    /// Forget the SE's own exception for exactly these flows (§5.7.3). Succeeds if there is none.
+    Unexcept(Flows),
 }
 
 impl Operation {
-    /// The service that it is about.
+    /// The service that it is about, if it is about one.
     #[must_use]
-    pub fn service(&self) -> ServiceKey {
+    pub fn service(&self) -> Option<ServiceKey> {
         match self {
-            Self::Start(unit) => unit.key(),
-            Self::Stop(key) => *key,
+            Self::Start(unit) => Some(unit.key()),
+            Self::Stop(key) => Some(*key),
+            Self::Except(_) | Self::Unexcept(_) => None,
         }
+    }
+
+    /// Reads a unit of a request that is made of operations; other opcodes have none.
+    pub(super) fn parse(opcode: Opcode, unit: &Unit) -> Option<Self> {
+        match opcode {
+            Opcode::START => ServiceUnit::parse(unit).map(Self::Start),
+            Opcode::STOP => Self::parse_stop(unit),
+            Opcode::EXCEPTION_ADD => Exception::parse(unit).map(Self::Except),
+            Opcode::EXCEPTION_DEL => Exception::parse_del(unit).map(Self::Unexcept),
+            _ => return None,
+        }
+        .ok()
     }
 
     /// Reads a unit of STOP (§5.6.3): as START's, but data0 is not read.

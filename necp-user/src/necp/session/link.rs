@@ -31,6 +31,9 @@ pub(super) struct Link {
     deferred: Option<Header>,
     out: Vec<u8>,
     out_start: usize,
+    /// A message is in the making whose units come one by one; others wait in `held` for its end.
+    streams: bool,
+    held: Vec<u8>,
     closed: Option<CloseReason>,
     last_id: u16,
     told: Vec<Discriminant<Notice>>,
@@ -42,6 +45,8 @@ pub(super) struct Link {
     paused: bool,
     /// Whether bytes of a message in progress came since the last tick of the keepalive clock.
     moved: bool,
+    /// Whether the peer took some of a streamed message since then.
+    took: bool,
     /// The latest time that was told.
     pub(super) now: Instant,
 }
@@ -59,6 +64,8 @@ impl Link {
             deferred: None,
             out: Vec::new(),
             out_start: 0,
+            streams: false,
+            held: Vec::new(),
             closed: None,
             last_id,
             told: Vec::new(),
@@ -67,6 +74,7 @@ impl Link {
             progress_bytes: 0,
             paused: false,
             moved: false,
+            took: false,
             now,
         }
     }
@@ -196,6 +204,10 @@ impl Link {
         self.paused = paused;
     }
 
+    pub(super) fn is_paused(&self) -> bool {
+        self.paused
+    }
+
     /// Closes if the message in progress is late.
     pub(super) fn check_progress(&mut self) {
         if self.progress.is_some_and(|deadline| self.now >= deadline) {
@@ -203,9 +215,11 @@ impl Link {
         }
     }
 
-    /// Whether a message in progress has moved since this was asked last: its sender cannot answer in between.
+    /// Whether a message in progress has moved since this was asked last: its sender cannot answer in between, nor can
+    /// its reader be asked.
     pub(super) fn take_moved(&mut self) -> bool {
-        mem::take(&mut self.moved) && self.decoder.in_message()
+        let (moved, took) = (mem::take(&mut self.moved), mem::take(&mut self.took));
+        (moved && self.decoder.in_message()) || took
     }
 
     // ---- output ----
@@ -214,13 +228,46 @@ impl Link {
         if self.closed.is_some() {
             return;
         }
-        self.out.reserve(HEADER_LEN + units.len() * UNIT_LEN);
-        self.out.extend_from_slice(&Header::new(opcode, flags, request_id, units.len()).encode());
+        let out = if self.streams { &mut self.held } else { &mut self.out };
+        out.reserve(HEADER_LEN + units.len() * UNIT_LEN);
+        out.extend_from_slice(&Header::new(opcode, flags, request_id, units.len()).encode());
         for unit in units {
-            self.out.extend_from_slice(&unit.encode());
+            out.extend_from_slice(&unit.encode());
         }
         self.counters.messages_out += 1;
         self.counters.bytes_out += (HEADER_LEN + units.len() * UNIT_LEN) as u64;
+    }
+
+    /// Begins a message whose `units` follow one by one, as the peer reads them; what is sent meanwhile goes out after it.
+    pub(super) fn begin_stream(&mut self, opcode: Opcode, request_id: u16, units: usize) {
+        if self.closed.is_some() {
+            return;
+        }
+        debug_assert!(!self.streams, "one at a time");
+        self.out.extend_from_slice(&Header::new(opcode, Flags::NONE, request_id, units).encode());
+        self.counters.messages_out += 1;
+        self.counters.bytes_out += HEADER_LEN as u64;
+        self.streams = true;
+    }
+
+    /// Units for which there is room: the peer must read first.
+    pub(super) fn stream_room(&self) -> usize {
+        OUTPUT_FULL.saturating_sub(self.out.len() - self.out_start) / UNIT_LEN
+    }
+
+    /// The next unit of the message that was begun.
+    pub(super) fn stream_unit(&mut self, unit: &Unit) {
+        if self.closed.is_none() {
+            self.out.extend_from_slice(&unit.encode());
+            self.counters.bytes_out += UNIT_LEN as u64;
+        }
+    }
+
+    /// All units of the message that was begun are sent.
+    pub(super) fn end_stream(&mut self) {
+        self.streams = false;
+        self.out.append(&mut self.held);
+        self.held = Vec::new();
     }
 
     /// Sends a KEEPALIVE that asks for the health of `services`.
@@ -252,10 +299,11 @@ impl Link {
     }
 
     pub(super) fn take_output(&mut self) -> Option<Vec<u8>> {
-        let waiting = self.output_len();
+        let waiting = self.out.len() - self.out_start;
         if waiting == 0 {
             return None;
         }
+        self.took |= self.streams;
         if waiting <= CHUNK {
             let chunk = self.out.split_off(self.out_start);
             self.out = Vec::new();
@@ -268,7 +316,7 @@ impl Link {
     }
 
     fn output_len(&self) -> usize {
-        self.out.len() - self.out_start
+        self.out.len() - self.out_start + self.held.len()
     }
 
     /// A request id distinct from those that are outstanding (§5.2.1).
@@ -318,6 +366,11 @@ impl Link {
         self.notice(Notice::BadHealth);
     }
 
+    pub(super) fn bad_entry(&mut self) {
+        self.counters.discarded_entries += 1;
+        self.notice(Notice::BadEntry);
+    }
+
     pub(super) fn next_notice(&mut self) -> Option<Notice> {
         self.notices.pop_front()
     }
@@ -325,6 +378,6 @@ impl Link {
     /// Bytes held, for tests of the bound.
     #[cfg(any(test, fuzzing))]
     pub(super) fn held_bytes(&self) -> usize {
-        self.backlog.capacity() + self.out.capacity()
+        self.backlog.capacity() + self.out.capacity() + self.held.capacity()
     }
 }

@@ -37,7 +37,8 @@ pub struct SessionConfig {
     pub progress_deadline: Duration,
     /// Bytes that renew the progress deadline of a long message.
     pub progress_bytes: u32,
-    /// SE: how long the NE may take to answer START or STOP.
+    /// SE: how long the NE may take to answer a request. While a long answer comes in, others wait behind it, and
+    /// [`Self::progress_deadline`] holds.
     pub answer_deadline: Duration,
     /// Units repeated in one answer, at most; beyond it the answer is sent as it is, and the session closed (§5.2.3).
     pub max_failed_units: usize,
@@ -61,7 +62,7 @@ impl Default for SessionConfig {
     }
 }
 
-/// Units in one [`NeEvent::Operations`], at most.
+/// Units in one [`NeEvent::Operations`], entries in one [`NeEvent::ListMore`] or [`SeEvent::Listed`], at most.
 pub const MAX_BATCH: usize = 1024;
 /// KEEPALIVEs in a row that may go unanswered; then the peer is dead (§5.5).
 pub const MAX_MISSED: usize = 3;
@@ -92,6 +93,9 @@ pub enum Notice {
     /// A health answer above 100 was discarded (§5.5.2).
     #[error("discarded a health answer above 100, or to another question")]
     BadHealth,
+    /// An entry of a list that is out of range, or was not asked for, was discarded (§5.7.8).
+    #[error("discarded a listed exception that is out of range, or was not asked for")]
+    BadEntry,
     /// An answer to nothing outstanding was ignored.
     #[error("ignored {0}, an answer to nothing outstanding")]
     Unexpected(Opcode),
@@ -120,6 +124,8 @@ pub struct Counters {
     pub malformed: u64,
     /// Health answers above 100, or to another question than was asked: discarded.
     pub discarded_health: u64,
+    /// Listed exceptions out of range, or not asked for: discarded.
+    pub discarded_entries: u64,
     /// Answers to nothing outstanding: ignored.
     pub unexpected_answers: u64,
     /// Units that failed, in either direction.

@@ -7,18 +7,20 @@
 //!       └─ anything else: refused, closed
 //! ```
 
+mod listing;
 mod requests;
 
 use std::collections::VecDeque;
 use std::time::Instant;
 
+use self::listing::{Listings, Query};
 use self::requests::Requests;
 use super::health::{Queries, Reply};
 use super::keepalive::Tick;
 use super::link::Link;
 use super::{Counters, MAX_MISSED, Notice, SessionConfig, Token};
 use crate::necp::error::CloseReason;
-use crate::necp::message::{HEALTH_MAX, HealthAnswer, Init, InitAck, Operation};
+use crate::necp::message::{Filter, HEALTH_MAX, HealthAnswer, Init, InitAck, Listed, Operation};
 use crate::necp::service::ServiceKey;
 use crate::necp::wire::{Flags, Header, Item, Opcode, Unit, VERSION};
 
@@ -41,6 +43,27 @@ pub enum NeEvent {
         /// At most [`super::MAX_BATCH`]; a message is handed over in as many pieces as it takes.
         operations: Vec<Operation>,
     },
+    /// Delete all exceptions of this SE, write the maps, then [`NeSession::respond`]; a non-empty `failed` says that it
+    /// could not be done (§5.7.5).
+    Reset {
+        /// For [`NeSession::respond`].
+        token: Token,
+    },
+    /// The SE asks for the exceptions in force, of any SE, that match (§5.7.7): count them, then [`NeSession::list`], or
+    /// [`NeSession::refuse_list`]. One at a time: the next is told when this one is answered.
+    Query {
+        /// For [`NeSession::list`].
+        token: Token,
+        /// Which.
+        filter: Filter,
+    },
+    /// There is room for more of the list: [`NeSession::list_more`], once.
+    ListMore {
+        /// That of the [`NeEvent::Query`].
+        token: Token,
+        /// How many entries, at most; 1 at least.
+        max: usize,
+    },
     /// The SE answered for these services (§5.5.2).
     Health(Vec<HealthAnswer>),
     /// Worth a line in the log.
@@ -62,10 +85,9 @@ enum Body {
     /// There are none, or they are of no interest.
     Skip,
     Init(Header, Option<Init>),
-    /// START or STOP; the units are with [`Requests`].
+    /// START, STOP, EXCEPTION_ADD or EXCEPTION_DEL; the units are with [`Requests`].
     Operations,
-    /// Refused as a whole: every unit fails.
-    Refuse(Header, Vec<Unit>),
+    Query(Query),
     Queries(Queries),
     Reply(Reply),
 }
@@ -77,6 +99,7 @@ pub struct NeSession {
     state: State,
     body: Body,
     requests: Requests,
+    listings: Listings,
     events: VecDeque<NeEvent>,
     health: u8,
     told_closed: bool,
@@ -89,6 +112,7 @@ impl NeSession {
         Self {
             state: State::AwaitInit { deadline: now + config.init_deadline },
             requests: Requests::new(config.max_services, config.max_failed_units),
+            listings: Listings::default(),
             link: Link::new(config, now, seed),
             body: Body::Skip,
             events: VecDeque::new(),
@@ -131,7 +155,9 @@ impl NeSession {
 
     /// The next bytes for the peer. Take them only when those before are written.
     pub fn poll_transmit(&mut self) -> Option<Vec<u8>> {
-        self.link.take_output()
+        let output = self.link.take_output();
+        self.listings.pump(&mut self.link, &mut self.events);
+        output
     }
 
     /// When to call [`Self::handle_timeout`]; it may be in the past, which means at once.
@@ -165,6 +191,28 @@ impl NeSession {
             }
             _ => self.requests.respond(token, failed, &mut self.link),
         }
+    }
+
+    /// Begins the answer to a [`NeEvent::Query`]: EXCEPTION_RESP with exactly `count` units (§5.7.8), which are asked for
+    /// piece by piece with [`NeEvent::ListMore`], so that a long list takes no more memory than a short one.
+    ///
+    /// The header announces the number of units before the first is sent, and the draft knows no chaining of messages
+    /// (§6.5), so the number holds whatever becomes of the list meanwhile. The caller lists what was in force when it
+    /// counted and still is. For what is gone since, the unit before is repeated: an entry named twice is one entry, and
+    /// every unit is one that matches. `sample` is one of those counted, repeated if none is left to be listed first.
+    pub fn list(&mut self, token: Token, count: u32, sample: Option<Listed>) {
+        self.listings.list(token, count, sample, &mut self.link, &mut self.events);
+    }
+
+    /// More of the list, in the order of the list, at most as many as asked for; it may be none. `last`: there are no
+    /// more. What exceeds the announced count is left out. A token that is not awaited is ignored.
+    pub fn list_more(&mut self, token: Token, entries: &[Listed], last: bool) {
+        self.listings.more(token, entries, last, &mut self.link, &mut self.events);
+    }
+
+    /// Answers a [`NeEvent::Query`] with F_Error: it cannot be done now.
+    pub fn refuse_list(&mut self, token: Token) {
+        self.listings.refuse(token, &mut self.link, &mut self.events);
     }
 
     /// The Health Index that the NE answers to the SE's queries (§5.5.2), 0 to 100; more counts as 100.
@@ -277,29 +325,25 @@ impl NeSession {
                 Some(_) => self.body = Body::Queries(Queries { request_id: header.request_id, units: Vec::new() }),
             },
             Opcode::KEEPALIVE_ACK => self.on_keepalive_ack(&header),
-            Opcode::START | Opcode::STOP => match units {
+            Opcode::START | Opcode::STOP | Opcode::EXCEPTION_ADD | Opcode::EXCEPTION_DEL => match units {
                 None | Some(0) => self.malformed(&header),
                 Some(_) => {
                     self.requests.begin(&header);
                     self.body = Body::Operations;
                 }
             },
-            // Exceptions are not spoken yet. Every unit fails, so that no SE believes an exception to be in force.
-            Opcode::EXCEPTION_ADD | Opcode::EXCEPTION_DEL => match units {
-                None | Some(0) => self.malformed(&header),
-                Some(_) => self.body = Body::Refuse(header, Vec::new()),
-            },
-            Opcode::EXCEPTION_QUERY => match units {
-                Some(1) => self.body = Body::Refuse(header, Vec::new()),
-                _ => self.malformed(&header),
-            },
-            // Of its entries, of which there are none, none is left.
+            // No payload is required (§5.7.5), so one that is there has no meaning.
             Opcode::EXCEPTION_RESET => match units {
                 None => self.malformed(&header),
                 Some(_) => {
                     self.link.skip_payload();
-                    self.link.send(Opcode::EXCEPTION_RESET_ACK, Flags::NONE, header.request_id, &[]);
+                    let token = self.requests.reset(&header);
+                    self.events.push_back(NeEvent::Reset { token });
                 }
+            },
+            Opcode::EXCEPTION_QUERY => match units {
+                Some(1) => self.body = Body::Query(Query { header, unit: None }),
+                _ => self.malformed(&header),
             },
             other => self.link.skip_foreign(other),
         }
@@ -344,15 +388,7 @@ impl NeSession {
                     self.flush();
                 }
             }
-            Body::Refuse(header, units) => {
-                self.link.counters.failed_units += 1;
-                if units.len() == self.link.config.max_failed_units {
-                    self.link.refuse(header, Flags::NONE, units);
-                    self.link.close(CloseReason::TooManyUnits(units.len()));
-                } else {
-                    units.push(unit);
-                }
-            }
+            Body::Query(query) => query.unit = Some(unit),
             Body::Queries(queries) => queries.units.push(unit),
             Body::Reply(reply) => reply.unit(&unit, &mut self.link),
         }
@@ -366,12 +402,26 @@ impl NeSession {
                 self.flush();
                 self.requests.end(&mut self.link);
             }
-            Body::Refuse(header, units) => self.link.refuse(&header, Flags::NONE, &units),
+            Body::Query(query) => self.on_query(&query),
             Body::Queries(queries) => {
                 let health = self.health;
                 queries.answer(&mut self.link, |_| Some(health));
             }
             Body::Reply(reply) => self.on_reply(reply),
+        }
+    }
+
+    fn on_query(&mut self, query: &Query) {
+        let Query { header, unit: Some(unit) } = query else { return };
+        match Filter::parse(unit) {
+            Ok(filter) => {
+                let token = self.requests.next_token();
+                self.listings.add(token, header.request_id, filter, &mut self.events);
+            }
+            Err(_) => {
+                self.link.counters.failed_units += 1;
+                self.link.refuse(header, Flags::NONE, &[*unit]);
+            }
         }
     }
 
@@ -382,6 +432,7 @@ impl NeSession {
             return;
         }
         self.requests.clear();
+        self.listings.clear();
         self.link.keepalive.stop();
         let token = self.requests.next_token();
         self.state = State::InitPending { token, request_id };
@@ -410,7 +461,7 @@ impl NeSession {
             return;
         }
         let moved = self.link.take_moved();
-        let excused = moved || self.waits_for_caller();
+        let excused = moved || self.waits_for_caller() || self.listings.waits_for_caller();
         match self.link.keepalive.tick(self.link.now, excused) {
             Tick::Send => {
                 let services = self.requests.services.next_queries();
@@ -425,7 +476,7 @@ impl NeSession {
 
     /// Whether input is looked at: what the peer has to read, and what the caller has to answer, has its limits.
     fn reads(&self) -> bool {
-        self.link.output_has_room() && !self.waits_for_caller() && !self.waits_for_init()
+        self.link.output_has_room() && !self.waits_for_caller() && !self.waits_for_init() && !self.listings.is_full()
     }
 
     fn waits_for_caller(&self) -> bool {
@@ -440,7 +491,6 @@ impl NeSession {
     #[cfg(any(test, fuzzing))]
     pub(in crate::necp) fn held_bytes(&self) -> usize {
         let body = match &self.body {
-            Body::Refuse(_, units) => units.capacity() * size_of::<Unit>(),
             Body::Queries(queries) => queries.units.capacity() * size_of::<Unit>(),
             _ => 0,
         };

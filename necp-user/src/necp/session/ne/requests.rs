@@ -1,11 +1,12 @@
-//! STARTs and STOPs between their arrival and their answer, and the services that came of them.
+//! Requests that are made of operations, and EXCEPTION_RESETs, between their arrival and their answer; and the services
+//! that came of them.
 
 use std::collections::BTreeMap;
 use std::mem;
 use std::ops::Bound;
 
 use crate::necp::error::CloseReason;
-use crate::necp::message::{Operation, ServiceUnit};
+use crate::necp::message::Operation;
 use crate::necp::service::ServiceKey;
 use crate::necp::session::link::Link;
 use crate::necp::session::{MAX_BATCH, Token};
@@ -18,7 +19,7 @@ const MAX_WAITING: usize = 256;
 /// Queries in one KEEPALIVE; with more services they take turns.
 const MAX_QUERIES: usize = 1024;
 
-/// A START or STOP that is not answered yet.
+/// A START, STOP, EXCEPTION_ADD or EXCEPTION_DEL that is not answered yet.
 #[derive(Debug)]
 struct Request {
     opcode: Opcode,
@@ -50,6 +51,8 @@ pub(super) struct Requests {
     current: u64,
     building: Batch,
     batches: BTreeMap<Token, Batch>,
+    /// EXCEPTION_RESETs that wait for the caller, with their request ids.
+    resets: BTreeMap<Token, u16>,
     /// Units in `batches`, and failed ones of complete messages.
     held: usize,
     last_number: u64,
@@ -64,6 +67,7 @@ impl Requests {
             current: 0,
             building: Batch::default(),
             batches: BTreeMap::new(),
+            resets: BTreeMap::new(),
             held: 0,
             last_number: 0,
         }
@@ -82,7 +86,9 @@ impl Requests {
     }
 
     pub(super) fn is_full(&self) -> bool {
-        self.held >= MAX_HELD || self.batches.len() >= MAX_WAITING || self.requests.len() >= MAX_WAITING
+        self.held >= MAX_HELD
+            || self.batches.len() + self.resets.len() >= MAX_WAITING
+            || self.requests.len() >= MAX_WAITING
     }
 
     pub(super) fn begin(&mut self, header: &Header) {
@@ -96,10 +102,7 @@ impl Requests {
     /// A unit of the message that is coming in; says whether a batch is full.
     pub(super) fn unit(&mut self, unit: Unit, link: &mut Link) -> bool {
         let Some(request) = self.requests.get(&self.current) else { return false };
-        let operation = match request.opcode {
-            Opcode::START => ServiceUnit::parse(&unit).ok().map(Operation::Start),
-            _ => Operation::parse_stop(&unit).ok(),
-        };
+        let operation = Operation::parse(request.opcode, &unit);
         let batch = &mut self.building;
         batch.request = self.current;
         match operation {
@@ -116,6 +119,13 @@ impl Requests {
             }
         }
         self.building.units.len() >= MAX_BATCH
+    }
+
+    /// An EXCEPTION_RESET (§5.7.5).
+    pub(super) fn reset(&mut self, header: &Header) -> Token {
+        let token = self.next_token();
+        self.resets.insert(token, header.request_id);
+        token
     }
 
     /// The batch so far, if there is anything in it to carry out.
@@ -146,6 +156,10 @@ impl Requests {
     }
 
     pub(super) fn respond(&mut self, token: Token, failed: &[usize], link: &mut Link) {
+        if let Some(request_id) = self.resets.remove(&token) {
+            let flags = if failed.is_empty() { Flags::NONE } else { Flags::ERROR };
+            return link.send(Opcode::EXCEPTION_RESET_ACK, flags, request_id, &[]);
+        }
         let Some(batch) = self.batches.remove(&token) else { return };
         self.held -= batch.units.len();
         let mut unit_failed = vec![false; batch.units.len()];
@@ -204,10 +218,10 @@ impl Requests {
 }
 
 impl Request {
-    /// No payload and no F_Error if all went well, else exactly the failed units (§5.6.2, §5.6.4).
+    /// No payload and no F_Error if all went well, else exactly the failed units (§5.6.2, §5.6.4, §5.7.2, §5.7.4).
     fn answer(&self, link: &mut Link) {
         let flags = if self.failed.is_empty() { Flags::NONE } else { Flags::ERROR };
-        let opcode = self.opcode.answer().expect("START and STOP have answers");
+        let opcode = self.opcode.answer().expect("what is made of operations has an answer");
         link.send(opcode, flags, self.request_id, &self.failed);
     }
 }
@@ -271,7 +285,7 @@ impl Services {
 
     /// The caller has carried out an operation, or could not.
     fn settle(&mut self, operation: &Operation, done: bool) {
-        let key = operation.service();
+        let Some(key) = operation.service() else { return };
         let Some(service) = self.map.get_mut(&key) else { return };
         match operation {
             Operation::Start(_) => {
@@ -282,7 +296,7 @@ impl Services {
                 service.started = false;
                 service.health_unsupported = false;
             }
-            Operation::Stop(_) => {}
+            Operation::Stop(_) | Operation::Except(_) | Operation::Unexcept(_) => {}
         }
         if !service.started && service.pending == 0 {
             self.map.remove(&key);

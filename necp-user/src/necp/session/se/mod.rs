@@ -6,11 +6,13 @@
 //!     └──┘ INIT again after 1, 2, 4 … s (§5.4), the same request; closed when that was done often enough
 //! ```
 
+mod exceptions;
 mod requests;
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::Instant;
 
+use self::exceptions::{Exceptions, Listing};
 use self::requests::{Answer, Request};
 use super::health::{Queries, Reply};
 use super::keepalive::Tick;
@@ -18,7 +20,7 @@ use super::link::Link;
 use super::{Counters, MAX_MISSED, Notice, SessionConfig, Token};
 use crate::necp::backoff::Backoff;
 use crate::necp::error::CloseReason;
-use crate::necp::message::{Init, Operation, Query, ServiceUnit};
+use crate::necp::message::{Flows, Init, Listed, Operation, Query, ServiceUnit};
 use crate::necp::service::ServiceKey;
 use crate::necp::wire::{Flags, Header, Item, Opcode, Unit, VERSION};
 
@@ -29,7 +31,7 @@ const MAX_OUTSTANDING: usize = 256;
 /// Events that may wait for the caller before no more input is looked at.
 const MAX_EVENTS: usize = 1024;
 
-/// Names a START or STOP of this session.
+/// Names a request of this session.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct RequestId(u64);
 
@@ -52,6 +54,35 @@ pub enum SeEvent {
         /// The services of the request that failed; empty if all is well.
         failed: Vec<ServiceKey>,
     },
+    /// The NE answered an EXCEPTION_ADD or EXCEPTION_DEL, or all messages that it was cut into.
+    Excepted {
+        /// What [`SeSession::except_add`] or [`SeSession::except_del`] returned.
+        id: RequestId,
+        /// The flows of the request that failed, each once; empty if all is well.
+        failed: Vec<Flows>,
+    },
+    /// The NE answered an EXCEPTION_RESET.
+    Reset {
+        /// What [`SeSession::except_reset`] returned.
+        id: RequestId,
+        /// Whether it was done.
+        done: bool,
+    },
+    /// A piece of the answer to an EXCEPTION_QUERY. Take it soon: while pieces wait, nothing more is read from the NE,
+    /// which closes a session that does not read for three keepalives.
+    Listed {
+        /// What [`SeSession::except_query`] returned.
+        id: RequestId,
+        /// At most [`super::MAX_BATCH`] entries that match the filter, of any SE; the last piece may be empty.
+        entries: Vec<Listed>,
+        /// No more follow.
+        last: bool,
+    },
+    /// The NE refused an EXCEPTION_QUERY, or answered what makes no sense. Pieces that came before are not all.
+    ListFailed {
+        /// What [`SeSession::except_query`] returned.
+        id: RequestId,
+    },
     /// The NE's own Health Index, 0 to 100.
     NeHealth(u8),
     /// Worth a line in the log; a version mismatch is told here.
@@ -72,6 +103,7 @@ enum Body {
     Skip,
     InitAck,
     Answer(Answer),
+    Listing(Listing),
     Queries(Queries),
     Reply(Reply),
 }
@@ -84,6 +116,7 @@ pub struct SeSession {
     body: Body,
     queue: VecDeque<Request>,
     outstanding: BTreeMap<u16, Request>,
+    exceptions: Exceptions,
     questions: BTreeMap<Token, Queries>,
     started: BTreeSet<ServiceKey>,
     ask_health: bool,
@@ -105,6 +138,7 @@ impl SeSession {
             body: Body::Skip,
             queue: VecDeque::new(),
             outstanding: BTreeMap::new(),
+            exceptions: Exceptions::default(),
             questions: BTreeMap::new(),
             started: BTreeSet::new(),
             ask_health: true,
@@ -139,6 +173,7 @@ impl SeSession {
     /// The next event; ask until there is none.
     pub fn poll_event(&mut self) -> Option<SeEvent> {
         if let Some(event) = self.events.pop_front() {
+            self.exceptions.taken(&event);
             return Some(event);
         }
         if let Some(notice) = self.link.next_notice() {
@@ -151,7 +186,9 @@ impl SeSession {
 
     /// The next bytes for the peer. Take them only when those before are written.
     pub fn poll_transmit(&mut self) -> Option<Vec<u8>> {
-        self.link.take_output()
+        let output = self.link.take_output();
+        self.send_queued();
+        output
     }
 
     /// When to call [`Self::handle_timeout`]; it may be in the past, which means at once.
@@ -179,13 +216,13 @@ impl SeSession {
     /// request waits. [`SeEvent::Acked`] follows, unless [`SeEvent::Closed`] does.
     pub fn start(&mut self, services: &[ServiceUnit]) -> RequestId {
         let units = services.iter().map(ServiceUnit::unit).collect();
-        self.request(Opcode::START, units, services.iter().map(ServiceUnit::key).collect())
+        self.request(Opcode::START, units)
     }
 
     /// Takes services back for future flows (§5.6.3). [`SeEvent::Acked`] follows, unless [`SeEvent::Closed`] does.
     pub fn stop(&mut self, services: &[ServiceKey]) -> RequestId {
         let units = services.iter().map(|service| Operation::stop_unit(*service)).collect();
-        self.request(Opcode::STOP, units, services.to_vec())
+        self.request(Opcode::STOP, units)
     }
 
     /// Answers a [`SeEvent::HealthQuery`], in its order: 0 to 100 (more counts as 100), or `None` for "cannot tell",
@@ -230,19 +267,30 @@ impl SeSession {
         &self.link.counters
     }
 
-    fn request(&mut self, opcode: Opcode, units: Vec<Unit>, services: Vec<ServiceKey>) -> RequestId {
-        self.last_number += 1;
-        let id = RequestId(self.last_number);
+    fn request(&mut self, opcode: Opcode, units: Vec<Unit>) -> RequestId {
+        let id = self.next_id();
         if self.link.closed().is_some() {
             // Nothing follows `Closed`.
         } else if units.is_empty() {
             // A request must have units (§5.6.1); this one asks for nothing, and nothing is done.
             self.events.push_back(SeEvent::Acked { id, failed: Vec::new() });
         } else {
-            self.queue.push_back(Request { id, opcode, units, services, deadline: None });
-            self.send_queued();
+            self.enqueue(id, opcode, units);
         }
         id
+    }
+
+    fn next_id(&mut self) -> RequestId {
+        self.last_number += 1;
+        RequestId(self.last_number)
+    }
+
+    fn enqueue(&mut self, id: RequestId, opcode: Opcode, units: Vec<Unit>) {
+        if self.link.closed().is_some() {
+            return;
+        }
+        self.queue.push_back(Request { id, opcode, units, deadline: None });
+        self.send_queued();
     }
 
     fn send_queued(&mut self) {
@@ -250,6 +298,7 @@ impl SeSession {
             return;
         }
         while self.outstanding.len() < MAX_OUTSTANDING
+            && self.link.output_has_room()
             && let Some(mut request) = self.queue.pop_front()
         {
             let request_id = self.link.fresh_id(|id| self.outstanding.contains_key(&id));
@@ -273,6 +322,10 @@ impl SeSession {
 
     fn work(&mut self) {
         let mut consumed = 0;
+        if self.link.is_paused() && self.reads() {
+            // Answers may have come and were not read.
+            self.restart_deadlines();
+        }
         self.link.set_paused(!self.reads());
         while self.reads() {
             let Some(item) = self.link.next_item(&mut consumed) else { break };
@@ -310,13 +363,13 @@ impl SeSession {
                 Opcode::KEEPALIVE_ACK => {
                     self.link.keepalive.answered(header.request_id);
                 }
-                Opcode::START_ACK | Opcode::STOP_ACK => {
+                // INIT is repeated on the same connection until its limit (§5.4).
+                Opcode::INIT_ACK => {}
+                _ => {
                     if let Some(request) = self.take_outstanding(header) {
-                        self.acked(Answer::new(request), true);
+                        self.refused(request);
                     }
                 }
-                // INIT is repeated on the same connection until its limit (§5.4).
-                _ => {}
             }
         }
         self.link.answer_version(header);
@@ -357,13 +410,12 @@ impl SeSession {
                 Some(_) => self.body = Body::Queries(Queries { request_id: header.request_id, units: Vec::new() }),
             },
             Opcode::KEEPALIVE_ACK => self.on_keepalive_ack(header),
-            Opcode::START_ACK | Opcode::STOP_ACK => self.on_request_ack(header),
-            // Exceptions are not sent yet, so nothing of theirs is outstanding.
-            Opcode::INIT_ACK
-            | Opcode::EXCEPTION_ADD_ACK
-            | Opcode::EXCEPTION_DEL_ACK
-            | Opcode::EXCEPTION_RESET_ACK
-            | Opcode::EXCEPTION_RESP => {
+            Opcode::START_ACK | Opcode::STOP_ACK | Opcode::EXCEPTION_ADD_ACK | Opcode::EXCEPTION_DEL_ACK => {
+                self.on_request_ack(header);
+            }
+            Opcode::EXCEPTION_RESET_ACK => self.on_reset_ack(header),
+            Opcode::EXCEPTION_RESP => self.on_resp(header),
+            Opcode::INIT_ACK => {
                 self.link.skip_payload();
                 self.link.unexpected(header.opcode);
             }
@@ -417,6 +469,7 @@ impl SeSession {
                     self.link.counters.unexpected_answers += 1;
                 }
             }
+            Body::Listing(_) => self.on_listed(&unit),
             Body::Queries(queries) => queries.units.push(unit),
             Body::Reply(reply) => reply.unit(&unit, &mut self.link),
         }
@@ -435,6 +488,7 @@ impl SeSession {
                 let all = answer.failed.is_empty();
                 self.acked(answer, all);
             }
+            Body::Listing(listing) => self.on_listed_all(listing),
             Body::Queries(queries) => self.on_queries(queries),
             Body::Reply(reply) => {
                 if !reply.unsupported.is_empty() {
@@ -447,18 +501,37 @@ impl SeSession {
         }
     }
 
+    /// A request whose units are answered for; all of them failed, or those that the answer names.
     fn acked(&mut self, answer: Answer, all_failed: bool) {
+        match answer.request.opcode {
+            Opcode::START | Opcode::STOP => self.acked_services(&answer, all_failed),
+            _ => self.excepted(&answer, all_failed),
+        }
+        self.send_queued();
+    }
+
+    fn acked_services(&mut self, answer: &Answer, all_failed: bool) {
         let Answer { request, failed, .. } = answer;
-        let failed: Vec<ServiceKey> = if all_failed { request.services.clone() } else { failed.into_iter().collect() };
+        let failed = if all_failed { &request.units } else { failed };
+        let failed: BTreeSet<ServiceKey> = failed.iter().map(requests::service).collect();
         self.link.counters.failed_units += failed.len() as u64;
-        for service in request.services.iter().filter(|service| !failed.contains(service)) {
+        for service in request.units.iter().map(requests::service).filter(|service| !failed.contains(service)) {
             if request.opcode == Opcode::START {
-                self.started.insert(*service);
+                self.started.insert(service);
             } else {
-                self.started.remove(service);
+                self.started.remove(&service);
             }
         }
-        self.events.push_back(SeEvent::Acked { id: request.id, failed });
+        self.events.push_back(SeEvent::Acked { id: request.id, failed: failed.into_iter().collect() });
+    }
+
+    /// A request that failed as a whole, without an answer of its own.
+    fn refused(&mut self, request: Request) {
+        match request.opcode {
+            Opcode::EXCEPTION_RESET => self.events.push_back(SeEvent::Reset { id: request.id, done: false }),
+            Opcode::EXCEPTION_QUERY => self.events.push_back(SeEvent::ListFailed { id: request.id }),
+            _ => self.acked(Answer::new(request), true),
+        }
         self.send_queued();
     }
 
@@ -473,7 +546,16 @@ impl SeSession {
         self.events.push_back(SeEvent::HealthQuery { token, queries: supported });
     }
 
+    /// Answers that wait behind others, or behind us, are not late.
+    fn restart_deadlines(&mut self) {
+        let deadline = self.link.now + self.link.config.answer_deadline;
+        self.outstanding.values_mut().for_each(|request| request.deadline = Some(deadline));
+    }
+
     fn answer_deadline(&self) -> Option<Instant> {
+        if matches!(self.body, Body::Listing(_)) {
+            return None;
+        }
         self.outstanding.values().filter_map(|request| request.deadline).min()
     }
 
@@ -502,7 +584,7 @@ impl SeSession {
     }
 
     fn waits_for_caller(&self) -> bool {
-        self.questions.len() >= MAX_QUESTIONS || self.events.len() >= MAX_EVENTS
+        self.questions.len() >= MAX_QUESTIONS || self.exceptions.is_full() || self.events.len() >= MAX_EVENTS
     }
 
     /// Bytes held, for tests of the bound.
@@ -513,6 +595,6 @@ impl SeSession {
             _ => 0,
         };
         let asked: usize = self.questions.values().map(|queries| queries.units.capacity()).sum();
-        self.link.held_bytes() + (body + asked) * size_of::<Unit>()
+        self.link.held_bytes() + (body + asked) * size_of::<Unit>() + self.exceptions.held_bytes()
     }
 }

@@ -1,49 +1,61 @@
-//! STARTs and STOPs between the caller's wish and the NE's answer.
+//! Requests between the caller's wish and the NE's answer.
 
 use std::collections::BTreeSet;
 use std::time::Instant;
 
 use super::RequestId;
+use crate::necp::message::Flows;
 use crate::necp::service::ServiceKey;
 use crate::necp::wire::{Opcode, Unit};
 
-/// A START or STOP that waits for its turn, or for its answer.
+/// A request that waits for its turn, or for its answer.
 #[derive(Debug)]
 pub(super) struct Request {
     pub(super) id: RequestId,
     pub(super) opcode: Opcode,
     pub(super) units: Vec<Unit>,
-    pub(super) services: Vec<ServiceKey>,
     pub(super) deadline: Option<Instant>,
 }
 
-/// A START_ACK or STOP_ACK as it comes in.
+/// The answer to a request whose units may fail one by one, as it comes in.
 #[derive(Debug)]
 pub(super) struct Answer {
     pub(super) request: Request,
     /// Units of the request that were not repeated; each is taken once, so nothing here can grow.
-    open: BTreeSet<[u32; 3]>,
-    pub(super) failed: BTreeSet<ServiceKey>,
+    open: BTreeSet<[u32; 8]>,
+    pub(super) failed: Vec<Unit>,
 }
 
 impl Answer {
     pub(super) fn new(request: Request) -> Self {
-        let open = request.units.iter().map(Self::identity).collect();
-        Self { request, open, failed: BTreeSet::new() }
+        let open = request.units.iter().map(|unit| Self::identity(request.opcode, unit)).collect();
+        Self { request, open, failed: Vec::new() }
     }
 
     /// A unit that the NE repeats; false if the request had no such unit, or it was repeated before.
     pub(super) fn unit(&mut self, unit: &Unit) -> bool {
-        let known = self.open.remove(&Self::identity(unit));
+        let known = self.open.remove(&Self::identity(self.request.opcode, unit));
         if known {
-            // It is one of ours, so its fields are in range.
-            self.failed.insert(ServiceKey::new(unit.0[1] as u8, unit.0[2] as u16));
+            self.failed.push(*unit);
         }
         known
     }
 
-    /// What makes a unit of START or STOP: data0 to data2.
-    fn identity(unit: &Unit) -> [u32; 3] {
-        [unit.0[0], unit.0[1], unit.0[2]]
+    /// What makes a unit: data0 to data2 of START and STOP, all of an exception.
+    fn identity(opcode: Opcode, unit: &Unit) -> [u32; 8] {
+        match opcode {
+            Opcode::START | Opcode::STOP => [unit.0[0], unit.0[1], unit.0[2], 0, 0, 0, 0, 0],
+            _ => unit.0,
+        }
     }
+}
+
+/// The service of a unit of START or STOP of our own.
+pub(super) fn service(unit: &Unit) -> ServiceKey {
+    ServiceKey::new(unit.0[1] as u8, unit.0[2] as u16)
+}
+
+/// The flows of a unit of EXCEPTION_ADD or EXCEPTION_DEL of our own.
+pub(super) fn flows(unit: &Unit) -> Flows {
+    Flows::of_own(unit)
 }

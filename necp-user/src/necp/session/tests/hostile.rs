@@ -66,6 +66,15 @@ fn step() -> BoxedStrategy<Step> {
     .boxed()
 }
 
+fn exception(port: u16, ttl: u32) -> Exception {
+    Exception { scope: Scope::Local, ttl, flows: Flows { protocol: 6, port, ..Flows::ALL } }
+}
+
+fn entry(filter: Filter, index: u32) -> Listed {
+    let flows = Flows { protocol: 6, port: filter.port.unwrap_or(index as u16), ..Flows::ALL };
+    Listed { scope: filter.scope.unwrap_or(Scope::Local), installer: index.into(), flows }
+}
+
 /// One role of the two, as the steps see it.
 trait Role {
     fn input(&mut self, now: Instant, bytes: &[u8]);
@@ -95,6 +104,14 @@ impl Role for NeSession {
                 NeEvent::Operations { token, operations } => {
                     assert!(!operations.is_empty() && operations.len() <= MAX_BATCH);
                     NeSession::respond(self, token, if fail { &[0, 2] } else { &[] });
+                }
+                NeEvent::Reset { token } => NeSession::respond(self, token, if fail { &[0] } else { &[] }),
+                NeEvent::Query { token, filter } if fail && filter.port.is_some() => self.refuse_list(token),
+                // Some are gone when their turn comes, and others have come.
+                NeEvent::Query { token, filter } => self.list(token, 3_000, Some(entry(filter, 0))),
+                NeEvent::ListMore { token, max } => {
+                    let entries: Vec<_> = (0..max as u32).map(|index| entry(Filter::default(), index)).collect();
+                    self.list_more(token, &entries, fail);
                 }
                 NeEvent::Health(answers) => assert!(answers.iter().all(|answer| answer.health <= 100)),
                 NeEvent::Notice(_) | NeEvent::Closed(_) => {}
@@ -132,15 +149,25 @@ impl Role for SeSession {
                     self.answer_health(token, &vec![(!fail).then_some(50); queries.len()]);
                 }
                 SeEvent::NeHealth(health) => assert!(health <= 100),
-                SeEvent::Ready | SeEvent::Acked { .. } | SeEvent::Notice(_) | SeEvent::Closed(_) => {}
+                SeEvent::Listed { entries, .. } => assert!(entries.len() <= MAX_BATCH),
+                SeEvent::Ready
+                | SeEvent::Acked { .. }
+                | SeEvent::Excepted { .. }
+                | SeEvent::Reset { .. }
+                | SeEvent::ListFailed { .. }
+                | SeEvent::Notice(_)
+                | SeEvent::Closed(_) => {}
             }
         }
     }
     fn request(&mut self, start: bool, port: u16) {
-        if start {
-            self.start(&[ServiceUnit { forwarding: Forwarding::L2, protocol: 6, port }]);
-        } else {
-            self.stop(&[ServiceKey::new(6, port)]);
+        match (start, port) {
+            (true, 3) => _ = self.except_add(&[exception(80, 1), exception(81, 0)]),
+            (false, 3) => _ = self.except_del(&[exception(80, 0).flows]),
+            (true, 4) => _ = self.except_query(Filter::default()),
+            (false, 4) => _ = self.except_reset(),
+            (true, _) => _ = self.start(&[ServiceUnit { forwarding: Forwarding::L2, protocol: 6, port }]),
+            (false, _) => _ = self.stop(&[ServiceKey::new(6, port)]),
         }
     }
     fn closed(&self) -> bool {

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use super::*;
 use crate::necp::error::CloseReason;
-use crate::necp::message::{HealthAnswer, Operation, ServiceUnit};
+use crate::necp::message::{Exception, Filter, Flows, HealthAnswer, Listed, Operation, Scope, ServiceUnit};
 use crate::necp::service::{Forwarding, ServiceKey};
 use crate::necp::wire::{Decoder, Flags, Header, Item, Unit};
 
@@ -114,11 +114,15 @@ impl Ne {
                     NeEvent::Init { token } => self.session.respond(*token, &[]),
                     NeEvent::Operations { token, operations } => {
                         let failed: Vec<usize> = (0..operations.len())
-                            .filter(|index| failing.contains(&operations[*index].service()))
+                            .filter(|index| {
+                                operations[*index].service().is_some_and(|service| failing.contains(&service))
+                            })
                             .collect();
                         self.session.respond(*token, &failed);
                         done.extend(operations.iter().copied());
                     }
+                    NeEvent::Reset { token } => self.session.respond(*token, &[]),
+                    NeEvent::Query { token, .. } => self.session.list(*token, 0, None),
                     _ => {}
                 }
             }

@@ -1,0 +1,181 @@
+//! Exceptions, as the server element speaks of them (§5.7).
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use super::requests::{self, Answer, Request};
+use super::{Body, RequestId, SeEvent, SeSession};
+use crate::necp::message::{Exception, Filter, Flows, Listed};
+use crate::necp::session::MAX_BATCH;
+use crate::necp::wire::{Flags, Header, Opcode, Unit};
+
+/// Units in one message: an NE stages, or repeats, no more than so many.
+const MAX_UNITS: usize = 4 * MAX_BATCH;
+/// Entries of a list that may wait for the caller before no more input is looked at.
+const MAX_LISTED: usize = 8 * MAX_BATCH;
+
+/// Requests that were cut into several messages, and lists that wait for the caller.
+#[derive(Debug, Default)]
+pub(super) struct Exceptions {
+    cut: BTreeMap<RequestId, Cut>,
+    /// Entries in [`SeEvent::Listed`]s that the caller has not taken.
+    listed: usize,
+}
+
+#[derive(Debug, Default)]
+struct Cut {
+    /// Messages that are not answered.
+    open: usize,
+    failed: BTreeSet<Flows>,
+}
+
+/// An EXCEPTION_RESP as it comes in.
+#[derive(Debug)]
+pub(super) struct Listing {
+    id: RequestId,
+    filter: Filter,
+    previous: Option<Unit>,
+    piece: Vec<Listed>,
+}
+
+impl Exceptions {
+    pub(super) fn is_full(&self) -> bool {
+        self.listed >= MAX_LISTED
+    }
+
+    /// The caller has taken an event.
+    pub(super) fn taken(&mut self, event: &SeEvent) {
+        if let SeEvent::Listed { entries, .. } = event {
+            self.listed -= entries.len();
+        }
+    }
+
+    #[cfg(any(test, fuzzing))]
+    pub(super) fn held_bytes(&self) -> usize {
+        let failed: usize = self.cut.values().map(|cut| cut.failed.len()).sum();
+        (self.listed + MAX_BATCH) * size_of::<Listed>() + failed * size_of::<Flows>()
+    }
+}
+
+impl SeSession {
+    /// Adds exceptions, or overwrites them (§5.7.1): flows that shall not come here. [`SeEvent::Excepted`] follows. Many are
+    /// sent as several messages.
+    pub fn except_add(&mut self, exceptions: &[Exception]) -> RequestId {
+        self.except(Opcode::EXCEPTION_ADD, exceptions.chunks(MAX_UNITS), Exception::unit)
+    }
+
+    /// Deletes exceptions of our own; those that do not exist count as deleted (§5.7.3). [`SeEvent::Excepted`] follows.
+    pub fn except_del(&mut self, flows: &[Flows]) -> RequestId {
+        self.except(Opcode::EXCEPTION_DEL, flows.chunks(MAX_UNITS), Exception::del_unit)
+    }
+
+    /// Deletes all exceptions of our own (§5.7.5). [`SeEvent::Reset`] follows.
+    pub fn except_reset(&mut self) -> RequestId {
+        let id = self.next_id();
+        self.enqueue(id, Opcode::EXCEPTION_RESET, Vec::new());
+        id
+    }
+
+    /// Asks for the NE's exceptions of all SEs that match (§5.7.7). [`SeEvent::Listed`] follows, once or more, or
+    /// [`SeEvent::ListFailed`].
+    pub fn except_query(&mut self, filter: Filter) -> RequestId {
+        let id = self.next_id();
+        self.enqueue(id, Opcode::EXCEPTION_QUERY, vec![filter.unit()]);
+        id
+    }
+
+    fn except<'a, T: 'a>(
+        &mut self,
+        opcode: Opcode,
+        parts: impl ExactSizeIterator<Item = &'a [T]>,
+        unit: impl Fn(&T) -> Unit,
+    ) -> RequestId {
+        let id = self.next_id();
+        if self.link.closed().is_some() {
+            // Nothing follows `Closed`.
+            return id;
+        }
+        if parts.len() == 0 {
+            // A request must have units (§5.7.1); this one asks for nothing, and nothing is done.
+            self.events.push_back(SeEvent::Excepted { id, failed: Vec::new() });
+            return id;
+        }
+        self.exceptions.cut.insert(id, Cut { open: parts.len(), failed: BTreeSet::new() });
+        for part in parts {
+            self.enqueue(id, opcode, part.iter().map(&unit).collect());
+        }
+        id
+    }
+
+    /// An EXCEPTION_ADD_ACK or EXCEPTION_DEL_ACK.
+    pub(super) fn excepted(&mut self, answer: &Answer, all_failed: bool) {
+        let Answer { request, failed, .. } = answer;
+        let failed = if all_failed { &request.units } else { failed };
+        self.link.counters.failed_units += failed.len() as u64;
+        let Some(cut) = self.exceptions.cut.get_mut(&request.id) else { return };
+        cut.failed.extend(failed.iter().map(requests::flows));
+        cut.open -= 1;
+        if cut.open == 0
+            && let Some(cut) = self.exceptions.cut.remove(&request.id)
+        {
+            self.events.push_back(SeEvent::Excepted { id: request.id, failed: cut.failed.into_iter().collect() });
+        }
+    }
+
+    /// The header of an EXCEPTION_RESET_ACK (§5.7.6).
+    pub(super) fn on_reset_ack(&mut self, header: &Header) {
+        self.link.skip_payload();
+        let Some(request) = self.take_outstanding(header) else { return self.link.unexpected(header.opcode) };
+        self.events.push_back(SeEvent::Reset { id: request.id, done: !header.flags.has(Flags::ERROR) });
+    }
+
+    /// The header of an EXCEPTION_RESP (§5.7.8).
+    pub(super) fn on_resp(&mut self, header: &Header) {
+        let Some(request) = self.take_outstanding(header) else {
+            self.link.skip_payload();
+            return self.link.unexpected(header.opcode);
+        };
+        if header.units().is_none() {
+            self.link.malformed(header.opcode);
+        }
+        if header.units().is_none() || header.flags.has(Flags::ERROR) {
+            self.link.skip_payload();
+            return self.events.push_back(SeEvent::ListFailed { id: request.id });
+        }
+        self.body = Body::Listing(Listing::new(&request));
+    }
+
+    /// A unit of an EXCEPTION_RESP.
+    pub(super) fn on_listed(&mut self, unit: &Unit) {
+        let Body::Listing(listing) = &mut self.body else { return };
+        match Listed::parse(unit) {
+            // An NE may repeat a unit, to keep the number that it announced.
+            _ if listing.previous == Some(*unit) => {}
+            Ok(entry) if listing.filter.matches(&entry) => listing.piece.push(entry),
+            _ => self.link.bad_entry(),
+        }
+        listing.previous = Some(*unit);
+        if listing.piece.len() >= MAX_BATCH {
+            let (id, entries) = (listing.id, std::mem::take(&mut listing.piece));
+            self.hand_over(id, entries, false);
+        }
+    }
+
+    /// The end of an EXCEPTION_RESP.
+    pub(super) fn on_listed_all(&mut self, listing: Listing) {
+        self.hand_over(listing.id, listing.piece, true);
+        // All others waited behind it.
+        self.restart_deadlines();
+    }
+
+    fn hand_over(&mut self, id: RequestId, entries: Vec<Listed>, last: bool) {
+        self.exceptions.listed += entries.len();
+        self.events.push_back(SeEvent::Listed { id, entries, last });
+    }
+}
+
+impl Listing {
+    fn new(request: &Request) -> Self {
+        let filter = request.units.first().and_then(|unit| Filter::parse(unit).ok()).unwrap_or_default();
+        Self { id: request.id, filter, previous: None, piece: Vec::new() }
+    }
+}
