@@ -1,5 +1,6 @@
 //! NECP, both roles: the network element's daemon and the server element's agent.
 
+pub mod client;
 pub mod config;
 pub mod control;
 pub mod daemon;

@@ -55,9 +55,9 @@ const RULES: &[Rule] = &[
     },
     Rule {
         within: &["necp-user/src", "necp-ebpf", "xtask/src"],
-        except: &["necp-user/src/daemon", "necp-user/src/main.rs"],
+        except: &["necp-user/src/client", "necp-user/src/daemon", "necp-user/src/main.rs"],
         names: &["tokio"],
-        because: "tokio is named in daemon/ and main.rs only",
+        because: "tokio is named in client/, daemon/ and main.rs only",
     },
     Rule {
         within: &[
@@ -190,6 +190,7 @@ mod tests {
         assert_eq!(names("necp-user/src/config.rs", "use tokio::net;\nuse aya::Ebpf;"), ["aya", "tokio"]);
         assert_eq!(names("necp-user/src/plane/load.rs", "use tokio::net;\nuse aya::Ebpf;"), ["tokio"]);
         assert_eq!(names("necp-user/src/daemon/ne.rs", "use tokio::net;\nuse aya::Ebpf;"), ["aya"]);
+        assert_eq!(names("necp-user/src/client/peer.rs", "use tokio::net;\nuse aya::Ebpf;"), ["aya"]);
         assert_eq!(names("necp-ebpf/src/steer.rs", "use aya_ebpf::maps::Array;"), ["aya_ebpf"]);
     }
 

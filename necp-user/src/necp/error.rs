@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use super::auth::Rejection;
 use super::service::ServiceKey;
 use super::wire::Opcode;
 
@@ -38,9 +39,32 @@ pub enum CloseReason {
     /// The NE did not answer a request (SE).
     #[error("a request went unanswered for {0:?}")]
     AnswerDeadline(Duration),
-    /// The peer asks for authentication, and there is no key for it (NE, §5.4.1); or the NE insists on it (SE, §5.4.2).
-    #[error("authentication required and no key configured for this peer")]
+    /// The NE insists on authentication, and INIT came without it (§5.4.2).
+    #[error("the network element requires authentication, and the server sent INIT without it")]
     AuthRequired,
+    /// The peer asks for authentication, and there is no key for its address (NE, §5.4.1).
+    #[error("INIT asks for authentication, and there is no key for this address")]
+    NoKey,
+    /// The NE refused our authenticated INIT (SE, §5.8.3).
+    #[error("the network element refuses our key: it has another one, or none, for this address")]
+    KeyRefused,
+    /// INIT had a wrong credential (NE, §5.8.3).
+    #[error("INIT with a wrong credential: the server has another key than the one for its address here")]
+    BadInit,
+    /// INIT was authentic, and no fresh message followed: it may be a replay (NE, §6.10).
+    #[error(
+        "INIT was followed by no fresh message within {0:?}: a recorded one sent again, or a server that fell silent"
+    )]
+    Unconfirmed(Duration),
+    /// Three messages in a row were rejected (§5.8.3).
+    #[error("three messages in a row were rejected (the last: {0})")]
+    Rejected(Rejection),
+    /// A message on an authenticated connection is larger than what is held back until it is verified.
+    #[error("a message of {0} bytes is more than can be authenticated")]
+    MessageTooLarge(u32),
+    /// The largest sequence number was used (§5.9).
+    #[error("no sequence numbers left on this connection")]
+    NumbersExhausted,
     /// An answer would repeat, or a KEEPALIVE asks, more units than allowed.
     #[error("more than {0} units would have to be repeated in one answer")]
     TooManyUnits(usize),

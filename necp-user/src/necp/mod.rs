@@ -25,18 +25,22 @@
 //!  |         payload_len, the credential of 20 bytes included      |
 //!  +---------------------------------------------------------------+
 //!  |  units of eight u32 each: data0 .. data7, unused ones 0       |
+//!  +---------------------------------------------------------------+
+//!  |  credential (160 bits), on authenticated connections          |
+//!  +---------------------------------------------------------------+
 //! ```
 //!
 //! - [`wire`]: header, flags, opcodes, units and the streaming [`Decoder`].
 //! - [`service`]: forwarding types and service keys, with the names that people write (`l2`, `tcp/80`).
 //! - [`message`]: what the units of each message mean, and which of them fail.
 //! - [`session`]: the state machines of the network element ([`NeSession`]) and the server element ([`SeSession`]).
+//! - [`auth`]: keys, credentials and sequence numbers.
 //! - [`backoff`]: when a server element dials again.
 //! - [`error`]: why a session ended.
 //!
-//! Not yet spoken: authentication (an INIT that asks for it is refused as an NE without a key refuses it, §5.8) and
-//! exceptions (§5.7: recognised, and answered as failed units, so that no SE believes one to be installed).
+//! Not yet spoken: exceptions (§5.7: recognised, and answered as failed units, so that no SE believes one to be installed).
 
+pub mod auth;
 pub mod backoff;
 #[cfg(any(test, fuzzing))]
 pub mod chaos;
@@ -46,11 +50,14 @@ pub mod service;
 pub mod session;
 pub mod wire;
 
+pub use auth::{Access, Credentials, InitialNumbers, Key};
 pub use backoff::Backoff;
 pub use error::CloseReason;
 pub use message::{
     Exception, Filter, Flows, HealthAnswer, Init, InitAck, Listed, Operation, Query, Scope, ServiceUnit, UnitError,
 };
 pub use service::{Forwarding, ServiceKey};
-pub use session::{Counters, NeEvent, NeSession, Notice, RequestId, SeEvent, SeSession, SessionConfig, Token};
+pub use session::{
+    Counters, NeEvent, NeSession, Notice, Rejections, RequestId, SeEvent, SeSession, SessionConfig, Token,
+};
 pub use wire::{Decoder, Flags, Header, Opcode, PORT, Unit};

@@ -143,7 +143,7 @@ impl Door {
             CloseReason::Framing { .. } | CloseReason::OutOfOrder(_) => {
                 self.count(&self.counts.not_necp, place.address, "does not speak NECP");
             }
-            CloseReason::AuthRequired => {
+            CloseReason::AuthRequired | CloseReason::NoKey => {
                 tracing::warn!("{} asks for authentication, which is not built yet: refused", place.address);
             }
             CloseReason::Shutdown => {}

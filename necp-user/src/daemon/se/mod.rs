@@ -6,7 +6,6 @@
 //!                  └────standing──────┘   then: drain (kernel's socket tables), VIPs away, lock released
 //! ```
 
-mod dial;
 pub mod drain;
 pub mod health;
 pub mod lock;

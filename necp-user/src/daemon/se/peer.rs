@@ -16,9 +16,9 @@ use tokio::net::tcp::{ReadHalf, WriteHalf};
 use tokio::sync::watch;
 use tokio::time::{sleep, sleep_until, timeout};
 
-use super::dial::dial;
-use super::health::HealthIndex;
-use super::settings::{NeAddress, Settings};
+use super::settings::Settings;
+use crate::client::dial::dial;
+use crate::client::{HealthIndex, NeAddress};
 use crate::necp::{Backoff, CloseReason, RequestId, SeEvent, SeSession, ServiceKey, ServiceUnit, SessionConfig};
 
 /// How long the last bytes of a session may take to be written.

@@ -1,7 +1,5 @@
 //! The agent as a whole, over real TCP, against the network element's protocol machine.
 
-mod ne;
-
 use std::net::{Ipv4Addr, TcpListener, TcpStream};
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -9,10 +7,11 @@ use std::time::{Duration, Instant};
 use tempfile::TempDir;
 use tokio::task::JoinHandle;
 
-use self::ne::{Manner, Ne};
-use super::health::{HealthIndex, HealthSource};
-use super::settings::{NeAddress, Offer};
+use super::health::HealthSource;
+use super::settings::Offer;
 use super::*;
+use crate::client::fake_ne::{Manner, Ne};
+use crate::client::{HealthIndex, NeAddress};
 use crate::necp::{CloseReason, NeEvent, Operation, ServiceKey, ServiceUnit};
 use crate::plane::throwaway_netns::in_new_netns;
 

@@ -29,7 +29,8 @@ pub fn session(script: &[u8]) {
 /// for growth, and the input that its caller forced upon it.
 pub const HELD_MAX: usize = 12 * 1024 * 1024;
 
-/// What a session may hold after `bytes` bytes of input: in proportion to them, never to what they announce.
+/// What a session may hold after `bytes` bytes of input: in proportion to them, never to what they announce; and a piece
+/// of a list for a peer that is slow to read.
 fn may_hold(bytes: usize) -> usize {
-    HELD_MAX.min(64 * 1024 + 16 * bytes)
+    HELD_MAX.min(256 * 1024 + 16 * bytes)
 }

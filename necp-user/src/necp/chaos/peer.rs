@@ -29,7 +29,7 @@ impl Sent {
                     let header = self.current.expect("units follow a header");
                     self.units.insert((header.opcode.0, unit.0));
                 }
-                Ok(Some(Item::End)) => {}
+                Ok(Some(Item::Payload | Item::End)) => {}
                 Ok(None) => return,
                 Err(_) => self.lost = true,
             }
@@ -86,7 +86,7 @@ impl Received {
             match item {
                 Item::Header(header) => self.header(header, sent),
                 Item::Unit(unit) => self.unit(unit, sent),
-                Item::End => self.current = None,
+                Item::Payload | Item::End => self.current = None,
             }
         }
     }

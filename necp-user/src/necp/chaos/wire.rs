@@ -17,6 +17,7 @@ pub fn play(script: &[u8]) {
         same(&items, whole, [first, second].into_iter());
     }
     skips(&items, whole, stream.chunks(cut.max(1)));
+    holds(&items, stream, cut);
 }
 
 /// How a stream ended: whether the framing is lost, whether a message is in progress.
@@ -87,6 +88,37 @@ fn stands_in(items: &[Item], stream: &[u8]) {
 fn is_at(stream: &[u8], at: u64, bytes: &[u8]) {
     let at = at as usize;
     assert_eq!(stream.get(at..at + bytes.len()), Some(bytes), "at {at}");
+}
+
+/// Payloads that are held back, those that are short enough, are the stream's bytes, and as long as announced.
+fn holds(items: &[Item], stream: &[u8], cut: usize) {
+    let mut frames = items.iter().filter(|item| !matches!(item, Item::Unit(_)));
+    let mut decoder = Decoder::default();
+    let mut at = 0u64;
+    for mut piece in stream.chunks(cut.max(1)) {
+        while let Ok(Some(item)) = decoder.next(&mut piece) {
+            match item {
+                Item::Header(header) => {
+                    assert_eq!(frames.next(), Some(&item));
+                    at += HEADER_LEN as u64;
+                    if header.payload_len <= 256 {
+                        decoder.hold_payload(&header);
+                    } else {
+                        at += u64::from(header.payload_len);
+                    }
+                }
+                Item::Unit(_) => assert!(items.contains(&item)),
+                Item::Payload => {
+                    assert_eq!(frames.next(), Some(&Item::End));
+                    let payload = decoder.take_payload();
+                    is_at(stream, at, &payload);
+                    at += payload.len() as u64;
+                }
+                Item::End => assert_eq!(frames.next(), Some(&Item::End)),
+            }
+        }
+        assert!(decoder.held() <= 512, "{} bytes held", decoder.held());
+    }
 }
 
 /// Payloads that are skipped from some point on end where they were announced to end.

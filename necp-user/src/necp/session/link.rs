@@ -6,7 +6,9 @@ use std::time::Instant;
 
 use super::keepalive::{Asked, KeepaliveClock};
 use super::rng::Rng;
+use super::secure::{Rejected, Secure, Stamp};
 use super::{Counters, Notice, SessionConfig};
+use crate::necp::auth::{CREDENTIAL_LEN, Rejection, Signer};
 use crate::necp::error::CloseReason;
 use crate::necp::message::Query;
 use crate::necp::service::ServiceKey;
@@ -19,12 +21,31 @@ const BACKLOG_MAX: usize = 1024 * 1024;
 /// Output handed over at once.
 const CHUNK: usize = 64 * 1024;
 
+/// What the stream brought.
+#[derive(Debug)]
+pub(super) enum Incoming {
+    /// A message begins, on a connection that is not authenticated, or not yet.
+    Header(Header),
+    /// A message begins that was verified as a whole; its header is shown without the credential.
+    Verified {
+        header: Header,
+        /// It is the first one after the peer has started over in place (§5.4).
+        restarted: bool,
+    },
+    /// A message that is not executed, as a whole.
+    Rejected(Rejected),
+    Unit(Unit),
+    End,
+}
+
 #[derive(Debug)]
 pub(super) struct Link {
     pub(super) config: SessionConfig,
     pub(super) counters: Counters,
     pub(super) keepalive: KeepaliveClock,
     decoder: Decoder,
+    /// Only with a key.
+    secure: Option<Box<Secure>>,
     /// Bytes that came while none were wanted.
     backlog: Vec<u8>,
     /// A header put back by [`Link::defer`].
@@ -33,6 +54,7 @@ pub(super) struct Link {
     out_start: usize,
     /// A message is in the making whose units come one by one; others wait in `held` for its end.
     streams: bool,
+    stream_signer: Option<Signer>,
     held: Vec<u8>,
     closed: Option<CloseReason>,
     last_id: u16,
@@ -52,7 +74,7 @@ pub(super) struct Link {
 }
 
 impl Link {
-    pub(super) fn new(config: SessionConfig, now: Instant, seed: u64) -> Self {
+    pub(super) fn new(config: SessionConfig, secure: Option<Secure>, now: Instant, seed: u64) -> Self {
         let mut rng = Rng::new(seed);
         let last_id = rng.next() as u16;
         Self {
@@ -60,11 +82,13 @@ impl Link {
             config,
             counters: Counters::default(),
             decoder: Decoder::default(),
+            secure: secure.map(Box::new),
             backlog: Vec::new(),
             deferred: None,
             out: Vec::new(),
             out_start: 0,
             streams: false,
+            stream_signer: None,
             held: Vec::new(),
             closed: None,
             last_id,
@@ -109,13 +133,30 @@ impl Link {
     }
 
     /// The next item of the stream; `None` when more bytes are needed, or the session has ended.
-    pub(super) fn next_item(&mut self, consumed: &mut usize) -> Option<Item> {
-        if self.closed.is_some() {
-            return None;
+    pub(super) fn next_item(&mut self, consumed: &mut usize) -> Option<Incoming> {
+        while self.closed.is_none() {
+            if let Some(header) = self.deferred.take() {
+                return Some(Incoming::Header(header));
+            }
+            if let Some(item) = self.secure.as_mut().and_then(|secure| secure.next_of_message()) {
+                return Some(item);
+            }
+            match self.next_of_stream(consumed)? {
+                Item::Header(header) if self.is_secured() => self.hold(header),
+                Item::Header(header) => return Some(Incoming::Header(header)),
+                Item::Unit(unit) => return Some(Incoming::Unit(unit)),
+                Item::End => return Some(Incoming::End),
+                Item::Payload => {
+                    let payload = self.decoder.take_payload();
+                    let secure = self.secure.as_mut()?;
+                    return secure.examine(&payload, self.config.max_failed_units);
+                }
+            }
         }
-        if let Some(header) = self.deferred.take() {
-            return Some(Item::Header(header));
-        }
+        None
+    }
+
+    fn next_of_stream(&mut self, consumed: &mut usize) -> Option<Item> {
         let mut rest = &self.backlog[*consumed..];
         let before = rest.len();
         let item = self.decoder.next(&mut rest);
@@ -161,16 +202,70 @@ impl Link {
 
     /// Whether there is input inside that was not looked at yet.
     pub(super) fn has_backlog(&self) -> bool {
-        self.deferred.is_some() || !self.backlog.is_empty() || self.decoder.at_end()
+        let verified = self.secure.as_ref().is_some_and(|secure| secure.has_message());
+        self.deferred.is_some() || verified || !self.backlog.is_empty() || self.decoder.at_end()
     }
 
     pub(super) fn skip_payload(&mut self) {
-        self.decoder.skip_payload();
+        match &mut self.secure {
+            Some(secure) if secure.has_message() => secure.skip_message(),
+            _ => self.decoder.skip_payload(),
+        }
     }
 
     /// Whether the peer has read enough of what it was sent for us to read more of what it sends.
     pub(super) fn output_has_room(&self) -> bool {
         self.output_len() < OUTPUT_FULL
+    }
+
+    // ---- authentication ----
+
+    /// The key's part, if this side has a key.
+    pub(super) fn secure(&mut self) -> Option<&mut Secure> {
+        self.secure.as_deref_mut()
+    }
+
+    /// Whether every message is held back until it is verified, and signed (§5.8).
+    pub(super) fn is_secured(&self) -> bool {
+        self.secure.as_ref().is_some_and(|secure| secure.is_established())
+    }
+
+    /// Holds the rest of this message back until it can be verified; one that is too large ends the session.
+    pub(super) fn hold(&mut self, header: Header) {
+        if header.payload_len as usize > self.config.max_message {
+            self.counters.rejected.too_large += 1;
+            self.skip_payload();
+            if header.version == VERSION {
+                self.refuse_as(&header, Flags::NONE, &[]);
+            } else {
+                self.answer_version(&header);
+            }
+            self.close(CloseReason::MessageTooLarge(header.payload_len));
+        } else if let Some(secure) = &mut self.secure {
+            secure.hold(header);
+            self.decoder.hold_payload(&header);
+        }
+    }
+
+    /// Answers a message that was rejected, and counts it; three in a row end the session.
+    pub(super) fn reject(&mut self, rejected: &Rejected) {
+        let Rejected { header, cause, units } = rejected;
+        self.counters.rejected.count(*cause);
+        self.notice(Notice::Rejected(*cause));
+        let flags = match cause {
+            Rejection::NoCredential | Rejection::BadCredential => Flags::AUTH_REQUIRED,
+            Rejection::BadSequence => Flags::BAD_SEQUENCE_NUMBER,
+        };
+        if header.version != VERSION {
+            self.answer_version(header);
+        } else {
+            // What a failed KEEPALIVE repeats are queries that are not supported (§5.5.3); and INIT_ACK has no failed units.
+            let repeats = ![Opcode::KEEPALIVE, Opcode::INIT].contains(&header.opcode);
+            self.refuse_as(header, flags, if repeats { units } else { &[] });
+        }
+        if self.secure.as_mut().is_some_and(|secure| secure.strike()) {
+            self.close(CloseReason::Rejected(*cause));
+        }
     }
 
     // ---- deadlines ----
@@ -225,17 +320,42 @@ impl Link {
     // ---- output ----
 
     pub(super) fn send(&mut self, opcode: Opcode, flags: Flags, request_id: u16, units: &[Unit]) {
+        let stamp = self.secure.as_mut().map_or(Some(Stamp::Bare), |secure| secure.stamp());
+        match stamp {
+            Some(stamp) => self.send_as(stamp, opcode, flags, request_id, units),
+            None => _ = self.close(CloseReason::NumbersExhausted),
+        }
+    }
+
+    /// Sends a message with this number in place of the next one: INIT's, and INIT_ACK's in an open session (§5.9.2).
+    pub(super) fn send_as(&mut self, stamp: Stamp, opcode: Opcode, flags: Flags, request_id: u16, units: &[Unit]) {
         if self.closed.is_some() {
             return;
         }
+        let (header, signer) = self.stamped(stamp, Header::new(opcode, flags, request_id, units.len()));
         let out = if self.streams { &mut self.held } else { &mut self.out };
-        out.reserve(HEADER_LEN + units.len() * UNIT_LEN);
-        out.extend_from_slice(&Header::new(opcode, flags, request_id, units.len()).encode());
+        let start = out.len();
+        out.reserve(HEADER_LEN + units.len() * UNIT_LEN + CREDENTIAL_LEN);
+        out.extend_from_slice(&header.encode());
         for unit in units {
             out.extend_from_slice(&unit.encode());
         }
+        if let Some(mut signer) = signer {
+            signer.update(&out[start + HEADER_LEN..]);
+            out.extend_from_slice(&signer.credential());
+        }
         self.counters.messages_out += 1;
-        self.counters.bytes_out += (HEADER_LEN + units.len() * UNIT_LEN) as u64;
+        self.counters.bytes_out += (out.len() - start) as u64;
+    }
+
+    fn stamped(&self, stamp: Stamp, plain: Header) -> (Header, Option<Signer>) {
+        match (stamp, self.secure.as_deref()) {
+            (Stamp::Number(number), Some(secure)) => {
+                let header = Secure::stamped(plain, number);
+                (header, Some(secure.signer(&header)))
+            }
+            _ => (plain, None),
+        }
     }
 
     /// Begins a message whose `units` follow one by one, as the peer reads them; what is sent meanwhile goes out after it.
@@ -244,7 +364,13 @@ impl Link {
             return;
         }
         debug_assert!(!self.streams, "one at a time");
-        self.out.extend_from_slice(&Header::new(opcode, Flags::NONE, request_id, units).encode());
+        let Some(stamp) = self.secure.as_mut().map_or(Some(Stamp::Bare), |secure| secure.stamp()) else {
+            self.close(CloseReason::NumbersExhausted);
+            return;
+        };
+        let (header, signer) = self.stamped(stamp, Header::new(opcode, Flags::NONE, request_id, units));
+        self.out.extend_from_slice(&header.encode());
+        self.stream_signer = signer;
         self.counters.messages_out += 1;
         self.counters.bytes_out += HEADER_LEN as u64;
         self.streams = true;
@@ -258,7 +384,11 @@ impl Link {
     /// The next unit of the message that was begun.
     pub(super) fn stream_unit(&mut self, unit: &Unit) {
         if self.closed.is_none() {
-            self.out.extend_from_slice(&unit.encode());
+            let bytes = unit.encode();
+            self.out.extend_from_slice(&bytes);
+            if let Some(signer) = &mut self.stream_signer {
+                signer.update(&bytes);
+            }
             self.counters.bytes_out += UNIT_LEN as u64;
         }
     }
@@ -266,6 +396,10 @@ impl Link {
     /// All units of the message that was begun are sent.
     pub(super) fn end_stream(&mut self) {
         self.streams = false;
+        if let Some(signer) = self.stream_signer.take() {
+            self.out.extend_from_slice(&signer.credential());
+            self.counters.bytes_out += CREDENTIAL_LEN as u64;
+        }
         self.out.append(&mut self.held);
         self.held = Vec::new();
     }
@@ -283,6 +417,18 @@ impl Link {
     pub(super) fn refuse(&mut self, header: &Header, flags: Flags, units: &[Unit]) {
         if let Some(answer) = header.opcode.answer() {
             self.send(answer, flags.with(Flags::ERROR), header.request_id, units);
+        }
+    }
+
+    /// As [`Self::refuse`], on an authenticated connection, but not what this role never receives.
+    fn refuse_as(&mut self, header: &Header, flags: Flags, units: &[Unit]) {
+        let ours = match header.opcode.direction() {
+            Direction::Both => true,
+            Direction::ToNe => self.secure.as_ref().is_some_and(|secure| secure.takes_init()),
+            Direction::ToSe | Direction::Reserved => false,
+        };
+        if ours {
+            self.refuse(header, flags, units);
         }
     }
 
@@ -378,6 +524,8 @@ impl Link {
     /// Bytes held, for tests of the bound.
     #[cfg(any(test, fuzzing))]
     pub(super) fn held_bytes(&self) -> usize {
-        self.backlog.capacity() + self.out.capacity() + self.held.capacity()
+        let secure = self.secure.as_ref().map_or(0, |secure| secure.held_bytes());
+        let input = self.backlog.capacity() + self.decoder.held() + secure;
+        input + self.out.capacity() + self.held.capacity()
     }
 }

@@ -14,12 +14,14 @@ mod link;
 mod ne;
 mod rng;
 mod se;
+mod secure;
 
 use std::time::Duration;
 
 pub use ne::{NeEvent, NeSession};
 pub use se::{RequestId, SeEvent, SeSession};
 
+use super::auth::Rejection;
 use super::wire::Opcode;
 
 /// Times and limits of a session.
@@ -37,6 +39,9 @@ pub struct SessionConfig {
     pub progress_deadline: Duration,
     /// Bytes that renew the progress deadline of a long message.
     pub progress_bytes: u32,
+    /// Payload bytes of a message on an authenticated connection, at most: it is held back until it is verified (§5.8). A
+    /// larger one is answered with F_Error, and the session closed.
+    pub max_message: usize,
     /// SE: how long the NE may take to answer a request. While a long answer comes in, others wait behind it, and
     /// [`Self::progress_deadline`] holds.
     pub answer_deadline: Duration,
@@ -55,6 +60,7 @@ impl Default for SessionConfig {
             init_attempts: 5,
             progress_deadline: Duration::from_secs(10),
             progress_bytes: 64 * 1024,
+            max_message: 1024 * 1024,
             answer_deadline: Duration::from_secs(30),
             max_failed_units: 65_536,
             max_services: 1024,
@@ -93,6 +99,12 @@ pub enum Notice {
     /// A health answer above 100 was discarded (§5.5.2).
     #[error("discarded a health answer above 100, or to another question")]
     BadHealth,
+    /// A message was rejected, and not executed (§5.8.3, §5.9.2).
+    #[error("rejected a message: {0}")]
+    Rejected(Rejection),
+    /// The peer rejected a message of ours (§5.8.3, §5.9.2).
+    #[error("the peer rejected our message as not authentic: {0}")]
+    RejectedByPeer(Opcode),
     /// An entry of a list that is out of range, or was not asked for, was discarded (§5.7.8).
     #[error("discarded a listed exception that is out of range, or was not asked for")]
     BadEntry,
@@ -134,6 +146,37 @@ pub struct Counters {
     pub keepalives_sent: u64,
     /// KEEPALIVEs that were answered.
     pub keepalives_answered: u64,
+    /// What authentication kept out.
+    pub rejected: Rejections,
+}
+
+/// What authentication kept out (§5.8, §5.9), by kind.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Rejections {
+    /// NE: INITs without a credential where one is required.
+    pub unauthenticated: u64,
+    /// NE: INITs that ask for authentication, with no key for their address.
+    pub no_key: u64,
+    /// Messages with a wrong credential, INITs among them.
+    pub bad_credential: u64,
+    /// Messages without a credential on an authenticated connection.
+    pub stripped: u64,
+    /// Messages with a number that is used up, or not of this connection and direction.
+    pub bad_sequence: u64,
+    /// Messages beyond [`SessionConfig::max_message`].
+    pub too_large: u64,
+    /// NE: sessions whose INIT was authentic, and no fresh message followed it: a replay, or an SE that fell silent.
+    pub unconfirmed: u64,
+}
+
+impl Rejections {
+    fn count(&mut self, cause: Rejection) {
+        match cause {
+            Rejection::NoCredential => self.stripped += 1,
+            Rejection::BadCredential => self.bad_credential += 1,
+            Rejection::BadSequence => self.bad_sequence += 1,
+        }
+    }
 }
 
 #[cfg(test)]

@@ -1,5 +1,7 @@
 //! From a stream of bytes to headers and units, holding no more than one of them.
 
+use std::mem;
+
 use super::{HEADER_LEN, Header, UNIT_LEN, Unit};
 
 /// The bytes where a header must stand do not begin with 0x414A (§5.2.2): close the connection.
@@ -17,6 +19,9 @@ pub enum Item {
     Header(Header),
     /// The next unit of the payload.
     Unit(Unit),
+    /// The payload of a message that is held back ([`Decoder::hold_payload`]) is complete: [`Decoder::take_payload`]. It
+    /// ends the message, no [`Item::End`] follows.
+    Payload,
     /// The message is complete.
     End,
 }
@@ -26,21 +31,24 @@ enum State {
     Header,
     Units { left: u32 },
     Skip { left: u32 },
+    Hold { left: u32 },
     End,
     Lost(FramingLost),
 }
 
-/// Splits a stream into [`Item`]s. It allocates nothing, whatever length a header announces.
+/// Splits a stream into [`Item`]s. Whatever length a header announces, it allocates nothing, except for the bytes of a
+/// payload that it is told to hold back, as they come.
 #[derive(Debug, Clone)]
 pub struct Decoder {
     state: State,
     partial: [u8; UNIT_LEN],
     filled: usize,
+    held: Vec<u8>,
 }
 
 impl Default for Decoder {
     fn default() -> Self {
-        Self { state: State::Header, partial: [0; UNIT_LEN], filled: 0 }
+        Self { state: State::Header, partial: [0; UNIT_LEN], filled: 0, held: Vec::new() }
     }
 }
 
@@ -67,6 +75,17 @@ impl Decoder {
                         return Ok(None);
                     }
                 }
+                State::Hold { left } => {
+                    let taken = bytes.len().min(left as usize);
+                    self.held.extend_from_slice(&bytes[..taken]);
+                    *bytes = &bytes[taken..];
+                    self.state = State::Hold { left: left - taken as u32 };
+                    if taken < left as usize {
+                        return Ok(None);
+                    }
+                    self.state = State::Header;
+                    return Ok(Some(Item::Payload));
+                }
                 State::End => {
                     self.state = State::Header;
                     return Ok(Some(Item::End));
@@ -84,6 +103,24 @@ impl Decoder {
         }
     }
 
+    /// Holds the payload back, right after its header, instead of splitting or skipping it: nothing of it is seen before
+    /// all of it is there ([`Item::Payload`]). Whoever asks for this has checked `payload_len` against a limit.
+    pub fn hold_payload(&mut self, header: &Header) {
+        self.filled = 0;
+        self.state = State::Hold { left: header.payload_len };
+    }
+
+    /// The bytes of the payload that [`Item::Payload`] has told of.
+    pub fn take_payload(&mut self) -> Vec<u8> {
+        mem::take(&mut self.held)
+    }
+
+    /// Bytes held back.
+    #[must_use]
+    pub fn held(&self) -> usize {
+        self.held.capacity()
+    }
+
     /// Whether a message has begun that is not complete.
     #[must_use]
     pub fn in_message(&self) -> bool {
@@ -93,7 +130,7 @@ impl Decoder {
     /// Whether the end of a message is next, without a further byte.
     #[must_use]
     pub fn at_end(&self) -> bool {
-        matches!(self.state, State::End | State::Units { left: 0 } | State::Skip { left: 0 })
+        matches!(self.state, State::End | State::Units { left: 0 } | State::Skip { left: 0 } | State::Hold { left: 0 })
     }
 
     fn header(&mut self, bytes: &mut &[u8]) -> Result<Option<Item>, FramingLost> {

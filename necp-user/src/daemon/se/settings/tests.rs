@@ -111,37 +111,6 @@ fn what_makes_no_sense_together_is_refused() {
 }
 
 #[test]
-fn network_elements() {
-    for (text, printed) in [
-        ("10.0.0.1", "10.0.0.1:3262"),
-        ("10.0.0.1:1", "10.0.0.1:1"),
-        ("2001:DB8::1", "[2001:db8::1]:3262"),
-        ("[2001:db8::1]", "[2001:db8::1]:3262"),
-        ("[2001:db8::1]:65535", "[2001:db8::1]:65535"),
-        ("ne-1.example:3262", "ne-1.example:3262"),
-    ] {
-        assert_eq!(text.parse::<NeAddress>().expect(text).to_string(), printed);
-    }
-    for text in [
-        "",
-        ":1",
-        "a:0",
-        "a:65536",
-        "a:b",
-        "[::1",
-        "[::1]1",
-        "[a]:1",
-        "10.0.0",
-        "10.0.0.256",
-        "a b",
-        "a:1:2",
-        "tcp://a",
-    ] {
-        assert!(text.parse::<NeAddress>().is_err(), "{text:?}");
-    }
-}
-
-#[test]
 fn the_help_has_examples() {
     use clap::CommandFactory as _;
     let help = Command::command().render_help().to_string();

@@ -6,6 +6,15 @@
 //!       │                  └────────────INIT──────────────┘   starts over in place (§5.4)
 //!       └─ anything else: refused, closed
 //! ```
+//!
+//! An authentic INIT may be a recorded one. It is answered at once, and changes nothing until a fresh message follows:
+//!
+//! ```text
+//!   AwaitInit ──INIT──► Tentative ──fresh message──► InitPending ──respond(token)──► Ready
+//!       │   INIT_ACK is sent ▲ │                          ▲                            │
+//!       │                      └─ silence: closed         └──────── fresh message ─────┘  in numbers that the INIT_ACK
+//!       └─ INIT that is not authentic: refused bare, closed                               of an INIT in place demands
+//! ```
 
 mod listing;
 mod requests;
@@ -17,12 +26,14 @@ use self::listing::{Listings, Query};
 use self::requests::Requests;
 use super::health::{Queries, Reply};
 use super::keepalive::Tick;
-use super::link::Link;
+use super::link::{Incoming, Link};
+use super::secure::{Rejected, Secure, Stamp};
 use super::{Counters, MAX_MISSED, Notice, SessionConfig, Token};
+use crate::necp::auth::{Access, CREDENTIAL_LEN, Rejection};
 use crate::necp::error::CloseReason;
 use crate::necp::message::{Filter, HEALTH_MAX, HealthAnswer, Init, InitAck, Listed, Operation};
 use crate::necp::service::ServiceKey;
-use crate::necp::wire::{Flags, Header, Item, Opcode, Unit, VERSION};
+use crate::necp::wire::{Flags, Header, Opcode, UNIT_LEN, Unit, VERSION};
 
 /// Events that may wait for the caller before no more input is looked at.
 const MAX_EVENTS: usize = 256;
@@ -74,8 +85,20 @@ pub enum NeEvent {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum State {
-    AwaitInit { deadline: Instant },
-    InitPending { token: Token, request_id: u16 },
+    AwaitInit {
+        deadline: Instant,
+    },
+    /// An authentic INIT was answered; it demanded the number `theirs`.
+    Tentative {
+        deadline: Instant,
+        request_id: u16,
+        theirs: u64,
+    },
+    InitPending {
+        token: Token,
+        /// The INIT that is still to be answered.
+        unanswered: Option<u16>,
+    },
     Ready,
 }
 
@@ -99,6 +122,10 @@ pub struct NeSession {
     state: State,
     body: Body,
     requests: Requests,
+    /// Whether the peer must authenticate.
+    required: bool,
+    /// The number that an INIT in place demanded, until a fresh message shows that it was none of a recording.
+    restart: Option<u64>,
     listings: Listings,
     events: VecDeque<NeEvent>,
     health: u8,
@@ -109,11 +136,23 @@ impl NeSession {
     /// A session for a connection that was accepted at `now`; `seed` gives the jitter and the first request id.
     #[must_use]
     pub fn new(config: SessionConfig, now: Instant, seed: u64) -> Self {
+        Self::with_access(config, Access::Open, now, seed)
+    }
+
+    /// As [`Self::new`], for an address with this access (§5.8).
+    #[must_use]
+    pub fn with_access(config: SessionConfig, access: Access, now: Instant, seed: u64) -> Self {
+        let (required, secure) = match access {
+            Access::Open => (false, None),
+            Access::Authenticated(credentials) => (true, credentials.map(Secure::ne)),
+        };
         Self {
+            required,
+            restart: None,
             state: State::AwaitInit { deadline: now + config.init_deadline },
             requests: Requests::new(config.max_services, config.max_failed_units),
             listings: Listings::default(),
-            link: Link::new(config, now, seed),
+            link: Link::new(config, secure, now, seed),
             body: Body::Skip,
             events: VecDeque::new(),
             health: HEALTH_MAX,
@@ -131,10 +170,15 @@ impl NeSession {
     pub fn handle_timeout(&mut self, now: Instant) {
         self.link.feed(now, &[]);
         self.work();
-        if let State::AwaitInit { deadline } = self.state
-            && self.link.now >= deadline
-        {
-            self.link.close(CloseReason::InitDeadline(self.link.config.init_deadline));
+        let limit = self.link.config.init_deadline;
+        match self.state {
+            State::AwaitInit { deadline } if self.link.now >= deadline => {
+                self.link.close(CloseReason::InitDeadline(limit));
+            }
+            State::Tentative { deadline, .. } if self.link.now >= deadline => {
+                self.link.close(CloseReason::Unconfirmed(limit));
+            }
+            _ => {}
         }
         self.link.check_progress();
         self.tick();
@@ -150,6 +194,9 @@ impl NeSession {
         }
         let reason = self.link.closed().filter(|_| !self.told_closed).cloned()?;
         self.told_closed = true;
+        if matches!(self.state, State::Tentative { .. }) {
+            self.link.counters.rejected.unconfirmed += 1;
+        }
         Some(NeEvent::Closed(reason))
     }
 
@@ -168,8 +215,8 @@ impl NeSession {
             return Some(self.link.now);
         }
         let init = match self.state {
-            State::AwaitInit { deadline } => Some(deadline),
-            _ => None,
+            State::AwaitInit { deadline } | State::Tentative { deadline, .. } => Some(deadline),
+            State::InitPending { .. } | State::Ready => None,
         };
         [init, self.link.progress_deadline(), self.link.keepalive.next()].into_iter().flatten().min()
     }
@@ -184,10 +231,12 @@ impl NeSession {
     /// `failed`. A token that is not awaited is ignored.
     pub fn respond(&mut self, token: Token, failed: &[usize]) {
         match self.state {
-            State::InitPending { token: awaited, request_id } if token == awaited => {
+            State::InitPending { token: awaited, unanswered } if token == awaited => {
                 self.state = State::Ready;
-                self.link.send(Opcode::INIT_ACK, Flags::NONE, request_id, &[InitAck::default().unit()]);
-                self.link.keepalive.start(self.link.now);
+                if let Some(request_id) = unanswered {
+                    self.link.send(Opcode::INIT_ACK, Flags::NONE, request_id, &[InitAck::default().unit()]);
+                    self.link.keepalive.start(self.link.now);
+                }
             }
             _ => self.requests.respond(token, failed, &mut self.link),
         }
@@ -231,7 +280,7 @@ impl NeSession {
         self.link.closed()
     }
 
-    /// Whether the session is open: INIT_ACK was sent.
+    /// Whether the session is open: INIT_ACK was sent, and INIT was no recording.
     #[must_use]
     pub fn is_ready(&self) -> bool {
         self.state == State::Ready && self.link.closed().is_none()
@@ -254,9 +303,11 @@ impl NeSession {
         while self.reads() {
             let Some(item) = self.link.next_item(&mut consumed) else { break };
             match item {
-                Item::Header(header) => self.on_header(header),
-                Item::Unit(unit) => self.on_unit(unit),
-                Item::End => self.on_end(),
+                Incoming::Header(header) => self.on_header(header),
+                Incoming::Verified { header, restarted } => self.on_verified(header, restarted),
+                Incoming::Rejected(rejected) => self.on_rejected(&rejected),
+                Incoming::Unit(unit) => self.on_unit(unit),
+                Incoming::End => self.on_end(),
             }
         }
         self.link.keep_rest(consumed);
@@ -286,7 +337,8 @@ impl NeSession {
         }
         match self.state {
             _ if header.opcode == Opcode::INIT => self.on_init(header),
-            State::AwaitInit { .. } => {
+            // A fresh message ends the tentative state before its header comes here.
+            State::AwaitInit { .. } | State::Tentative { .. } => {
                 self.link.refuse(&header, Flags::NONE, &[]);
                 self.link.close(CloseReason::OutOfOrder(header.opcode));
             }
@@ -296,20 +348,64 @@ impl NeSession {
         }
     }
 
+    /// INIT of a connection that is not authenticated, or not yet.
     fn on_init(&mut self, header: Header) {
-        if header.flags.has(Flags::AUTH_CREDENTIAL_PROVIDED) {
-            return self.refuse_authentication(&header);
+        let has_credential = header.flags.has(Flags::AUTH_CREDENTIAL_PROVIDED);
+        let well_formed =
+            header.flags.has(Flags::BASIC_PAYLOAD) && header.payload_len as usize == UNIT_LEN + CREDENTIAL_LEN;
+        match (has_credential, self.required) {
+            (false, true) => self.refuse_init(&header, CloseReason::AuthRequired),
+            (false, false) => self.on_init_unit(header),
+            (true, _) if self.link.secure().is_none() => self.refuse_init(&header, CloseReason::NoKey),
+            (true, _) if well_formed => self.link.hold(header),
+            (true, _) => self.refuse_init(&header, CloseReason::BadInit),
         }
+    }
+
+    fn on_init_unit(&mut self, header: Header) {
         match header.units() {
             Some(1) => self.body = Body::Init(header, None),
             _ => self.malformed(&header),
         }
     }
 
-    /// As an NE without a key for this address answers: bare, and the connection closed (§5.4.1, §5.8).
-    fn refuse_authentication(&mut self, header: &Header) {
+    /// An INIT that fails for want of authentication: answered bare, and the connection closed (§5.4.2, §5.8.3).
+    fn refuse_init(&mut self, header: &Header, reason: CloseReason) {
+        let rejected = &mut self.link.counters.rejected;
+        match reason {
+            CloseReason::AuthRequired => rejected.unauthenticated += 1,
+            CloseReason::NoKey => rejected.no_key += 1,
+            _ => rejected.bad_credential += 1,
+        }
         self.link.refuse(header, Flags::AUTH_REQUIRED, &[]);
-        self.link.close(CloseReason::AuthRequired);
+        self.link.close(reason);
+    }
+
+    /// A message whose credential and number are right.
+    fn on_verified(&mut self, header: Header, restarted: bool) {
+        self.body = Body::Skip;
+        if header.opcode == Opcode::INIT && header.version == VERSION {
+            return self.on_init_unit(header);
+        }
+        let confirmed = matches!(self.state, State::Tentative { .. }) || restarted;
+        if restarted && let (Some(theirs), Some(secure)) = (self.restart.take(), self.link.secure()) {
+            secure.restart(theirs);
+            self.link.keepalive.start(self.link.now);
+        }
+        if confirmed {
+            self.begin(None);
+        }
+        self.on_header(header);
+    }
+
+    fn on_rejected(&mut self, rejected: &Rejected) {
+        self.body = Body::Skip;
+        if self.link.is_secured() {
+            self.link.reject(rejected);
+        } else {
+            debug_assert_eq!(rejected.cause, Rejection::BadCredential, "INIT's number is not looked at");
+            self.refuse_init(&rejected.header, CloseReason::BadInit);
+        }
     }
 
     fn on_ready_header(&mut self, header: Header) {
@@ -372,11 +468,7 @@ impl NeSession {
         match &mut self.body {
             Body::Skip => {}
             Body::Init(header, init) => match Init::parse(&unit) {
-                Ok(Init { authenticate: Some(_) }) => {
-                    let header = *header;
-                    self.refuse_authentication(&header);
-                }
-                Ok(plain) => *init = Some(plain),
+                Ok(parsed) => *init = Some(parsed),
                 Err(_) => {
                     self.link.counters.failed_units += 1;
                     self.link.refuse(header, Flags::NONE, &[unit]);
@@ -397,7 +489,7 @@ impl NeSession {
     fn on_end(&mut self) {
         match std::mem::replace(&mut self.body, Body::Skip) {
             Body::Skip | Body::Init(_, None) => {}
-            Body::Init(header, Some(_)) => self.start_over(header.request_id),
+            Body::Init(header, Some(init)) => self.on_init_end(&header, init),
             Body::Operations => {
                 self.flush();
                 self.requests.end(&mut self.link);
@@ -408,6 +500,15 @@ impl NeSession {
                 queries.answer(&mut self.link, |_| Some(health));
             }
             Body::Reply(reply) => self.on_reply(reply),
+        }
+    }
+
+    fn on_init_end(&mut self, header: &Header, init: Init) {
+        match (init.authenticate, self.link.secure().is_some()) {
+            (None, false) => self.start_over(header.request_id),
+            (Some(_), false) => self.refuse_init(header, CloseReason::NoKey),
+            (None, true) => self.refuse_init(header, CloseReason::AuthRequired),
+            (Some(theirs), true) => self.on_authentic_init(header.request_id, theirs),
         }
     }
 
@@ -427,16 +528,57 @@ impl NeSession {
 
     /// INIT: everything begins anew (§5.4). Before INIT_ACK was sent, a repeated INIT gets that same INIT_ACK.
     fn start_over(&mut self, request_id: u16) {
-        if let State::InitPending { token, .. } = self.state {
-            self.state = State::InitPending { token, request_id };
-            return;
+        match &mut self.state {
+            State::InitPending { unanswered, .. } => *unanswered = Some(request_id),
+            _ => self.begin(Some(request_id)),
         }
+    }
+
+    fn begin(&mut self, unanswered: Option<u16>) {
         self.requests.clear();
         self.listings.clear();
-        self.link.keepalive.stop();
+        if unanswered.is_some() {
+            self.link.keepalive.stop();
+        }
         let token = self.requests.next_token();
-        self.state = State::InitPending { token, request_id };
+        self.state = State::InitPending { token, unanswered };
         self.events.push_back(NeEvent::Init { token });
+    }
+
+    /// An INIT with the right credential, which may be a recorded one: it is answered, and changes nothing yet.
+    fn on_authentic_init(&mut self, request_id: u16, theirs: u64) {
+        let Some(secure) = self.link.secure() else { return };
+        let (ours, stamp) = match self.state {
+            // Its INIT_ACK is on the way.
+            State::Tentative { request_id: answered, theirs: demanded, .. }
+                if (answered, demanded) == (request_id, theirs) =>
+            {
+                return;
+            }
+            State::AwaitInit { .. } | State::Tentative { .. } => (Some(secure.accept_init(theirs)), None),
+            State::InitPending { .. } | State::Ready => {
+                self.restart = Some(theirs);
+                (secure.offer_restart(theirs), Some(Stamp::Number(theirs)))
+            }
+        };
+        let Some(first_seq_num) = ours else {
+            self.link.close(CloseReason::NumbersExhausted);
+            return;
+        };
+        let units = [InitAck { first_seq_num }.unit()];
+        match stamp {
+            Some(stamp) => self.link.send_as(stamp, Opcode::INIT_ACK, Flags::NONE, request_id, &units),
+            None => self.link.send(Opcode::INIT_ACK, Flags::NONE, request_id, &units),
+        }
+        self.state = match self.state {
+            State::AwaitInit { .. } => {
+                // Its first answer confirms the session, if nothing else does.
+                self.link.keepalive.start(self.link.now);
+                State::Tentative { deadline: self.link.now + self.link.config.init_deadline, request_id, theirs }
+            }
+            State::Tentative { deadline, .. } => State::Tentative { deadline, request_id, theirs },
+            open => open,
+        };
     }
 
     fn on_reply(&mut self, reply: Reply) {
@@ -461,7 +603,8 @@ impl NeSession {
             return;
         }
         let moved = self.link.take_moved();
-        let excused = moved || self.waits_for_caller() || self.listings.waits_for_caller();
+        let waits_for_caller = self.waits_for_caller() || self.listings.waits_for_caller();
+        let excused = moved || waits_for_caller || self.waits_for_init();
         match self.link.keepalive.tick(self.link.now, excused) {
             Tick::Send => {
                 let services = self.requests.services.next_queries();

@@ -16,13 +16,15 @@ use self::exceptions::{Exceptions, Listing};
 use self::requests::{Answer, Request};
 use super::health::{Queries, Reply};
 use super::keepalive::Tick;
-use super::link::Link;
+use super::link::{Incoming, Link};
+use super::secure::{Rejected, Secure, Stamp};
 use super::{Counters, MAX_MISSED, Notice, SessionConfig, Token};
+use crate::necp::auth::{CREDENTIAL_LEN, Credentials, Rejection};
 use crate::necp::backoff::Backoff;
 use crate::necp::error::CloseReason;
-use crate::necp::message::{Flows, Init, Listed, Operation, Query, ServiceUnit};
+use crate::necp::message::{Flows, Init, InitAck, Listed, Operation, Query, ServiceUnit};
 use crate::necp::service::ServiceKey;
-use crate::necp::wire::{Flags, Header, Item, Opcode, Unit, VERSION};
+use crate::necp::wire::{Flags, Header, Opcode, UNIT_LEN, Unit, VERSION};
 
 /// KEEPALIVEs with queries that may wait for the caller before no more input is looked at.
 const MAX_QUESTIONS: usize = 16;
@@ -101,7 +103,7 @@ enum State {
 #[derive(Debug)]
 enum Body {
     Skip,
-    InitAck,
+    InitAck(InitAck),
     Answer(Answer),
     Listing(Listing),
     Queries(Queries),
@@ -130,7 +132,13 @@ impl SeSession {
     /// first request id.
     #[must_use]
     pub fn new(config: SessionConfig, now: Instant, seed: u64) -> Self {
-        let mut link = Link::new(config, now, seed);
+        Self::with_credentials(config, None, now, seed)
+    }
+
+    /// As [`Self::new`]; with credentials the session is authenticated, or it is none (§5.8).
+    #[must_use]
+    pub fn with_credentials(config: SessionConfig, credentials: Option<Credentials>, now: Instant, seed: u64) -> Self {
+        let mut link = Link::new(config, credentials.map(Secure::se), now, seed);
         let request_id = link.fresh_id(|_| false);
         let mut session = Self {
             link,
@@ -289,7 +297,7 @@ impl SeSession {
         if self.link.closed().is_some() {
             return;
         }
-        self.queue.push_back(Request { id, opcode, units, deadline: None });
+        self.queue.push_back(Request { id, opcode, units, deadline: None, doubts: 0 });
         self.send_queued();
     }
 
@@ -317,7 +325,9 @@ impl SeSession {
         }
         *attempts += 1;
         *next = self.link.now + backoff.next_delay();
-        self.link.send(Opcode::INIT, Flags::NONE, *request_id, &[Init::default().unit()]);
+        let authenticate = self.link.secure().map(|secure| secure.first());
+        let stamp = authenticate.map_or(Stamp::Bare, |_| Stamp::Number(0));
+        self.link.send_as(stamp, Opcode::INIT, Flags::NONE, *request_id, &[Init { authenticate }.unit()]);
     }
 
     fn work(&mut self) {
@@ -330,9 +340,11 @@ impl SeSession {
         while self.reads() {
             let Some(item) = self.link.next_item(&mut consumed) else { break };
             match item {
-                Item::Header(header) => self.on_header(header),
-                Item::Unit(unit) => self.on_unit(unit),
-                Item::End => self.on_end(),
+                Incoming::Header(header) => self.on_header(header),
+                Incoming::Verified { header, .. } => self.on_verified(header),
+                Incoming::Rejected(rejected) => self.on_rejected(&rejected),
+                Incoming::Unit(unit) => self.on_unit(unit),
+                Incoming::End => self.on_end(),
             }
         }
         self.link.keep_rest(consumed);
@@ -347,7 +359,7 @@ impl SeSession {
             return self.on_other_version(&header);
         }
         match self.state {
-            State::Opening { .. } if header.opcode == Opcode::INIT_ACK => self.on_init_ack(&header),
+            State::Opening { .. } if header.opcode == Opcode::INIT_ACK => self.on_init_ack(&header, false),
             State::Opening { .. } => {
                 self.link.refuse(&header, Flags::NONE, &[]);
                 self.link.close(CloseReason::OutOfOrder(header.opcode));
@@ -375,20 +387,74 @@ impl SeSession {
         self.link.answer_version(header);
     }
 
-    fn on_init_ack(&mut self, header: &Header) {
+    /// A message whose credential and number are right.
+    fn on_verified(&mut self, header: Header) {
+        self.body = Body::Skip;
+        match self.state {
+            State::Opening { .. } => self.on_init_ack(&header, true),
+            State::Ready => self.on_header(header),
+        }
+    }
+
+    /// INIT_ACK is the only message that is held back before the session is open.
+    fn hold_init_ack(&mut self, header: &Header) {
+        if header.payload_len as usize <= UNIT_LEN + CREDENTIAL_LEN {
+            self.link.hold(*header);
+        } else {
+            self.link.close(CloseReason::MessageTooLarge(header.payload_len));
+        }
+    }
+
+    /// A message that is not executed; if it may be the answer to a request of ours, that is assumed to have failed, and
+    /// made again (§5.8.3).
+    fn on_rejected(&mut self, rejected: &Rejected) {
+        self.body = Body::Skip;
+        self.link.reject(rejected);
+        let Some(doubtful) = self.outstanding.get_mut(&rejected.header.request_id) else { return };
+        if doubtful.opcode.answer() != Some(rejected.header.opcode) {
+            return;
+        }
+        if doubtful.in_doubt_too_often() {
+            self.link.close(CloseReason::Rejected(rejected.cause));
+        } else {
+            let from = doubtful.id;
+            self.ask_again(from);
+        }
+    }
+
+    /// Makes a request again, and those after it: what they do depends on their order.
+    fn ask_again(&mut self, from: RequestId) {
+        let mut again: Vec<Request> =
+            self.outstanding.extract_if(.., |_, request| request.id >= from).map(|(_, request)| request).collect();
+        again.sort_by_key(|request| request.id);
+        for request in again.into_iter().rev() {
+            self.queue.push_front(request);
+        }
+        self.send_queued();
+    }
+
+    fn on_init_ack(&mut self, header: &Header, verified: bool) {
         let State::Opening { request_id, .. } = self.state else { return };
+        let has_key = self.link.secure().is_some();
         if header.request_id != request_id {
             self.link.skip_payload();
             self.link.unexpected(header.opcode);
+        } else if has_key && header.flags.has(Flags::AUTH_CREDENTIAL_PROVIDED) {
+            self.hold_init_ack(header);
         } else if header.flags.has(Flags::PROTOCOL_VERSION_MISMATCH) {
             self.link.skip_payload();
             self.link.notice(Notice::VersionMismatch { version: header.version });
         } else if header.flags.has(Flags::AUTH_REQUIRED) {
-            self.link.close(CloseReason::AuthRequired);
+            self.link.close(if has_key { CloseReason::KeyRefused } else { CloseReason::AuthRequired });
         } else if header.flags.has(Flags::ERROR) {
             self.link.close(CloseReason::InitRefused);
+        } else if has_key && !verified {
+            // Somebody would have us believe that the session is open, without knowing the key.
+            self.link.skip_payload();
+            let rejected = Rejected { header: *header, cause: Rejection::NoCredential, units: Vec::new() };
+            self.link.reject(&rejected);
         } else if header.units() == Some(1) {
-            self.body = Body::InitAck;
+            self.body = Body::InitAck(InitAck::default());
         } else {
             self.link.skip_payload();
             self.link.malformed(header.opcode);
@@ -442,6 +508,9 @@ impl SeSession {
         };
         let answer = Answer::new(request);
         let failed = header.flags.has(Flags::ERROR);
+        if header.flags.has(Flags::AUTH_REQUIRED) || header.flags.has(Flags::BAD_SEQUENCE_NUMBER) {
+            self.link.notice(Notice::RejectedByPeer(header.opcode));
+        }
         match header.units() {
             Some(1..) if failed => self.body = Body::Answer(answer),
             units => {
@@ -462,8 +531,8 @@ impl SeSession {
 
     fn on_unit(&mut self, unit: Unit) {
         match &mut self.body {
-            // An unauthenticated INIT_ACK carries nothing of interest (§5.4.2).
-            Body::Skip | Body::InitAck => {}
+            Body::Skip => {}
+            Body::InitAck(ack) => *ack = InitAck::parse(&unit),
             Body::Answer(answer) => {
                 if !answer.unit(&unit) {
                     self.link.counters.unexpected_answers += 1;
@@ -478,12 +547,7 @@ impl SeSession {
     fn on_end(&mut self) {
         match std::mem::replace(&mut self.body, Body::Skip) {
             Body::Skip => {}
-            Body::InitAck => {
-                self.state = State::Ready;
-                self.link.keepalive.start(self.link.now);
-                self.events.push_back(SeEvent::Ready);
-                self.send_queued();
-            }
+            Body::InitAck(ack) => self.on_opened(ack),
             Body::Answer(answer) => {
                 let all = answer.failed.is_empty();
                 self.acked(answer, all);
@@ -499,6 +563,20 @@ impl SeSession {
                 }
             }
         }
+    }
+
+    fn on_opened(&mut self, ack: InitAck) {
+        self.state = State::Ready;
+        self.link.keepalive.start(self.link.now);
+        self.events.push_back(SeEvent::Ready);
+        if let Some(secure) = self.link.secure() {
+            secure.accept_init_ack(ack.first_seq_num);
+            // Until the NE has seen a fresh message, it cannot know that our INIT was no recorded one.
+            if self.queue.is_empty() {
+                self.link.send_keepalive(Vec::new(), |_| false);
+            }
+        }
+        self.send_queued();
     }
 
     /// A request whose units are answered for; all of them failed, or those that the answer names.

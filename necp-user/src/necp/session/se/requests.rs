@@ -6,6 +6,7 @@ use std::time::Instant;
 use super::RequestId;
 use crate::necp::message::Flows;
 use crate::necp::service::ServiceKey;
+use crate::necp::session::secure::MAX_REJECTED;
 use crate::necp::wire::{Opcode, Unit};
 
 /// A request that waits for its turn, or for its answer.
@@ -15,6 +16,16 @@ pub(super) struct Request {
     pub(super) opcode: Opcode,
     pub(super) units: Vec<Unit>,
     pub(super) deadline: Option<Instant>,
+    /// Answers to it that were not authentic.
+    pub(super) doubts: u32,
+}
+
+impl Request {
+    /// Counts an answer that was not authentic; says whether it was one too many (§5.8.3).
+    pub(super) fn in_doubt_too_often(&mut self) -> bool {
+        self.doubts += 1;
+        self.doubts >= MAX_REJECTED
+    }
 }
 
 /// The answer to a request whose units may fail one by one, as it comes in.

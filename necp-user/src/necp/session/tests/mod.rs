@@ -54,7 +54,7 @@ fn messages(bytes: &[u8]) -> Vec<(Header, Vec<Unit>)> {
                 found.push((header, Vec::new()));
             }
             Item::Unit(unit) => found.last_mut().unwrap().1.push(unit),
-            Item::End => {}
+            Item::End | Item::Payload => {}
         }
     }
     assert!(!decoder.in_message(), "output ends with a whole message");

@@ -153,7 +153,7 @@ fn an_authenticated_init_is_refused_bare() {
         let mut ne = Ne::new();
         ne.input(&hex(request));
         assert_eq!(ne.output(), hex("414a 0014 01 02 0102 0000000000000000 00000000"));
-        assert_eq!(ne.events(), [NeEvent::Closed(CloseReason::AuthRequired)]);
+        assert_eq!(ne.events(), [NeEvent::Closed(CloseReason::NoKey)]);
     }
 }
 

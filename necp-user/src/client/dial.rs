@@ -9,7 +9,7 @@ use thiserror::Error;
 use tokio::net::{TcpSocket, TcpStream, lookup_host};
 use tokio::time::timeout;
 
-use super::settings::NeAddress;
+use super::address::NeAddress;
 
 /// Longest wait for a connection, whatever the keepalive interval.
 const CONNECT_MAX: Duration = Duration::from_secs(10);
