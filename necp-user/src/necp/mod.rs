@@ -48,6 +48,8 @@ pub mod error;
 pub mod message;
 pub mod service;
 pub mod session;
+#[cfg(test)]
+mod vectors;
 pub mod wire;
 
 pub use auth::{Access, Credentials, InitialNumbers, Key};

@@ -5,6 +5,7 @@ mod ne;
 mod pairs;
 mod se;
 mod table;
+mod vectors;
 
 use std::time::{Duration, Instant};
 

@@ -1,0 +1,117 @@
+//! The messages written by hand (`necp/vectors/messages.txt`) through both machines.
+
+use super::*;
+use crate::necp::vectors::{Vector, all, named};
+
+/// What came of a stream: operations in their order, however they were cut into events; other events; output.
+#[derive(Debug, Default, PartialEq)]
+struct Seen {
+    operations: Vec<Operation>,
+    events: Vec<String>,
+    output: Vec<u8>,
+}
+
+impl Seen {
+    /// A caller that does everything at once, and has no exceptions to list.
+    fn ne(&mut self, ne: &mut Ne) {
+        while let Some(event) = ne.session.poll_event() {
+            match event {
+                NeEvent::Init { token } | NeEvent::Reset { token } => {
+                    self.events.push(if ne.session.is_ready() { "Reset".into() } else { "Init".into() });
+                    ne.session.respond(token, &[]);
+                }
+                NeEvent::Operations { token, operations } => {
+                    self.operations.extend(operations);
+                    ne.session.respond(token, &[]);
+                }
+                NeEvent::Query { token, filter } => {
+                    self.events.push(format!("{filter:?}"));
+                    ne.session.list(token, 0, None);
+                }
+                other => self.events.push(format!("{other:?}")),
+            }
+            ne.session.handle_timeout(ne.now);
+        }
+        self.output.extend(ne.output());
+    }
+
+    fn se(&mut self, se: &mut Se) {
+        while let Some(event) = se.session.poll_event() {
+            if let SeEvent::HealthQuery { token, queries } = &event {
+                se.session.answer_health(*token, &vec![Some(100); queries.len()]);
+            }
+            self.events.push(format!("{event:?}").replace(|digit: char| digit.is_ascii_digit(), ""));
+        }
+        self.output.extend(se.output());
+    }
+}
+
+fn ne_sees(opened: bool, pieces: &[&[u8]]) -> Seen {
+    let mut ne = if opened { Ne::ready() } else { Ne::new() };
+    let mut seen = Seen::default();
+    for piece in pieces {
+        ne.input(piece);
+        seen.ne(&mut ne);
+    }
+    seen
+}
+
+fn se_sees(pieces: &[&[u8]]) -> Seen {
+    let mut se = Se::ready();
+    let mut seen = Seen::default();
+    for piece in pieces {
+        se.input(piece);
+        seen.se(&mut se);
+    }
+    seen
+}
+
+/// Requests written by hand are answered by answers written by hand.
+#[test]
+fn requests_are_answered_as_written() {
+    let mut answered = 0;
+    for vector in all() {
+        let Some(answer) = vector.answer else { continue };
+        let (request, answer) = (vector.bytes(), named(answer).bytes());
+        if vector.sender != "NE>SE" {
+            let opened = !vector.name.starts_with("init");
+            assert_eq!(ne_sees(opened, &[&request]).output, answer, "{} to the NE", vector.name);
+            answered += 1;
+        }
+        if vector.sender != "SE>NE" {
+            assert_eq!(se_sees(&[&request]).output, answer, "{} to the SE", vector.name);
+            answered += 1;
+        }
+    }
+    assert!(answered > 40, "{answered}");
+}
+
+/// All that an unauthenticated peer of this role sends, as one stream.
+fn stream(except: &str) -> Vec<u8> {
+    let sent = all().into_iter().filter(|vector| vector.sender != except && !vector.is_authenticated());
+    sent.flat_map(|vector: Vector| vector.bytes()).collect()
+}
+
+/// TCP may cut anywhere: the same operations in the same order, the same events, the same answers.
+#[test]
+fn a_stream_cut_at_every_byte_is_the_same_to_the_ne() {
+    let stream = stream("NE>SE");
+    let whole = ne_sees(true, &[&stream]);
+    assert!(whole.operations.len() >= 15 && !whole.output.is_empty());
+    for at in 0..=stream.len() {
+        assert_eq!(ne_sees(true, &[&stream[..at], &stream[at..]]), whole, "cut at {at}");
+    }
+    assert_eq!(ne_sees(true, &stream.chunks(1).collect::<Vec<_>>()), whole);
+}
+
+/// The same for the SE.
+#[test]
+fn a_stream_cut_at_every_byte_is_the_same_to_the_se() {
+    let stream = stream("SE>NE");
+    let whole = se_sees(&[&stream]);
+    assert!(!whole.events.is_empty() && !whole.output.is_empty());
+    for at in 0..=stream.len() {
+        assert_eq!(se_sees(&[&stream[..at], &stream[at..]]), whole, "cut at {at}");
+    }
+    assert_eq!(se_sees(&stream.chunks(1).collect::<Vec<_>>()), whole);
+}
