@@ -1,4 +1,5 @@
 //! Configuration files: what they may say, and errors that name the line and what to write instead.
 
+pub mod key_file;
 pub mod ne;
 pub mod strict;

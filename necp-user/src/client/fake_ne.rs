@@ -1,6 +1,8 @@
 //! A network element for tests: the real protocol machine on a real socket, and no packet path behind it.
 
+use std::collections::BTreeMap;
 use std::io;
+use std::net::Ipv4Addr;
 use std::time::{Duration, Instant};
 
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
@@ -8,7 +10,7 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 
-use crate::necp::{CloseReason, NeEvent, NeSession, Operation, SessionConfig};
+use crate::necp::{CloseReason, Flows, Listed, NeEvent, NeSession, Operation, Scope, SessionConfig, Token};
 
 /// Longest wait for anything that must happen.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -18,6 +20,10 @@ const PATIENCE: Duration = Duration::from_secs(20);
 pub enum Manner {
     /// Carries out everything.
     Good,
+    /// Refuses all exceptions for this destination port.
+    RefusesExceptions(u16),
+    /// Answers no EXCEPTION_ADD.
+    NeverExcepts,
     /// Refuses to start services with this port, the first time it is asked in each session.
     RefusesOnce(u16),
     /// Opens the session, and never answers a STOP.
@@ -56,11 +62,11 @@ impl Ne {
         let _ = (&mut self.task).await;
     }
 
-    /// The next event that is not about health.
+    /// The next event that is neither about health nor about the progress of a list.
     pub async fn event(&mut self) -> NeEvent {
         loop {
             match self.any_event().await {
-                NeEvent::Health(_) => {}
+                NeEvent::Health(_) | NeEvent::ListMore { .. } => {}
                 other => return other,
             }
         }
@@ -88,7 +94,7 @@ impl Ne {
     pub async fn operations(&mut self) -> Vec<Operation> {
         match self.event().await {
             NeEvent::Operations { operations, .. } => operations,
-            other => panic!("{other:?} in place of START or STOP"),
+            other => panic!("{other:?} in place of operations"),
         }
     }
 
@@ -108,34 +114,88 @@ impl Drop for Ne {
     }
 }
 
-async fn converse(mut stream: TcpStream, manner: Manner, events: &mpsc::UnboundedSender<NeEvent>) -> io::Result<()> {
-    let config = SessionConfig { keepalive: Duration::from_millis(50), ..SessionConfig::default() };
-    let mut session = NeSession::new(config, Instant::now(), 1);
-    let (mut refused, mut input) = (false, [0; 4096]);
-    loop {
-        while let Some(event) = session.poll_event() {
-            match &event {
-                NeEvent::Init { token } => session.respond(*token, &[]),
-                NeEvent::Operations { token, operations } => {
-                    let fails = |operation: &Operation| {
-                        matches!((operation, manner), (Operation::Start(unit), Manner::RefusesOnce(port))
-                            if unit.port == port && !refused)
-                    };
-                    let failed: Vec<usize> = (0..operations.len()).filter(|at| fails(&operations[*at])).collect();
-                    refused |= !failed.is_empty();
-                    let stop = operations.iter().any(|operation| matches!(operation, Operation::Stop(_)));
-                    if !(stop && manner == Manner::NeverStops) {
-                        session.respond(*token, &failed);
-                    }
-                }
+/// As whom the element knows its only server.
+pub const INSTALLER: Ipv4Addr = Ipv4Addr::LOCALHOST;
+
+/// One connection's side of the element.
+struct Conversation {
+    session: NeSession,
+    manner: Manner,
+    refused: bool,
+    exceptions: BTreeMap<Flows, Scope>,
+    /// What a query has found and is still to be sent.
+    listing: Vec<Listed>,
+}
+
+impl Conversation {
+    fn on_event(&mut self, event: &NeEvent) {
+        match event {
+            NeEvent::Init { token } => self.session.respond(*token, &[]),
+            NeEvent::Operations { token, operations } => self.carry_out(*token, operations),
+            NeEvent::Reset { token } => {
+                self.exceptions.clear();
+                self.session.respond(*token, &[]);
+            }
+            NeEvent::Query { token, filter } => {
+                let all = self.exceptions.iter();
+                let all = all.map(|(flows, scope)| Listed { scope: *scope, installer: INSTALLER, flows: *flows });
+                self.listing = all.filter(|entry| filter.matches(entry)).collect();
+                let count = u32::try_from(self.listing.len()).expect("few");
+                self.session.list(*token, count, self.listing.first().copied());
+            }
+            NeEvent::ListMore { token, max } => {
+                let piece: Vec<_> = self.listing.drain(..self.listing.len().min(*max)).collect();
+                self.session.list_more(*token, &piece, self.listing.is_empty());
+            }
+            _ => {}
+        }
+    }
+
+    fn carry_out(&mut self, token: Token, operations: &[Operation]) {
+        let mut failed = Vec::new();
+        for (at, operation) in operations.iter().enumerate() {
+            let fails = match (operation, self.manner) {
+                (Operation::Start(unit), Manner::RefusesOnce(port)) => unit.port == port && !self.refused,
+                (Operation::Except(exception), Manner::RefusesExceptions(port)) => exception.flows.port == port,
+                _ => false,
+            };
+            match operation {
+                _ if fails => failed.push(at),
+                Operation::Except(exception) => drop(self.exceptions.insert(exception.flows, exception.scope)),
+                Operation::Unexcept(flows) => drop(self.exceptions.remove(flows)),
                 _ => {}
             }
-            // The test may have ended.
-            let _ = events.send(event);
         }
-        while let Some(bytes) = session.poll_transmit() {
+        self.refused |= !failed.is_empty();
+        let silent = |operation: &Operation| match self.manner {
+            Manner::NeverStops => matches!(operation, Operation::Stop(_)),
+            Manner::NeverExcepts => matches!(operation, Operation::Except(_)),
+            _ => false,
+        };
+        if !operations.iter().any(silent) {
+            self.session.respond(token, &failed);
+        }
+    }
+}
+
+async fn converse(mut stream: TcpStream, manner: Manner, events: &mpsc::UnboundedSender<NeEvent>) -> io::Result<()> {
+    let config = SessionConfig { keepalive: Duration::from_millis(50), ..SessionConfig::default() };
+    let session = NeSession::new(config, Instant::now(), 1);
+    let (exceptions, listing) = (BTreeMap::new(), Vec::new());
+    let mut this = Conversation { session, manner, refused: false, exceptions, listing };
+    let mut input = [0; 4096];
+    loop {
+        // Room in the output makes new events.
+        loop {
+            while let Some(event) = this.session.poll_event() {
+                this.on_event(&event);
+                // The test may have ended.
+                let _ = events.send(event);
+            }
+            let Some(bytes) = this.session.poll_transmit() else { break };
             stream.write_all(&bytes).await?;
         }
+        let session = &mut this.session;
         if session.closed().is_some() {
             return Ok(());
         }

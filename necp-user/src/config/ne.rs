@@ -13,12 +13,13 @@
 //! auth = "none"
 //! ```
 
+mod auth;
 mod check;
 mod file;
 #[cfg(test)]
 mod tests;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::net::{Ipv4Addr, SocketAddrV4};
 use std::path::{Path, PathBuf};
@@ -73,6 +74,8 @@ pub struct FarmConfig {
     pub forwarding: Vec<Forwarding>,
     /// Who may join. No other farm admits any of these for any of the same services.
     pub servers: Vec<Ipv4Net>,
+    /// How they prove who they are. No other farm that admits one of them says otherwise of it.
+    pub auth: Auth,
     /// Slots per service, a prime; 65,537 by default.
     pub table_size: u32,
     /// How long flows of a lost server are kept when its host is not known to be gone; 300 s by default.
@@ -89,6 +92,66 @@ pub struct FarmConfig {
     pub hash_seed: Option<u64>,
     /// Relative capacity of servers, 0.01 to 1000; 1 for those that are not named.
     pub capacity: BTreeMap<Ipv4Addr, f64>,
+}
+
+/// How the servers of a farm prove who they are (draft §5.8).
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Auth {
+    /// Not at all: whoever can send from their addresses can speak for them.
+    None,
+    /// With a key.
+    Keys {
+        /// The file of the key of all servers that have none of their own; without it, such servers cannot join.
+        default: Option<PathBuf>,
+        /// The files of keys of single servers.
+        servers: BTreeMap<Ipv4Addr, PathBuf>,
+    },
+}
+
+/// How an address proves who it is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Proof<'a> {
+    /// It need not.
+    None,
+    /// With the key in this file; without one it cannot.
+    Key(Option<&'a Path>),
+}
+
+impl Auth {
+    /// What holds for a server of the farm.
+    pub fn of(&self, server: Ipv4Addr) -> Proof<'_> {
+        match self {
+            Self::None => Proof::None,
+            Self::Keys { default, servers } => {
+                Proof::Key(servers.get(&server).or(default.as_ref()).map(PathBuf::as_path))
+            }
+        }
+    }
+
+    /// All files with keys.
+    pub fn files(&self) -> impl Iterator<Item = &Path> {
+        let (default, servers) = match self {
+            Self::None => (None, None),
+            Self::Keys { default, servers } => (default.as_deref(), Some(servers)),
+        };
+        default.into_iter().chain(servers.into_iter().flat_map(BTreeMap::values).map(PathBuf::as_path))
+    }
+}
+
+/// `auth none`, `key /etc/necp/web.key`, `key /etc/necp/web.key, 2 servers with their own`.
+impl fmt::Display for Auth {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self::Keys { default, servers } = self else { return f.write_str("auth none") };
+        match default {
+            Some(path) => write!(f, "key {}", path.display())?,
+            None => f.write_str("no common key")?,
+        }
+        match servers.len() {
+            0 => Ok(()),
+            1 => f.write_str(", 1 server with its own"),
+            count => write!(f, ", {count} servers with their own"),
+        }
+    }
 }
 
 /// How the program is attached to interfaces.
@@ -146,6 +209,16 @@ impl NeConfig {
         self.farms.iter().position(|farm| farm.admits(address))
     }
 
+    /// How a server of this address proves who it is; `None` if no farm admits it.
+    pub fn proof(&self, address: Ipv4Addr) -> Option<Proof<'_>> {
+        self.admits(address).map(|farm| self.farms[farm].auth.of(address))
+    }
+
+    /// All files with keys, each once.
+    pub fn key_files(&self) -> BTreeSet<&Path> {
+        self.farms.iter().flat_map(|farm| farm.auth.files()).collect()
+    }
+
     /// Slots that the tables of all services take together; a service has one table, however many addresses it is on.
     pub fn slots(&self) -> u32 {
         self.farms.iter().map(|farm| farm.table_size * farm.services.len() as u32).sum()
@@ -174,13 +247,14 @@ impl fmt::Display for FarmConfig {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(
             f,
-            "{}: {} on {} by {}, servers {}, {} slots per service, auth none",
+            "{}: {} on {} by {}, servers {}, {} slots per service, {}",
             self.name,
             list(&self.services),
             list(&self.vips),
             list(&self.forwarding),
             list(&self.servers),
-            self.table_size
+            self.table_size,
+            self.auth
         )
     }
 }

@@ -13,6 +13,7 @@ use super::{
     config::{ClusterConfig, ConfigError, Forwarding, ServiceKey},
     ids::{Ids, NoIdLeft, OfferKey},
     layout::{Layout, PlacedService},
+    offers::Offers,
     plan::Ledger,
     slots::Member,
     weight::{self, Health},
@@ -109,7 +110,7 @@ pub struct Cluster {
     pub(super) layout: Layout,
     pub(super) ids: Ids,
     pub(super) hosts: BTreeMap<Ipv4Addr, Host>,
-    pub(super) offers: BTreeMap<u32, Offer>,
+    pub(super) offers: Offers,
     /// Ids that the maps knew and the configuration does not: their records, not alive.
     pub(super) strangers: BTreeMap<u32, abi::Server>,
     /// As [`Layout::services`].
@@ -124,6 +125,10 @@ pub struct Cluster {
     pub(super) change: Change,
     /// When time was last told.
     pub(super) ticked: Instant,
+    /// See [`Cluster::touches`].
+    pub(super) touches: u64,
+    /// Sessions or hosts came or went: panics and deaths are to be reviewed before the next plan.
+    pub(super) review: bool,
     notices: VecDeque<Notice>,
 }
 
@@ -211,7 +216,7 @@ impl Cluster {
         Ok(Self {
             ids: Ids::new(config.servers.min(abi::MAX_SERVERS)),
             hosts: BTreeMap::new(),
-            offers: BTreeMap::new(),
+            offers: Offers::default(),
             strangers: BTreeMap::new(),
             services,
             farms: vec![FarmState::default(); config.farms.len()],
@@ -220,6 +225,8 @@ impl Cluster {
             ledger: Ledger::new(config.slots, now),
             change: Change(0),
             ticked: now,
+            touches: 0,
+            review: false,
             notices: VecDeque::new(),
             layout,
             config,
@@ -254,7 +261,8 @@ impl Cluster {
         host.session = Session::Up;
         host.on_link = on_link;
         let until = now + AFTER_INIT;
-        for (&id, offer) in self.offers.iter_mut().filter(|(_, offer)| offer.key.address == address) {
+        for id in self.offers.ids_of(address) {
+            let Some(offer) = self.offers.get_mut(id) else { continue };
             let kept = self.farms[offer.key.farm].kept.contains(&address);
             offer.state = match offer.state {
                 OfferState::Started if kept => OfferState::Adopted { until },
@@ -266,7 +274,7 @@ impl Cluster {
             }
         }
         self.touch_host(address, change);
-        self.review_panic(now, change);
+        self.review = true;
         Ok(change)
     }
 
@@ -294,8 +302,8 @@ impl Cluster {
         let key = OfferKey { farm, address, service, forwarding };
         let id = self.ids.assign(key)?;
         let change = self.begin();
-        let joins = !self.services[index].members.iter().all(|member| member.id == id);
-        let new = Offer {
+        let joins = self.services[index].members.iter().any(|member| member.id != id);
+        let new = || Offer {
             key,
             service: index,
             state: OfferState::Stopped,
@@ -303,11 +311,15 @@ impl Cluster {
             health: Health::default(),
             joined: None,
         };
-        let offer = self.offers.entry(id).or_insert(new);
-        if offer.state == OfferState::Stopped {
-            offer.joined = joins.then_some(now);
+        if !self.offers.contains_key(&id) {
+            self.offers.insert(id, new());
         }
-        offer.state = OfferState::Started;
+        if let Some(offer) = self.offers.get_mut(id) {
+            if offer.state == OfferState::Stopped {
+                offer.joined = joins.then_some(now);
+            }
+            offer.state = OfferState::Started;
+        }
         self.stop_offers(address, |other, offer| other != id && offer.key.service == service);
         self.touch_server(id, change);
         self.touch_host(address, change);
@@ -328,8 +340,11 @@ impl Cluster {
         let change = self.begin();
         let service = ServiceKey::new(protocol, port);
         let mut moved = false;
-        for offer in self.offers.values_mut() {
-            if offer.key.address == address && offer.key.service == service && offer.state != OfferState::Stopped {
+        for id in self.offers.ids_of(address) {
+            if let Some(offer) = self.offers.get_mut(id)
+                && offer.key.service == service
+                && offer.state != OfferState::Stopped
+            {
                 moved |= offer.health.observe(index);
             }
         }
@@ -345,8 +360,7 @@ impl Cluster {
         if let Some(host) = self.hosts.get_mut(&address).filter(|host| host.session == Session::Up) {
             host.session = Session::Lost { since: now };
             self.touch_host(address, change);
-            self.review_panic(now, change);
-            self.review_deaths(now, change);
+            self.review = true;
         }
         change
     }
@@ -383,7 +397,7 @@ impl Cluster {
         {
             host.gone = Some(now);
             self.touch_host(address, change);
-            self.review_deaths(now, change);
+            self.review = true;
             self.forget_host(address);
         }
         change
@@ -405,6 +419,17 @@ impl Cluster {
     /// Whether flows may go to this id.
     pub fn is_alive(&self, id: u32) -> bool {
         id == abi::DIRECT || self.offers.get(&id).is_some_and(|offer| offer.alive)
+    }
+
+    /// Counts what inputs have touched that the maps show. Most inputs touch nothing: health that stays on its level, a
+    /// neighbour entry that was confirmed.
+    pub fn touches(&self) -> u64 {
+        self.touches
+    }
+
+    /// Ids of all offers, in order.
+    pub fn server_ids(&self) -> Vec<u32> {
+        self.offers.keys().copied().collect()
     }
 
     /// The next thing to tell the operator.
@@ -432,8 +457,11 @@ impl Cluster {
     }
 
     fn stop_offers(&mut self, address: Ipv4Addr, which: impl Fn(u32, &Offer) -> bool) {
-        for (&id, offer) in self.offers.iter_mut() {
-            if offer.key.address == address && offer.alive && which(id, offer) {
+        for id in self.offers.ids_of(address) {
+            if let Some(offer) = self.offers.get_mut(id)
+                && offer.alive
+                && which(id, offer)
+            {
                 offer.state = OfferState::Stopped;
                 self.ids.retire(id);
             }
@@ -442,6 +470,7 @@ impl Cluster {
 
     /// A server's record may have to change.
     pub(super) fn touch_server(&mut self, id: u32, change: Change) {
+        self.touches += 1;
         let changes = self.dirty_servers.entry(id).or_default();
         if changes.last() != Some(&change) {
             changes.push(change);
@@ -450,16 +479,16 @@ impl Cluster {
 
     /// All that a host's state decides may have to change.
     pub(super) fn touch_host(&mut self, address: Ipv4Addr, change: Change) {
-        let offers = self.offers.iter().filter(|(_, offer)| offer.key.address == address);
-        let touched: Vec<(u32, usize)> = offers.map(|(&id, offer)| (id, offer.service)).collect();
-        for (id, service) in touched {
-            self.touch_server(id, change);
-            self.services[service].touch(change);
+        for id in self.offers.ids_of(address) {
+            if let Some(service) = self.offers.get(&id).map(|offer| offer.service) {
+                self.touch_server(id, change);
+                self.services[service].touch(change);
+            }
         }
     }
 
     pub(super) fn forget_host(&mut self, address: Ipv4Addr) {
-        let used = self.offers.values().any(|offer| offer.key.address == address);
+        let used = self.offers.has(address);
         if !used && self.hosts.get(&address).is_some_and(|host| host.session != Session::Up && !host.reachable()) {
             self.hosts.remove(&address);
         }

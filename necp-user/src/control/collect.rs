@@ -466,7 +466,7 @@ impl Cluster {
         let change = self.begin();
         for &id in &freed {
             self.strangers.remove(&id);
-            if let Some(offer) = self.offers.remove(&id) {
+            if let Some(offer) = self.offers.remove(id) {
                 self.forget_host(offer.key.address);
             }
             self.touch_server(id, change);

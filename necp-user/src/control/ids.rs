@@ -1,6 +1,6 @@
 //! Server ids: one per farm, SE address, service and forwarding type; none is reused while anything may still name it.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::net::Ipv4Addr;
 
 use necp_ebpf::abi::FIRST_SERVER;
@@ -33,14 +33,15 @@ const CLEAN: u8 = 2;
 pub struct Ids {
     limit: u32,
     by_key: BTreeMap<OfferKey, u32>,
-    /// Ids in use or retired.
-    taken: BTreeSet<u32>,
+    /// Ids in use or retired, with their offers while they may have them back.
+    taken: BTreeMap<u32, Option<OfferKey>>,
+    /// No id below this one is free.
+    free_from: u32,
     retired: BTreeMap<u32, Retired>,
 }
 
 #[derive(Clone, Copy, Debug, Default)]
 struct Retired {
-    key: Option<OfferKey>,
     /// The collection under way began after it was retired.
     counts: bool,
     clean: u8,
@@ -49,7 +50,13 @@ struct Retired {
 impl Ids {
     /// Ids below `limit`.
     pub fn new(limit: u32) -> Self {
-        Self { limit, by_key: BTreeMap::new(), taken: BTreeSet::new(), retired: BTreeMap::new() }
+        Self {
+            limit,
+            by_key: BTreeMap::new(),
+            taken: BTreeMap::new(),
+            free_from: FIRST_SERVER,
+            retired: BTreeMap::new(),
+        }
     }
 
     /// The id of an offer: the one that it has, retired or not, else a free one.
@@ -58,10 +65,9 @@ impl Ids {
             self.retired.remove(&id);
             return Ok(id);
         }
-        let id = (FIRST_SERVER..self.limit).zip(self.taken.iter().map(Some).chain(std::iter::repeat(None)));
-        // `taken` is in order: the first number that it does not have at its own position is free.
-        let id = id.into_iter().find(|(id, taken)| *taken != Some(id)).map(|(id, _)| id).ok_or(NoIdLeft)?;
-        self.taken.insert(id);
+        let id = (self.free_from..self.limit).find(|id| !self.taken.contains_key(id)).ok_or(NoIdLeft)?;
+        self.free_from = id + 1;
+        self.taken.insert(id, Some(key));
         self.by_key.insert(key, id);
         Ok(id)
     }
@@ -73,7 +79,7 @@ impl Ids {
 
     /// Takes over an id that the maps know; false if the id, or the offer, is taken or out of range.
     pub fn adopt(&mut self, id: u32, key: OfferKey) -> bool {
-        if self.by_key.contains_key(&key) || !self.reserve(id) {
+        if self.by_key.contains_key(&key) || !self.reserve(id, Some(key)) {
             return false;
         }
         self.by_key.insert(key, id);
@@ -82,7 +88,7 @@ impl Ids {
 
     /// Takes over an id that the maps know, as one that is nobody's and may still be named; false as for [`Ids::adopt`].
     pub fn adopt_retired(&mut self, id: u32) -> bool {
-        let new = self.reserve(id);
+        let new = self.reserve(id, None);
         if new {
             self.retired.insert(id, Retired::default());
         }
@@ -91,16 +97,15 @@ impl Ids {
 
     /// The offer is no longer made: its id goes once nothing names it. The same offer made again before that has it back.
     pub fn retire(&mut self, id: u32) {
-        if self.taken.contains(&id) && !self.retired.contains_key(&id) {
-            let key = self.by_key.iter().find(|(_, other)| **other == id).map(|(key, _)| *key);
-            self.retired.insert(id, Retired { key, ..Retired::default() });
+        if self.taken.contains_key(&id) {
+            self.retired.entry(id).or_default();
         }
     }
 
     /// The host is gone: its flows are given up, so nobody may ever have this id back; the same offer gets another.
     pub fn bury(&mut self, id: u32) {
         self.retire(id);
-        if let Some(key) = self.retired.get_mut(&id).and_then(|retired| retired.key.take()) {
+        if let Some(key) = self.taken.get_mut(&id).and_then(Option::take) {
             self.by_key.remove(&key);
         }
     }
@@ -122,8 +127,9 @@ impl Ids {
             }
         }
         for id in &free {
-            self.taken.remove(id);
-            if let Some(key) = self.retired.remove(id).and_then(|retired| retired.key) {
+            self.retired.remove(id);
+            self.free_from = self.free_from.min(*id);
+            if let Some(key) = self.taken.remove(id).flatten() {
                 self.by_key.remove(&key);
             }
         }
@@ -135,8 +141,12 @@ impl Ids {
         self.retired.get(&id).is_none_or(|retired| retired.clean == 0)
     }
 
-    fn reserve(&mut self, id: u32) -> bool {
-        (FIRST_SERVER..self.limit).contains(&id) && self.taken.insert(id)
+    fn reserve(&mut self, id: u32, key: Option<OfferKey>) -> bool {
+        let free = (FIRST_SERVER..self.limit).contains(&id) && !self.taken.contains_key(&id);
+        if free {
+            self.taken.insert(id, key);
+        }
+        free
     }
 }
 

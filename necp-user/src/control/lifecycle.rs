@@ -15,6 +15,7 @@ impl Cluster {
     pub fn tick(&mut self, now: Instant) -> Change {
         let change = self.begin();
         self.ticked = now;
+        self.review = false;
         self.expire_adopted(now, change);
         self.raise_slow_starts(now);
         self.review_panic(now, change);
@@ -31,7 +32,9 @@ impl Cluster {
         let step = |offer: &Offer| {
             offer.joined.and_then(|joined| weight::next_step(joined, self.config.slow_start, self.ticked))
         };
-        let of = |offer: &Offer| [adopted(offer), step(offer), self.death_of(offer).map(|(at, _)| at)];
+        let may_panic = self.may_panic();
+        let death = |offer: &Offer| self.death_of(offer, &may_panic).map(|(at, _)| at);
+        let of = |offer: &Offer| [adopted(offer), step(offer), death(offer)];
         self.offers.values().filter(|offer| offer.alive).flat_map(of).flatten().min()
     }
 
@@ -39,7 +42,7 @@ impl Cluster {
         let expired = |offer: &Offer| matches!(offer.state, OfferState::Adopted { until } if until <= now);
         let ids: Vec<u32> = self.offers.iter().filter(|(_, offer)| expired(offer)).map(|(&id, _)| id).collect();
         for id in ids {
-            let Some(offer) = self.offers.get_mut(&id) else { continue };
+            let Some(offer) = self.offers.get_mut(id) else { continue };
             let address = offer.key.address;
             if self.hosts.get(&address).is_some_and(|host| host.session == Session::Up) {
                 offer.state = OfferState::Stopped;
@@ -97,13 +100,14 @@ impl Cluster {
 
     /// Gives up the flows of servers whose host is gone or that stayed away for too long.
     pub(super) fn review_deaths(&mut self, now: Instant, change: Change) {
+        let may_panic = self.may_panic();
         let due = |(&id, offer): (&u32, &Offer)| {
-            let (at, host_gone) = self.death_of(offer)?;
+            let (at, host_gone) = self.death_of(offer, &may_panic)?;
             (at <= now).then_some((id, host_gone))
         };
         let dead: Vec<(u32, bool)> = self.offers.iter().filter_map(due).collect();
         for (id, host_gone) in dead {
-            let Some(offer) = self.offers.get_mut(&id) else { continue };
+            let Some(offer) = self.offers.get_mut(id) else { continue };
             (offer.alive, offer.state) = (false, OfferState::Stopped);
             let (service, address) = (offer.service, offer.key.address);
             self.ids.bury(id);
@@ -114,7 +118,8 @@ impl Cluster {
     }
 
     /// When an offer dies, as things are, and whether because its host is gone.
-    fn death_of(&self, offer: &Offer) -> Option<(Instant, bool)> {
+    /// `may_panic` is [`Self::may_panic`]'s.
+    fn death_of(&self, offer: &Offer, may_panic: &[bool]) -> Option<(Instant, bool)> {
         let host = self.hosts.get(&offer.key.address)?;
         let Session::Lost { since } = host.session else { return None };
         if !offer.alive {
@@ -131,14 +136,18 @@ impl Cluster {
         }
         let Some(gone) = host.gone else { return Some((orphaned, false)) };
         // Death is for good, so it waits until it is certain that this is not the beginning of a panic.
-        let certain = if self.may_panic(farm) { since + self.config.keepalive } else { since };
+        let certain = if may_panic[farm] { since + self.config.keepalive } else { since };
         let gone = gone.max(certain);
         Some(if gone <= orphaned { (gone, true) } else { (orphaned, false) })
     }
 
-    fn may_panic(&self, farm: usize) -> bool {
-        let (up, lost) = self.started_hosts(farm);
-        up + lost.len() >= PANIC
+    /// By farm: whether it has enough servers for a panic.
+    fn may_panic(&self) -> Vec<bool> {
+        let enough = |farm| {
+            let (up, lost) = self.started_hosts(farm);
+            up + lost.len() >= PANIC
+        };
+        (0..self.farms.len()).map(enough).collect()
     }
 
     /// Hosts with something started in a farm: how many have a session, and which have lost it when.

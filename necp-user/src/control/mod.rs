@@ -22,6 +22,7 @@ pub mod config;
 pub mod ids;
 pub mod layout;
 mod lifecycle;
+mod offers;
 pub mod plan;
 pub mod slots;
 pub mod stable;

@@ -5,6 +5,7 @@ use std::net::Ipv4Addr;
 use super::{
     cluster::{Cluster, OfferState, Session},
     config::{Forwarding, ServiceKey},
+    slots::Member,
 };
 
 /// Everything at one moment.
@@ -133,7 +134,7 @@ impl Cluster {
                 state: self.server_state(id),
                 reachable: self.hosts.get(&offer.key.address).is_some_and(|host| host.reachable()),
                 health: offer.health.index(),
-                weight: self.services[service].members.iter().find(|m| m.id == id).map_or(0, |m| m.weight),
+                weight: weight_of(&self.services[service].members, id),
                 slots: slots.get(&id).copied().unwrap_or(0),
             })
             .collect();
@@ -154,4 +155,9 @@ impl Cluster {
             OfferState::Stopped => ServerState::Stopped,
         }
     }
+}
+
+/// Members are in the order of their ids, as [`Cluster::plan`](super::cluster::Cluster::plan) makes them.
+fn weight_of(members: &[Member], id: u32) -> u32 {
+    members.binary_search_by_key(&id, |member| member.id).map_or(0, |at| members[at].weight)
 }

@@ -9,12 +9,15 @@
 
 pub mod hosts;
 pub mod input;
+pub mod keys;
+pub mod limits;
 pub mod listener;
 pub mod load;
 pub mod lock;
 pub mod owner;
 pub mod vips;
 
+use std::collections::HashMap;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -28,6 +31,8 @@ use tokio::task::JoinSet;
 
 use self::hosts::Hosts;
 use self::input::Input;
+use self::keys::Keys;
+use self::limits::Limits;
 use self::listener::Door;
 use self::lock::InstanceLock;
 use self::owner::Owner;
@@ -36,6 +41,7 @@ use super::admin::AdminSocket;
 use crate::config::ne::{Mode, NeConfig};
 use crate::control::cluster::Cluster;
 use crate::control::config::{ClusterConfig, FarmConfig, Forwarding, ServiceKey};
+use crate::necp::Key;
 use crate::plane::neighbours::{Change, Neighbours};
 use crate::plane::{AttachMode, Plane, PlaneConfig};
 
@@ -54,14 +60,21 @@ Example configuration:
   services = [\"tcp/80\", \"tcp/443\"]
   forwarding = [\"l2\"]
   servers = [\"10.0.0.0/24\"]
-  auth = \"none\"
+  key_file = \"/etc/necp/web.key\"
+
+How the servers of a farm prove who they are is one of
+  key_file = \"FILE\"                   one key for all of them
+  keys = { \"10.0.0.11\" = \"FILE\" }   one for each; those that are not named have `key_file`, if there is one
+  auth = \"none\"                       not at all: only where nobody else can send from their addresses
+A key file belongs to root, is for its owner only (chmod 600), and has at least 16 bytes; make one with
+  (umask 077; head -c 32 /dev/urandom | base64 > /etc/necp/web.key)
 
 Examples:
   necp ne --config /etc/necp/ne.toml --check
   necp ne --config /etc/necp/ne.toml
 
 Signals: SIGTERM and SIGINT end the daemon and take the packet path away; SIGQUIT (or --leave) leaves it forwarding for
-the next daemon, as a crash does. RUST_LOG=debug logs more.")]
+the next daemon, as a crash does. SIGHUP reads the key files again; sessions that are open go on. RUST_LOG=debug logs more.")]
 pub struct Args {
     /// The configuration
     #[arg(long, value_name = "FILE")]
@@ -89,8 +102,15 @@ pub fn run(args: &Args) -> ExitCode {
     for note in &config.notes {
         tracing::warn!("{}:{note}", args.config.display());
     }
+    let keys = match keys::read(&config) {
+        Ok(keys) => keys,
+        Err(errors) => {
+            errors.iter().for_each(|error| eprintln!("{error}"));
+            return ExitCode::FAILURE;
+        }
+    };
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
-    match runtime.context("starting tokio").and_then(|runtime| runtime.block_on(serve(config, args.leave))) {
+    match runtime.context("starting tokio").and_then(|runtime| runtime.block_on(serve(config, keys, args.leave))) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             tracing::error!("{error:#}");
@@ -104,6 +124,10 @@ fn check(args: &Args, config: &NeConfig) -> ExitCode {
         eprintln!("{}: {error}", args.config.display());
         return ExitCode::FAILURE;
     }
+    if let Err(errors) = keys::read(config) {
+        errors.iter().for_each(|error| eprintln!("{error}"));
+        return ExitCode::FAILURE;
+    }
     for note in &config.notes {
         eprintln!("{}:{note}", args.config.display());
     }
@@ -113,22 +137,27 @@ fn check(args: &Args, config: &NeConfig) -> ExitCode {
     ExitCode::SUCCESS
 }
 
-async fn serve(config: NeConfig, leave: bool) -> anyhow::Result<()> {
+async fn serve(config: NeConfig, keys: HashMap<PathBuf, Key>, leave: bool) -> anyhow::Result<()> {
     let config = Arc::new(config);
+    if let Err(error) = limits::raise_open_files(listener::MAX_SESSIONS) {
+        tracing::warn!("{error}");
+    }
     // Before anything is changed: signals, the lock, whatever can be in somebody else's hands.
     let end = End::new(leave)?;
     let _lock = InstanceLock::acquire(&config.pin)?;
     let admin = AdminSocket::bind(&config.socket)
         .with_context(|| format!("cannot listen on the admin socket {}", config.socket.display()))?;
+    let keys = Keys::new(Arc::clone(&config), keys)?;
     let mut listeners = Vec::new();
     for address in &config.listen {
         let listener = listener::bind(*address).with_context(|| format!("cannot listen on {address}"))?;
         listeners.push(listener);
     }
-    let (mut owner, mut inputs, sender, mut changes, door) = start(&config).await?;
+    let (mut owner, mut inputs, sender, mut changes, door) = start(&config, &keys).await?;
 
     let mut tasks = JoinSet::new();
     tasks.spawn(admin.serve(sender));
+    tasks.spawn(follow_hangups(Arc::clone(&keys))?);
     for listener in listeners {
         tasks.spawn(Arc::clone(&door).serve(listener));
     }
@@ -144,7 +173,10 @@ async fn serve(config: NeConfig, leave: bool) -> anyhow::Result<()> {
 type Started<C> = (Owner, mpsc::Receiver<Input>, mpsc::Sender<Input>, C, Arc<Door>);
 
 /// The packet path, and the owner of it.
-async fn start(config: &Arc<NeConfig>) -> anyhow::Result<Started<impl Stream<Item = Change> + Unpin + use<>>> {
+async fn start(
+    config: &Arc<NeConfig>,
+    keys: &Arc<Keys>,
+) -> anyhow::Result<Started<impl Stream<Item = Change> + Unpin + use<>>> {
     let plane = Plane::open(&plane_config(config))?;
     for port in plane.ports() {
         tracing::info!(interface = port.name, "the packet path is on {} in {} mode", port.name, port.mode);
@@ -175,8 +207,9 @@ async fn start(config: &Arc<NeConfig>) -> anyhow::Result<Started<impl Stream<Ite
         None
     };
     let (sender, inputs) = mpsc::channel(input::CAPACITY);
-    let door = Door::new(Arc::clone(config), sender.clone());
-    let mut owner = Owner::new(Arc::clone(config), plane, cluster, hosts, vips, Arc::clone(&door));
+    let limits = Arc::new(Limits::default());
+    let door = Door::new(Arc::clone(config), sender.clone(), Arc::clone(&limits), Arc::clone(keys));
+    let mut owner = Owner::new(Arc::clone(config), plane, cluster, hosts, vips, Arc::clone(&door), limits);
     owner.begin().await;
     Ok((owner, inputs, sender, changes, door))
 }
@@ -221,6 +254,28 @@ impl End {
             _ = self.quit.recv() => true,
         }
     }
+}
+
+/// SIGHUP: the key files have changed.
+fn follow_hangups(keys: Arc<Keys>) -> anyhow::Result<impl Future<Output = ()> + use<>> {
+    let mut hangups = signal(SignalKind::hangup()).context("signals")?;
+    Ok(async move {
+        while hangups.recv().await.is_some() {
+            let keys::Reloaded { changed, failed } = keys.reload();
+            for error in &failed {
+                tracing::error!("SIGHUP: {error}; the key that was read before stays");
+            }
+            let changed: Vec<_> = changed.iter().map(|path| path.display().to_string()).collect();
+            tracing::info!(
+                "SIGHUP: key files read again, {}",
+                if changed.is_empty() {
+                    "no key has changed".into()
+                } else {
+                    format!("new keys in {}", changed.join(", "))
+                }
+            );
+        }
+    })
 }
 
 /// What the packet path needs to know.

@@ -11,6 +11,8 @@ use std::future::Future;
 use std::io;
 use std::net::Ipv4Addr;
 use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use futures_util::StreamExt as _;
@@ -20,7 +22,9 @@ use tokio::sync::{mpsc, oneshot};
 use tokio::time::{sleep_until, timeout};
 
 use super::ne::input::{From, Input, SessionId};
-use crate::necp::{CloseReason, NeEvent, NeSession, SessionConfig, Token};
+use super::ne::keys::Tally;
+use super::ne::limits::{Limits, Share};
+use crate::necp::{Access, CloseReason, NeEvent, NeSession, Rejections, SessionConfig, Token};
 
 /// Bytes read at once.
 const READ: usize = 16 * 1024;
@@ -41,37 +45,58 @@ pub struct Ended {
 /// Answers of the owner that are awaited; `None` if it refuses to answer.
 type Answers = FuturesUnordered<Pin<Box<dyn Future<Output = (Token, Option<Vec<usize>>)> + Send>>>;
 
-struct Peer {
+/// Who has connected, and what the connection shares with others.
+pub struct Patron {
+    /// The server element: the source address.
+    pub server: Ipv4Addr,
+    /// Names the connection.
+    pub id: SessionId,
+    /// The other end of what [`serve`] is ended by: handed on to the owner.
+    pub kick: mpsc::Sender<CloseReason>,
+    /// Set once the peer has said INIT.
+    pub joined: Arc<AtomicBool>,
+    /// What all connections share.
+    pub limits: Arc<Limits>,
+    /// Where rejected messages are counted.
+    pub rejected: Arc<Tally>,
+}
+
+struct Peer<'a> {
     stream: TcpStream,
     session: NeSession,
     from: From,
     owner: mpsc::Sender<Input>,
-    kick: mpsc::Sender<CloseReason>,
+    patron: &'a Patron,
+    share: Share<'a>,
     answers: Answers,
     joined: bool,
+    /// What of the session's rejections was counted.
+    rejected: Rejections,
 }
 
-/// Serves one connection to its end. `kick` is the owner's, and the listener's, way to end it.
+/// Serves one connection to its end. `kicked` is the owner's, and the listener's, way to end it.
 pub async fn serve(
     stream: TcpStream,
-    server: Ipv4Addr,
-    id: SessionId,
-    config: SessionConfig,
+    patron: Patron,
+    mut kicked: mpsc::Receiver<CloseReason>,
+    (config, access): (SessionConfig, Access),
     owner: mpsc::Sender<Input>,
 ) -> Ended {
-    let (kick, mut kicked) = mpsc::channel(1);
+    let server = patron.server;
     let silence = config.keepalive * 3;
     if let Err(error) = prepare(&stream, silence) {
         tracing::debug!(%server, %error, "socket options");
     }
     let mut peer = Peer {
         stream,
-        session: NeSession::new(config, Instant::now(), rand::random()),
-        from: From { server, session: id },
+        session: NeSession::with_access(config, access, Instant::now(), rand::random()),
+        from: From { server, session: patron.id },
         owner,
-        kick,
+        patron: &patron,
+        share: patron.limits.share(),
         answers: FuturesUnordered::new(),
         joined: false,
+        rejected: Rejections::default(),
     };
     let reason = peer.run(&mut kicked).await;
     if peer.joined {
@@ -89,13 +114,14 @@ fn prepare(stream: &TcpStream, silence: Duration) -> io::Result<()> {
     socket2::SockRef::from(stream).set_tcp_user_timeout(Some(silence))
 }
 
-impl Peer {
+impl Peer<'_> {
     /// Until the session is closed; the rest of its output is then still to be written.
     async fn run(&mut self, kicked: &mut mpsc::Receiver<CloseReason>) -> CloseReason {
         let mut output: Vec<u8> = Vec::new();
         let mut written = 0;
         loop {
             self.pass_on_events().await;
+            self.count_rejected();
             if let Some(reason) = self.session.closed() {
                 let reason = reason.clone();
                 if written < output.len() {
@@ -106,6 +132,11 @@ impl Peer {
             if written == output.len() {
                 output = self.session.poll_transmit().unwrap_or_default();
                 written = 0;
+            }
+            let held = self.session.held_bytes() + output.len();
+            if !self.share.set(held) {
+                self.session.close(CloseReason::Overflow(held));
+                continue;
             }
             let wait = self.session.poll_timeout();
             let reads = self.session.wants_input();
@@ -156,8 +187,9 @@ impl Peer {
             let input = match event {
                 NeEvent::Init { token } => {
                     self.joined = true;
+                    self.patron.joined.store(true, Ordering::Relaxed);
                     let done = self.await_answer(token);
-                    Input::Opened { from, kick: self.kick.clone(), done }
+                    Input::Opened { from, kick: self.patron.kick.clone(), done }
                 }
                 NeEvent::Operations { token, operations } => {
                     let done = self.await_answer(token);
@@ -169,16 +201,18 @@ impl Peer {
                     continue;
                 }
                 NeEvent::Query { token, .. } => {
-                    self.session.list(token, 0, None);
+                    self.session.list(token, 0);
                     continue;
                 }
                 NeEvent::ListMore { token, .. } => {
-                    self.session.list_more(token, &[], true);
+                    self.session.list_more(token, &[]);
                     continue;
                 }
                 NeEvent::Health(answers) => Input::Health { from, answers },
                 NeEvent::Notice(notice) => {
-                    tracing::info!(server = %from.server, "{notice}");
+                    if self.patron.limits.voices().may_speak(from.server) {
+                        tracing::info!(server = %from.server, "{notice}");
+                    }
                     continue;
                 }
                 NeEvent::Closed(_) => continue,
@@ -186,6 +220,14 @@ impl Peer {
             if self.owner.send(input).await.is_err() {
                 self.session.close(CloseReason::Shutdown);
             }
+        }
+    }
+
+    fn count_rejected(&mut self) {
+        let now = self.session.counters().rejected;
+        if now != self.rejected {
+            self.patron.rejected.add(&now, &self.rejected);
+            self.rejected = now;
         }
     }
 

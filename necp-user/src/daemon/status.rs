@@ -40,6 +40,9 @@ pub struct Status {
     pub packets: Vec<Packets>,
     /// Connections that came to nothing.
     pub strangers: Strangers,
+    /// What authentication has kept out since the daemon started.
+    #[serde(default)]
+    pub rejected: Rejected,
     /// What an operator should look at; empty if all is well.
     pub alarms: Vec<String>,
     /// Writes to the maps that are being retried.
@@ -70,6 +73,9 @@ pub struct Farm {
     pub name: String,
     /// Its virtual addresses.
     pub vips: Vec<Ipv4Addr>,
+    /// Whether its servers must prove who they are, by a key.
+    #[serde(default)]
+    pub authenticated: bool,
     /// In the order of the configuration.
     pub services: Vec<Service>,
 }
@@ -145,6 +151,34 @@ pub struct Strangers {
     pub too_many: u64,
     /// Never said INIT.
     pub silent: u64,
-    /// Spoke something else.
+    /// Spoke something else, or did not begin with INIT; `http`, `tls` and `ssh` are among them.
     pub not_necp: u64,
+    /// Spoke HTTP.
+    #[serde(default)]
+    pub http: u64,
+    /// Spoke TLS.
+    #[serde(default)]
+    pub tls: u64,
+    /// Spoke SSH.
+    #[serde(default)]
+    pub ssh: u64,
+}
+
+/// Messages, and sessions, that authentication has kept out (draft §5.8, §5.9).
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Rejected {
+    /// INITs without a credential from addresses that need one.
+    pub unauthenticated: u64,
+    /// INITs that ask for authentication from addresses without a key.
+    pub no_key: u64,
+    /// Messages with a wrong credential, INITs among them.
+    pub bad_credential: u64,
+    /// Messages without a credential on authenticated connections.
+    pub stripped: u64,
+    /// Messages with a sequence number that was used before, or does not belong there.
+    pub bad_sequence: u64,
+    /// Messages that are larger than what is authenticated.
+    pub too_large: u64,
+    /// Sessions that an authentic INIT began and nothing fresh followed: recorded INITs that were sent again.
+    pub unconfirmed: u64,
 }

@@ -52,7 +52,7 @@ pub(super) fn check(text: &str, file: File) -> Result<NeConfig, Vec<Mistake>> {
     if check.mistakes.is_empty() { Ok(NeConfig { notes: check.notes, ..config }) } else { Err(check.mistakes) }
 }
 
-struct Check<'a> {
+pub(super) struct Check<'a> {
     text: &'a str,
     mistakes: Vec<Mistake>,
     notes: Vec<Mistake>,
@@ -142,8 +142,8 @@ impl Check<'_> {
 
     fn farm(&mut self, farm: &Farm) -> FarmConfig {
         let name = self.name(farm);
-        self.authentication(farm, &name);
         FarmConfig {
+            auth: self.authentication(farm, &name),
             vips: self.vips(farm),
             services: self.services(farm),
             forwarding: self.forwarding(farm, &name),
@@ -167,24 +167,6 @@ impl Check<'_> {
             self.at(&farm.name, format!("`{name}` is no farm name; write 1 to 32 letters, digits, `-`, `_` or `.`"));
         }
         name.clone()
-    }
-
-    fn authentication(&mut self, farm: &Farm, name: &str) {
-        const NOT_BUILT: &str = "authentication is not built yet; write auth = \"none\" and admit only prefixes that you trust in `servers`";
-        for key in
-            [farm.key_file.as_ref().map(Spanned::span), farm.keys.as_ref().map(Spanned::span)].into_iter().flatten()
-        {
-            self.mistake(Some(key.start), NOT_BUILT.into());
-        }
-        match &farm.auth {
-            Some(auth) if auth.get_ref() == "none" => {}
-            Some(auth) => self.at(auth, format!("auth = \"{}\": {NOT_BUILT}", auth.get_ref())),
-            None if farm.key_file.is_some() || farm.keys.is_some() => {}
-            None => self.at(
-                &farm.name,
-                format!("farm `{name}` does not say how its servers prove who they are; write auth = \"none\""),
-            ),
-        }
     }
 
     fn vips(&mut self, farm: &Farm) -> Vec<Ipv4Addr> {
@@ -311,6 +293,7 @@ impl Check<'_> {
                 ),
             );
         }
+        self.one_proof_each(sections, farms);
         for (at, (section, farm)) in sections.iter().zip(farms).enumerate() {
             let section = section.get_ref();
             self.own_port(section, farm, &config.listen);
@@ -377,7 +360,7 @@ impl Check<'_> {
         found
     }
 
-    fn at<T>(&mut self, value: &Spanned<T>, message: String) {
+    pub(super) fn at<T>(&mut self, value: &Spanned<T>, message: String) {
         self.mistake(Some(value.span().start), message);
     }
 
@@ -385,7 +368,7 @@ impl Check<'_> {
         self.mistakes.push(Mistake { place: offset.map(|offset| place(self.text, offset)), message });
     }
 
-    fn note(&mut self, offset: usize, message: String) {
+    pub(super) fn note(&mut self, offset: usize, message: String) {
         self.notes.push(Mistake { place: Some(place(self.text, offset)), message });
     }
 }

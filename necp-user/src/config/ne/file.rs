@@ -41,7 +41,7 @@ pub(super) struct Farm {
     pub(super) servers: Spanned<Vec<Spanned<Text<Prefix>>>>,
     pub(super) auth: Option<Spanned<String>>,
     pub(super) key_file: Option<Spanned<PathBuf>>,
-    pub(super) keys: Option<Spanned<BTreeMap<String, PathBuf>>>,
+    pub(super) keys: Option<Spanned<BTreeMap<Spanned<String>, Spanned<PathBuf>>>>,
     pub(super) table_size: Option<Spanned<i64>>,
     pub(super) orphan_time: Option<Number>,
     pub(super) tcp_idle: Option<Number>,

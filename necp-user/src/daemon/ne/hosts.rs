@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeSet, HashMap};
 use std::net::Ipv4Addr;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tokio::time::timeout;
 
@@ -11,6 +11,11 @@ use crate::plane::neighbours::{Neighbour, NeighbourError, Neighbours, Reachabili
 
 /// How long the kernel may take for an answer.
 const PATIENCE: Duration = Duration::from_secs(1);
+
+/// Between two readings of the whole table for hosts that it did not have.
+const LIST_PAUSE: Duration = Duration::from_secs(1);
+/// Hosts that are looked up again in one go.
+const REFRESHED: usize = 64;
 
 /// What is known of a host.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -33,6 +38,10 @@ pub struct Hosts {
     routes: HashMap<Ipv4Addr, Option<Route>>,
     entries: HashMap<(u32, Ipv4Addr), Reachability>,
     by_next_hop: HashMap<(u32, Ipv4Addr), BTreeSet<Ipv4Addr>>,
+    /// When the kernel's table was last read as a whole.
+    listed: Option<Instant>,
+    /// Hosts whose routes are still to be looked up again.
+    to_refresh: Vec<Ipv4Addr>,
 }
 
 impl Hosts {
@@ -44,13 +53,16 @@ impl Hosts {
             routes: HashMap::new(),
             entries: HashMap::new(),
             by_next_hop: HashMap::new(),
+            listed: None,
+            to_refresh: Vec::new(),
         }
     }
 
     /// Looks a host's route up, and follows its neighbour entry from now on.
     pub async fn follow(&mut self, host: Ipv4Addr) {
         self.look_up(host).await;
-        if self.sight(host) == Sight::Unknown {
+        let long_ago = self.listed.is_none_or(|at| at.elapsed() >= LIST_PAUSE);
+        if self.sight(host) == Sight::Unknown && long_ago {
             // The event may still be on its way: a connection has just come from there.
             self.list().await;
         }
@@ -61,6 +73,7 @@ impl Hosts {
 
     /// Hosts that nobody asks for any more are forgotten.
     pub fn keep(&mut self, wanted: &BTreeSet<Ipv4Addr>) {
+        self.to_refresh.retain(|host| wanted.contains(host));
         self.routes.retain(|host, _| wanted.contains(host));
         self.by_next_hop.retain(|_, hosts| {
             hosts.retain(|host| wanted.contains(host));
@@ -96,14 +109,24 @@ impl Hosts {
         self.by_next_hop.get(&key).into_iter().flatten().copied().collect()
     }
 
-    /// Looks everything up again; all hosts may have changed.
-    pub async fn refresh(&mut self) -> Vec<Ipv4Addr> {
+    /// Everything is to be looked up again, by [`Hosts::refresh`].
+    pub async fn begin_refresh(&mut self) {
         self.list().await;
-        let hosts: Vec<Ipv4Addr> = self.routes.keys().copied().collect();
-        for host in &hosts {
+        self.to_refresh = self.routes.keys().copied().collect();
+    }
+
+    /// Whether [`Hosts::refresh`] has something to do.
+    pub fn has_more_to_refresh(&self) -> bool {
+        !self.to_refresh.is_empty()
+    }
+
+    /// Looks some hosts up again, and says which: with thousands of them, others must not wait for all.
+    pub async fn refresh(&mut self) -> Vec<Ipv4Addr> {
+        let some = self.to_refresh.split_off(self.to_refresh.len().saturating_sub(REFRESHED));
+        for host in &some {
             self.look_up(*host).await;
         }
-        hosts
+        some
     }
 
     /// Makes the kernel ask whether hosts are still there.
@@ -140,7 +163,9 @@ impl Hosts {
         }
     }
 
-    async fn list(&mut self) {
+    /// Reads the kernel's whole table; from then on its events tell what changes.
+    pub async fn list(&mut self) {
+        self.listed = Some(Instant::now());
         if let Some(entries) = answer(self.neighbours.list()).await {
             let ours = |(ifindex, _): &(u32, Ipv4Addr)| self.ports.contains_key(ifindex);
             self.entries = entries.into_iter().filter(|(key, at)| ours(key) && *at != Reachability::Unknown).collect();

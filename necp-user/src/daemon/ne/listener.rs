@@ -1,9 +1,9 @@
 //! Who may connect: addresses that a farm admits, up to limits. All others are closed without an answer, and counted.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::io;
 use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -11,10 +11,12 @@ use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 
-use super::input::Input;
+use super::input::{Input, SessionId};
+use super::keys::{Keys, Tally};
+use super::limits::Limits;
 use crate::config::ne::NeConfig;
-use crate::daemon::peer::{self, Ended};
-use crate::daemon::status::Strangers;
+use crate::daemon::peer::{self, Ended, Patron};
+use crate::daemon::status::{Rejected, Strangers};
 use crate::necp::{CloseReason, SessionConfig};
 
 /// Connections in all.
@@ -30,6 +32,9 @@ const PAUSE: Duration = Duration::from_millis(100);
 pub struct Door {
     config: Arc<NeConfig>,
     owner: mpsc::Sender<Input>,
+    limits: Arc<Limits>,
+    keys: Arc<Keys>,
+    rejected: Arc<Tally>,
     counts: Counts,
     connected: Mutex<Connected>,
     next_session: AtomicU64,
@@ -39,6 +44,14 @@ pub struct Door {
 struct Connected {
     total: usize,
     by_address: HashMap<Ipv4Addr, usize>,
+    /// From the oldest on: those that may not have said INIT yet.
+    pending: BTreeMap<SessionId, Pending>,
+}
+
+/// A connection that may have to make room.
+struct Pending {
+    joined: Arc<AtomicBool>,
+    kick: mpsc::Sender<CloseReason>,
 }
 
 /// Connections that came to nothing, by kind.
@@ -48,6 +61,9 @@ struct Counts {
     too_many: AtomicU64,
     silent: AtomicU64,
     not_necp: AtomicU64,
+    http: AtomicU64,
+    tls: AtomicU64,
+    ssh: AtomicU64,
 }
 
 /// Binds an address.
@@ -63,10 +79,13 @@ pub fn bind(address: SocketAddrV4) -> io::Result<TcpListener> {
 
 impl Door {
     /// A door to `owner`.
-    pub fn new(config: Arc<NeConfig>, owner: mpsc::Sender<Input>) -> Arc<Self> {
+    pub fn new(config: Arc<NeConfig>, owner: mpsc::Sender<Input>, limits: Arc<Limits>, keys: Arc<Keys>) -> Arc<Self> {
         Arc::new(Self {
             config,
             owner,
+            limits,
+            keys,
+            rejected: Arc::default(),
             counts: Counts::default(),
             connected: Mutex::default(),
             next_session: AtomicU64::new(1),
@@ -80,8 +99,8 @@ impl Door {
             tokio::select! {
                 accepted = listener.accept() => match accepted {
                     Ok((stream, SocketAddr::V4(peer))) => {
-                        if let Some(place) = self.admit(*peer.ip()) {
-                            sessions.spawn(Arc::clone(&self).session(stream, place));
+                        if let Some((place, kicked)) = self.admit(*peer.ip()) {
+                            sessions.spawn(Arc::clone(&self).session(stream, place, kicked));
                         }
                     }
                     Ok((_, SocketAddr::V6(_))) => {}
@@ -103,7 +122,15 @@ impl Door {
             too_many: read(&self.counts.too_many),
             silent: read(&self.counts.silent),
             not_necp: read(&self.counts.not_necp),
+            http: read(&self.counts.http),
+            tls: read(&self.counts.tls),
+            ssh: read(&self.counts.ssh),
         }
+    }
+
+    /// What authentication has kept out so far.
+    pub fn rejected(&self) -> Rejected {
+        self.rejected.read()
     }
 
     /// Connections that are open now.
@@ -111,41 +138,73 @@ impl Door {
         self.connected.lock().unwrap_or_else(PoisonError::into_inner).total
     }
 
-    fn admit(self: &Arc<Self>, address: Ipv4Addr) -> Option<Place> {
+    fn admit(self: &Arc<Self>, address: Ipv4Addr) -> Option<(Place, mpsc::Receiver<CloseReason>)> {
         if self.config.admits(address).is_none() {
             self.count(&self.counts.not_admitted, address, "is admitted by no farm (`servers`)");
             return None;
         }
         let mut connected = self.connected.lock().unwrap_or_else(PoisonError::into_inner);
-        let total = connected.total;
-        let own = connected.by_address.entry(address).or_default();
-        if total >= MAX_SESSIONS || *own >= MAX_SESSIONS_PER_ADDRESS {
-            if *own == 0 {
-                connected.by_address.remove(&address);
-            }
+        let own = connected.by_address.get(&address).copied().unwrap_or(0);
+        if own >= MAX_SESSIONS_PER_ADDRESS || (connected.total >= MAX_SESSIONS && !connected.make_room()) {
             self.count(&self.counts.too_many, address, "has, or all together have, too many connections open");
             return None;
         }
-        *own += 1;
+        let id = self.next_session.fetch_add(1, Ordering::Relaxed);
+        let (kick, kicked) = mpsc::channel(1);
+        let joined = Arc::new(AtomicBool::new(false));
+        connected.pending.insert(id, Pending { joined: Arc::clone(&joined), kick: kick.clone() });
+        *connected.by_address.entry(address).or_default() += 1;
         connected.total += 1;
-        Some(Place { door: Arc::clone(self), address })
+        Some((Place { door: Arc::clone(self), address, id, joined, kick }, kicked))
     }
 
-    async fn session(self: Arc<Self>, stream: TcpStream, place: Place) {
-        let id = self.next_session.fetch_add(1, Ordering::Relaxed);
+    async fn session(self: Arc<Self>, stream: TcpStream, place: Place, kicked: mpsc::Receiver<CloseReason>) {
         let keepalive = self.config.keepalive;
         let config = SessionConfig { keepalive, jitter: keepalive / 5, ..SessionConfig::default() };
-        let Ended { reason, joined } = peer::serve(stream, place.address, id, config, self.owner.clone()).await;
+        let access = match self.keys.access(place.address) {
+            Ok(access) => access,
+            Err(error) => return tracing::error!("{} is turned away: {error}", place.address),
+        };
+        let patron = Patron {
+            server: place.address,
+            id: place.id,
+            kick: place.kick.clone(),
+            joined: Arc::clone(&place.joined),
+            limits: Arc::clone(&self.limits),
+            rejected: Arc::clone(&self.rejected),
+        };
+        let Ended { reason, joined } = peer::serve(stream, patron, kicked, (config, access), self.owner.clone()).await;
         if joined {
             return;
         }
         match reason {
-            CloseReason::Framing { .. } | CloseReason::OutOfOrder(_) => {
+            CloseReason::Framing { identifier } => {
+                if let Some(kind) = self.counts.kind(identifier) {
+                    kind.fetch_add(1, Ordering::Relaxed);
+                }
                 self.count(&self.counts.not_necp, place.address, "does not speak NECP");
             }
-            CloseReason::AuthRequired | CloseReason::NoKey => {
-                tracing::warn!("{} asks for authentication, which is not built yet: refused", place.address);
+            CloseReason::OutOfOrder(_) => self.count(&self.counts.not_necp, place.address, "does not begin with INIT"),
+            CloseReason::TooManySessions => {
+                self.count(&self.counts.too_many, place.address, "sent no INIT and had to make room for others");
             }
+            CloseReason::AuthRequired
+            | CloseReason::NoKey
+            | CloseReason::BadInit
+            | CloseReason::Unconfirmed(_)
+            | CloseReason::Rejected(_)
+            | CloseReason::MessageTooLarge(_)
+                if self.limits.voices().may_speak(place.address) =>
+            {
+                tracing::warn!("{} is turned away: {reason}", place.address);
+            }
+            // Counted by the session.
+            CloseReason::AuthRequired
+            | CloseReason::NoKey
+            | CloseReason::BadInit
+            | CloseReason::Unconfirmed(_)
+            | CloseReason::Rejected(_)
+            | CloseReason::MessageTooLarge(_) => {}
             CloseReason::Shutdown => {}
             _ => self.count(&self.counts.silent, place.address, "connected and left without an INIT"),
         }
@@ -161,16 +220,45 @@ impl Door {
     }
 }
 
+impl Counts {
+    /// What speaks, by its first two bytes: the usual visitors of an open port.
+    fn kind(&self, first: u16) -> Option<&AtomicU64> {
+        match &first.to_be_bytes() {
+            b"GE" | b"HE" | b"PO" | b"PU" | b"DE" | b"OP" | b"CO" | b"PR" | b"PA" | b"TR" => Some(&self.http),
+            // A handshake record (RFC 8446 §5.1) of any version from SSL 3.0 on.
+            [0x16, 3] => Some(&self.tls),
+            b"SS" => Some(&self.ssh),
+            _ => None,
+        }
+    }
+}
+
+impl Connected {
+    /// Has the oldest connection without an INIT closed; false if there is none.
+    fn make_room(&mut self) -> bool {
+        while let Some((_, oldest)) = self.pending.pop_first() {
+            if !oldest.joined.load(Ordering::Relaxed) && oldest.kick.try_send(CloseReason::TooManySessions).is_ok() {
+                return true;
+            }
+        }
+        false
+    }
+}
+
 /// One of the places, given back when dropped.
 struct Place {
     door: Arc<Door>,
     address: Ipv4Addr,
+    id: SessionId,
+    joined: Arc<AtomicBool>,
+    kick: mpsc::Sender<CloseReason>,
 }
 
 impl Drop for Place {
     fn drop(&mut self) {
         let mut connected = self.door.connected.lock().unwrap_or_else(PoisonError::into_inner);
         connected.total -= 1;
+        connected.pending.remove(&self.id);
         if let Some(own) = connected.by_address.get_mut(&self.address) {
             *own -= 1;
             if *own == 0 {

@@ -9,18 +9,20 @@ mod report;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::Ipv4Addr;
+use std::ops::Bound;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use futures_util::{Stream, StreamExt as _};
 use necp_ebpf::verdict::Reason;
 use tokio::sync::{mpsc, oneshot};
-use tokio::time::{sleep_until, timeout_at};
+use tokio::time::sleep_until;
 
 use self::acks::{Ack, Acks};
 use self::report::Sampler;
 use super::hosts::{Hosts, Sight};
 use super::input::{From, Input, SessionId};
+use super::limits::Limits;
 use super::listener::Door;
 use super::vips::Vips;
 use crate::config::ne::NeConfig;
@@ -38,12 +40,19 @@ const GATHER: Duration = Duration::from_millis(1);
 const GATHER_MAX: usize = 4096;
 /// Between two samples of the counters, two probes of a lost host, two looks at what is due.
 const SECOND: Duration = Duration::from_secs(1);
+/// A plan takes longer the more servers there are: what can wait (slow start, health above 0) waits this many times as
+/// long as the last one took, so that such plans take a tenth of the time at most; and never longer than [`WAIT_MAX`].
+const WAIT_FACTOR: u32 = 9;
+/// See [`WAIT_FACTOR`].
+const WAIT_MAX: Duration = Duration::from_millis(500);
 /// After a write failed.
 const RETRY: Duration = Duration::from_millis(100);
 /// Slots or flow buckets that the collector looks at in one go: well under a millisecond.
 const BATCH: usize = 8192;
 /// Between two goes, for everything else.
 const BATCH_PAUSE: Duration = Duration::from_millis(5);
+/// Lost hosts that are asked for in a second.
+const PROBES: usize = 256;
 /// How long a START may wait for the next hop of its server to be known.
 const NEXT_HOP_WAIT: Duration = Duration::from_secs(1);
 /// After routes changed, for more changes to come.
@@ -63,12 +72,23 @@ pub struct Owner {
     sessions: HashMap<Ipv4Addr, Current>,
     /// Servers without a session whose flows live: asked every second whether they are still there.
     lost: BTreeSet<Ipv4Addr>,
+    /// The last one that was asked.
+    probed: Ipv4Addr,
+    limits: Arc<Limits>,
     acks: Acks,
     /// Who wants to see everything: shown is what stands in the maps, so after the next write.
     asked: Vec<oneshot::Sender<Status>>,
     sampler: Sampler,
-    /// Something may have to be written.
+    /// Something may have to be written, at the latest when a change that can wait may.
     dirty: bool,
+    /// It cannot wait.
+    urgent: bool,
+    /// When what can wait may be written.
+    next_write: Instant,
+    /// When time alone has something to be written, as of the last write.
+    deadline: Option<Instant>,
+    /// Answers may be due.
+    release: bool,
     failed_writes: u64,
     retry: Option<Instant>,
     next_second: Instant,
@@ -93,6 +113,7 @@ impl Owner {
         hosts: Hosts,
         vips: Option<Vips>,
         door: Arc<Door>,
+        limits: Arc<Limits>,
     ) -> Self {
         let now = Instant::now();
         Self {
@@ -106,9 +127,15 @@ impl Owner {
             door,
             sessions: HashMap::new(),
             lost: BTreeSet::new(),
+            probed: Ipv4Addr::UNSPECIFIED,
+            limits,
             acks: Acks::default(),
             asked: Vec::new(),
             dirty: true,
+            urgent: true,
+            next_write: now,
+            deadline: None,
+            release: true,
             failed_writes: 0,
             retry: None,
             next_second: now,
@@ -120,6 +147,7 @@ impl Owner {
 
     /// Looks for the servers that were adopted, and writes the first plan.
     pub async fn begin(&mut self) {
+        self.hosts.list().await;
         let adopted: Vec<Ipv4Addr> = self.cluster.hosts().collect();
         for host in adopted {
             self.hosts.follow(host).await;
@@ -141,18 +169,16 @@ impl Owner {
             let due = self.due();
             tokio::select! {
                 () = &mut stop => return,
-                Some(input) = inputs.recv() => {
-                    self.take(input).await;
-                    self.gather(inputs).await;
-                }
+                Some(input) = inputs.recv() => self.take(input).await,
                 Some(change) = changes.next() => self.on_change(change),
                 () = sleep_until(due.into()) => {}
             }
+            self.gather(inputs, changes).await;
             self.do_what_is_due().await;
-            if self.dirty {
+            if self.dirty && (self.urgent || self.next_write <= Instant::now()) {
                 self.write();
             }
-            self.acks.release(Instant::now(), |host| matches!(self.hosts.sight(host), Sight::At(_)));
+            self.release();
             for done in std::mem::take(&mut self.asked) {
                 // Who asked may have given up.
                 let _ = done.send(self.status());
@@ -160,16 +186,27 @@ impl Owner {
         }
     }
 
-    async fn gather(&mut self, inputs: &mut mpsc::Receiver<Input>) {
-        if !self.dirty {
-            return;
-        }
+    /// Takes what comes within a moment, so that one plan does for all of it.
+    async fn gather(&mut self, inputs: &mut mpsc::Receiver<Input>, changes: &mut (impl Stream<Item = Change> + Unpin)) {
         let until = tokio::time::Instant::now() + GATHER;
         for _ in 0..GATHER_MAX {
-            match timeout_at(until, inputs.recv()).await {
-                Ok(Some(input)) => self.take(input).await,
-                Ok(None) | Err(_) => return,
+            if !self.urgent {
+                return;
             }
+            tokio::select! {
+                biased;
+                Some(input) = inputs.recv() => self.take(input).await,
+                Some(change) = changes.next() => self.on_change(change),
+                () = sleep_until(until) => return,
+            }
+        }
+    }
+
+    /// Gives the answers that are due.
+    fn release(&mut self) {
+        let now = Instant::now();
+        if std::mem::take(&mut self.release) || self.acks.next().is_some_and(|at| at <= now) {
+            self.acks.release(now, |host| matches!(self.hosts.sight(host), Sight::At(_)));
         }
     }
 
@@ -184,12 +221,15 @@ impl Owner {
                 self.operate(from.server, &operations, done);
             }
             Input::Health { from, answers } if self.is_current(from) => {
-                let now = Instant::now();
-                for answer in answers {
+                let (now, before) = (Instant::now(), self.cluster.touches());
+                for answer in &answers {
                     let (protocol, port) = (answer.service.protocol(), answer.service.port());
                     self.cluster.health(from.server, protocol, port, answer.health, now);
                 }
-                self.dirty = true;
+                if self.cluster.touches() != before {
+                    self.dirty = true;
+                    self.urgent |= answers.iter().any(|answer| answer.health == 0);
+                }
             }
             Input::Lost { from, reason } if self.is_current(from) => self.lose(from.server, &reason),
             Input::Status { done } => self.asked.push(done),
@@ -207,7 +247,9 @@ impl Owner {
         match self.sessions.get(&from.server) {
             Some(current) if current.session > from.session => return false,
             Some(current) if current.session < from.session => {
-                tracing::info!("{} has opened a new session: the old one is closed", from.server);
+                if self.limits.voices().may_speak(from.server) {
+                    tracing::info!("{} has opened a new session: the old one is closed", from.server);
+                }
                 // If there is no room, it is being closed already.
                 let _ = current.kick.try_send(CloseReason::Superseded);
             }
@@ -224,22 +266,26 @@ impl Owner {
         match self.cluster.init(server, self.hosts.is_on_link(server), now) {
             Ok(change) => {
                 self.acks.add(Ack::init(server, change, done));
-                tracing::info!("{server} has joined");
+                if self.limits.voices().may_speak(server) {
+                    tracing::info!("{server} has joined");
+                }
             }
             // The door admits by the same prefixes.
             Err(error) => tracing::error!("{error}"),
         }
-        if self.hosts.sight(server) == Sight::NoWay {
+        if self.hosts.sight(server) == Sight::NoWay && self.limits.voices().may_speak(server) {
             tracing::warn!("no route by any of `interfaces` leads to {server}: its packets could not reach it");
         }
         self.lost.remove(&server);
         self.report_sight(server);
-        self.dirty = true;
+        self.must_write();
     }
 
     fn operate(&mut self, server: Ipv4Addr, operations: &[Operation], done: oneshot::Sender<Vec<usize>>) {
         let now = Instant::now();
         let mut ack = Ack::operations(server, now + NEXT_HOP_WAIT, done);
+        let limits = Arc::clone(&self.limits);
+        let voices = limits.voices();
         let mut started = self.sessions.get_mut(&server).map(|session| std::mem::take(&mut session.started));
         for (index, operation) in operations.iter().enumerate() {
             let Some(key) = operation.service() else {
@@ -249,7 +295,7 @@ impl Owner {
             match operation {
                 Operation::Stop(_) => {
                     ack.wait(index, self.cluster.stop(server, key.protocol(), key.port(), now));
-                    if started.as_mut().is_some_and(|started| started.remove(&key)) {
+                    if started.as_mut().is_some_and(|started| started.remove(&key)) && voices.may_speak(server) {
                         tracing::info!("{server} stops {key}");
                     }
                 }
@@ -258,13 +304,15 @@ impl Owner {
                     match self.cluster.start(server, forwarding, key.protocol(), key.port(), now) {
                         Ok(change) => {
                             ack.wait_for_start(index, change);
-                            if started.as_mut().is_some_and(|started| started.insert(key)) {
+                            if started.as_mut().is_some_and(|started| started.insert(key)) && voices.may_speak(server) {
                                 tracing::info!("{server} starts {key} by {}", unit.forwarding);
                             }
                         }
                         Err(error) => {
                             ack.fail(index);
-                            tracing::warn!("{server} cannot start {key} by {}: {error}", unit.forwarding);
+                            if voices.may_speak(server) {
+                                tracing::warn!("{server} cannot start {key} by {}: {error}", unit.forwarding);
+                            }
                         }
                     }
                 }
@@ -275,12 +323,14 @@ impl Owner {
             session.started = started;
         }
         self.acks.add(ack);
-        self.dirty = true;
+        self.must_write();
     }
 
     fn lose(&mut self, server: Ipv4Addr, reason: &CloseReason) {
         let serving = self.sessions.remove(&server).is_some_and(|session| !session.started.is_empty());
-        if serving {
+        if !self.limits.voices().may_speak(server) {
+            // It comes and goes: what it does is counted as lines that were left out.
+        } else if serving {
             tracing::warn!("session of {server} lost ({reason}): it gets no new flows, its flows stay");
         } else {
             tracing::info!("{server} has left ({reason})");
@@ -289,7 +339,7 @@ impl Owner {
         self.hosts.probe([server]);
         self.lost.insert(server);
         self.report_sight(server);
-        self.dirty = true;
+        self.must_write();
     }
 
     fn on_change(&mut self, change: Change) {
@@ -325,9 +375,13 @@ impl Owner {
         }
     }
 
+    fn must_write(&mut self) {
+        (self.dirty, self.urgent) = (true, true);
+    }
+
     /// Tells the cluster where a host is.
     fn report_sight(&mut self, host: Ipv4Addr) {
-        let now = Instant::now();
+        let (now, before) = (Instant::now(), self.cluster.touches());
         match self.hosts.sight(host) {
             Sight::At(hop) => _ = self.cluster.host_reachable(host, hop, now),
             Sight::Gone => _ = self.cluster.host_gone(host, now),
@@ -335,12 +389,19 @@ impl Owner {
             // Entries come and go; where a host was last is the best guess until another is known.
             Sight::Unknown => return,
         }
-        self.dirty = true;
+        self.release = true;
+        if self.cluster.touches() != before {
+            self.must_write();
+        }
     }
 
     fn due(&self) -> Instant {
         let mut due = self.next_second.min(self.next_batch);
-        let times = [self.retry, self.refresh_at, self.cluster.next_deadline(), self.acks.next()];
+        if self.hosts.has_more_to_refresh() {
+            return Instant::now();
+        }
+        let write = if self.dirty { Some(self.next_write) } else { self.deadline.map(|at| at.max(self.next_write)) };
+        let times = [self.retry, self.refresh_at, write, self.acks.next()];
         for time in times.into_iter().flatten().chain(self.announcements.iter().copied()) {
             due = due.min(time);
         }
@@ -349,8 +410,9 @@ impl Owner {
 
     async fn do_what_is_due(&mut self) {
         let now = Instant::now();
-        if self.cluster.next_deadline().is_some_and(|at| at <= now) || self.retry.is_some_and(|at| at <= now) {
-            self.dirty = true;
+        self.dirty |= self.deadline.is_some_and(|at| at <= now);
+        if self.retry.is_some_and(|at| at <= now) {
+            self.must_write();
         }
         if self.next_batch <= now {
             self.collect(now);
@@ -363,9 +425,10 @@ impl Owner {
         }
         if self.refresh_at.is_some_and(|at| at <= now) {
             self.refresh_at = None;
-            for host in self.hosts.refresh().await {
-                self.report_sight(host);
-            }
+            self.hosts.begin_refresh().await;
+        }
+        for host in self.hosts.refresh().await {
+            self.report_sight(host);
         }
         if self.next_second <= now {
             self.next_second = now + SECOND;
@@ -378,8 +441,20 @@ impl Owner {
         let wanted: BTreeSet<Ipv4Addr> = self.cluster.hosts().collect();
         self.lost.retain(|host| wanted.contains(host) && !self.sessions.contains_key(host));
         self.hosts.keep(&wanted);
-        self.hosts.probe(self.lost.iter().copied().collect::<Vec<_>>());
+        self.probe_lost();
+        for (server, lines) in self.limits.voices().refill() {
+            tracing::info!("{server}: {lines} more lines like those above were left out");
+        }
         self.sampler.sample(now, &self.plane, &self.cluster);
+    }
+
+    /// Asks for the lost hosts, in turn if there are many: each question is a frame to everybody on the link.
+    fn probe_lost(&mut self) {
+        let after = self.lost.range((Bound::Excluded(self.probed), Bound::Unbounded));
+        let wrapped = self.lost.range(..=self.probed);
+        let turn: Vec<Ipv4Addr> = after.chain(wrapped).take(PROBES).copied().collect();
+        self.probed = turn.last().copied().unwrap_or(Ipv4Addr::UNSPECIFIED);
+        self.hosts.probe(turn);
     }
 
     /// One batch of the collector's work.
@@ -404,7 +479,9 @@ impl Owner {
     fn write(&mut self) {
         let now = Instant::now();
         let applied = self.cluster.sync(&self.plane.view(), now);
-        self.dirty = false;
+        self.deadline = self.cluster.next_deadline();
+        (self.dirty, self.urgent, self.release) = (false, false, true);
+        self.next_write = Instant::now() + (now.elapsed() * WAIT_FACTOR).min(WAIT_MAX);
         if let Some(error) = applied.errors.first() {
             if self.retry.is_none() {
                 tracing::error!(%error, "{} writes to the maps failed; they are retried", applied.errors.len());

@@ -20,7 +20,16 @@ async fn bench(config: SessionConfig) -> Bench {
     let client = TcpStream::connect(listener.local_addr().expect("an address")).await.expect("connected");
     let (stream, _) = listener.accept().await.expect("accepted");
     let (owner, inputs) = mpsc::channel(16);
-    let peer = tokio::spawn(serve(stream, SERVER, 7, config, owner));
+    let (kick, kicked) = mpsc::channel(1);
+    let patron = Patron {
+        server: SERVER,
+        id: 7,
+        kick,
+        joined: Arc::default(),
+        limits: Arc::default(),
+        rejected: Arc::default(),
+    };
+    let peer = tokio::spawn(serve(stream, patron, kicked, (config, Access::Open), owner));
     Bench { client, inputs, peer }
 }
 

@@ -19,6 +19,7 @@ pub fn tables(status: &Status) -> String {
     text.push('\n');
     text.push_str(&packets(status));
     text.push_str(&strangers(status));
+    text.push_str(&rejected(status));
     text
 }
 
@@ -43,7 +44,8 @@ fn head(status: &Status) -> String {
 
 fn farm_text(farm: &Farm) -> String {
     let vips: Vec<String> = farm.vips.iter().map(ToString::to_string).collect();
-    let mut text = format!("farm {} at {}\n", farm.name, vips.join(" "));
+    let authenticated = if farm.authenticated { ", authenticated" } else { "" };
+    let mut text = format!("farm {} at {}{authenticated}\n", farm.name, vips.join(" "));
     let mut table = table(&[
         "SERVICE",
         "SERVER",
@@ -105,10 +107,29 @@ fn strangers(status: &Status) -> String {
         ("too many", strangers.too_many),
         ("silent", strangers.silent),
         ("not NECP", strangers.not_necp),
+        ("HTTP", strangers.http),
+        ("TLS", strangers.tls),
+        ("SSH", strangers.ssh),
     ];
     let seen: Vec<String> =
         kinds.iter().filter(|(_, count)| *count > 0).map(|(kind, count)| format!("{count} {kind}")).collect();
     if seen.is_empty() { String::new() } else { format!("\nconnections turned away: {}\n", seen.join(", ")) }
+}
+
+fn rejected(status: &Status) -> String {
+    let rejected = &status.rejected;
+    let kinds = [
+        ("INIT without credential", rejected.unauthenticated),
+        ("INIT without a key for it", rejected.no_key),
+        ("wrong credential", rejected.bad_credential),
+        ("no credential", rejected.stripped),
+        ("bad sequence number", rejected.bad_sequence),
+        ("too large", rejected.too_large),
+        ("INIT sent again", rejected.unconfirmed),
+    ];
+    let seen: Vec<String> =
+        kinds.iter().filter(|(_, count)| *count > 0).map(|(kind, count)| format!("{count} {kind}")).collect();
+    if seen.is_empty() { String::new() } else { format!("\nrejected by authentication: {}\n", seen.join(", ")) }
 }
 
 fn table(header: &[&str]) -> Table {
@@ -163,7 +184,7 @@ fn bytes(bytes: u64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::daemon::status::{Interface, Packets, Server, Service, Strangers};
+    use crate::daemon::status::{Interface, Packets, Rejected, Server, Service, Strangers};
 
     pub fn sample() -> Status {
         let server = |address: [u8; 4], state: &str, health, slots: u32| Server {
@@ -203,6 +224,7 @@ mod tests {
             farms: vec![Farm {
                 name: "web".into(),
                 vips: vec![Ipv4Addr::new(192, 0, 2, 10)],
+                authenticated: true,
                 services: vec![
                     Service {
                         service: "tcp/80".into(),
@@ -220,6 +242,7 @@ mod tests {
                 Packets { reason: "bad-tables".into(), action: "drop".into(), packets: 0, per_second: 0.0 },
             ],
             strangers: Strangers { not_admitted: 3, ..Strangers::default() },
+            rejected: Rejected { bad_credential: 2, unconfirmed: 1, ..Rejected::default() },
             alarms: vec!["farm web: most servers were lost at once".into()],
             pending_writes: 1,
             failed_writes: 7,
@@ -235,7 +258,7 @@ necp 0.1.0 pid 4711 up 3h 2m on eth0 (native), listening on 0.0.0.0:3262, 1 sess
 map writes: 1 pending, 7 failed
 ALARM: farm web: most servers were lost at once
 
-farm web at 192.0.2.10
+farm web at 192.0.2.10, authenticated
   SERVICE  SERVER     BY  STATE              HEALTH  WEIGHT  SLOTS   SHARE  RECORDS  FLOWS/S  PACKETS/S    BYTES
   tcp/80   10.0.0.11  l2  up                    100    2510    251  100.0%       12      3.2      51234  1.2 MiB
   tcp/80   10.0.0.12  l2  lost, unreachable       -       0      0    0.0%       12      3.2      51234  1.2 MiB
@@ -246,6 +269,8 @@ packets
   plain   transmit     1000       51234
 
 connections turned away: 3 not admitted
+
+rejected by authentication: 2 wrong credential, 1 INIT sent again
 ";
         assert_eq!(tables(&sample()), expected);
     }

@@ -214,20 +214,20 @@ impl Bed {
         self.ne.handle_timeout(self.now);
     }
 
-    /// The caller's lists: refused, empty, shorter or longer than was said.
+    /// The caller's lists: empty, short, long, and given late.
     fn list(&mut self, how: u8) {
         let sample = Listed { scope: Scope::Local, installer: Ipv4Addr::new(10, 0, 0, 11), flows: Flows::ALL };
         for token in std::mem::take(&mut self.queries) {
             match how & 3 {
-                0 => self.ne.refuse_list(token),
-                1 => self.ne.list(token, u32::from(how >> 2), Some(sample)),
-                2 => self.ne.list(token, 3_000, Some(sample)),
-                _ => self.ne.list(token, how.into(), None),
+                0 => self.ne.list(token, 0),
+                1 => self.ne.list(token, u32::from(how >> 2)),
+                2 => self.ne.list(token, 3_000),
+                _ => self.ne.list(token, how.into()),
             }
         }
         for (token, max) in std::mem::take(&mut self.wanted) {
             let count = max.min(1 + usize::from(how));
-            self.ne.list_more(token, &vec![sample; count], how & 0x40 == 0);
+            self.ne.list_more(token, &vec![sample; if how & 0x40 == 0 { count } else { 0 }]);
         }
     }
 

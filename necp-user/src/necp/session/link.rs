@@ -16,6 +16,8 @@ use crate::necp::wire::{Decoder, Direction, Flags, HEADER_LEN, Header, Item, Opc
 
 /// Output beyond which no more input is read: the peer must read first.
 const OUTPUT_FULL: usize = 64 * 1024;
+/// Output beyond which a streamed message waits for the peer, so that the answers behind it have room too, and input is read.
+const STREAM_FULL: usize = OUTPUT_FULL / 2;
 /// Input that may wait inside a session whose caller reads though it is told not to.
 const BACKLOG_MAX: usize = 1024 * 1024;
 /// Output handed over at once.
@@ -67,8 +69,8 @@ pub(super) struct Link {
     paused: bool,
     /// Whether bytes of a message in progress came since the last tick of the keepalive clock.
     moved: bool,
-    /// Whether the peer took some of a streamed message since then.
-    took: bool,
+    /// Whether the peer took some of a streamed message since then, or we read the end of a long one.
+    excused: bool,
     /// The latest time that was told.
     pub(super) now: Instant,
 }
@@ -98,7 +100,7 @@ impl Link {
             progress_bytes: 0,
             paused: false,
             moved: false,
-            took: false,
+            excused: false,
             now,
         }
     }
@@ -313,8 +315,13 @@ impl Link {
     /// Whether a message in progress has moved since this was asked last: its sender cannot answer in between, nor can
     /// its reader be asked.
     pub(super) fn take_moved(&mut self) -> bool {
-        let (moved, took) = (mem::take(&mut self.moved), mem::take(&mut self.took));
-        (moved && self.decoder.in_message()) || took
+        let (moved, excused) = (mem::take(&mut self.moved), mem::take(&mut self.excused));
+        (moved && self.decoder.in_message()) || excused
+    }
+
+    /// A long message has just ended: what waited behind it comes now.
+    pub(super) fn excuse(&mut self) {
+        self.excused = true;
     }
 
     // ---- output ----
@@ -378,7 +385,7 @@ impl Link {
 
     /// Units for which there is room: the peer must read first.
     pub(super) fn stream_room(&self) -> usize {
-        OUTPUT_FULL.saturating_sub(self.out.len() - self.out_start) / UNIT_LEN
+        STREAM_FULL.saturating_sub(self.out.len() - self.out_start) / UNIT_LEN
     }
 
     /// The next unit of the message that was begun.
@@ -395,6 +402,7 @@ impl Link {
 
     /// All units of the message that was begun are sent.
     pub(super) fn end_stream(&mut self) {
+        self.excuse();
         self.streams = false;
         if let Some(signer) = self.stream_signer.take() {
             self.out.extend_from_slice(&signer.credential());
@@ -449,7 +457,7 @@ impl Link {
         if waiting == 0 {
             return None;
         }
-        self.took |= self.streams;
+        self.excused |= self.streams;
         if waiting <= CHUNK {
             let chunk = self.out.split_off(self.out_start);
             self.out = Vec::new();
@@ -521,8 +529,7 @@ impl Link {
         self.notices.pop_front()
     }
 
-    /// Bytes held, for tests of the bound.
-    #[cfg(any(test, fuzzing))]
+    /// Bytes held.
     pub(super) fn held_bytes(&self) -> usize {
         let secure = self.secure.as_ref().map_or(0, |secure| secure.held_bytes());
         let input = self.backlog.capacity() + self.decoder.held() + secure;

@@ -240,8 +240,7 @@ impl Secure {
         self.key.sign(header)
     }
 
-    /// Bytes held, for tests of the bound.
-    #[cfg(any(test, fuzzing))]
+    /// Bytes held.
     pub(super) fn held_bytes(&self) -> usize {
         self.message.as_ref().map_or(0, |message| message.as_slice().len() * UNIT_LEN)
     }

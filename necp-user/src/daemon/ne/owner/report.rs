@@ -7,6 +7,7 @@ use necp_ebpf::abi::ServerStats;
 use necp_ebpf::verdict::{Action, REASONS, Reason};
 
 use super::{Owner, alarms};
+use crate::config::ne::Auth;
 use crate::control::cluster::Cluster;
 use crate::control::status::{ServerStatus, ServiceStatus};
 use crate::daemon::status::{Farm, Interface, Packets, Server, Service, Status};
@@ -109,8 +110,7 @@ impl Sampler {
 type Counters = ([u64; REASONS as usize], Vec<(u32, ServerStats)>);
 
 fn read(plane: &Plane, cluster: &Cluster) -> Result<Counters, PlaneError> {
-    let services = cluster.snapshot().farms.into_iter().flat_map(|farm| farm.services);
-    let ids: Vec<u32> = services.flat_map(|service| service.servers).map(|server| server.id).collect();
+    let ids = cluster.server_ids();
     let servers = plane.server_stats(&ids)?;
     Ok((plane.reasons()?, ids.into_iter().zip(servers).collect()))
 }
@@ -125,8 +125,11 @@ impl Owner {
             slots: service.slots,
             servers: service.servers.iter().map(|one| self.sampler.server(one, service.slots, records)).collect(),
         };
+        let authenticated =
+            |name: &str| self.config.farms.iter().any(|farm| farm.name == name && farm.auth != Auth::None);
         let farms = cluster.farms.iter().map(|farm| Farm {
             name: farm.name.clone(),
+            authenticated: authenticated(&farm.name),
             vips: farm.vips.clone(),
             services: farm.services.iter().map(service).collect(),
         });
@@ -152,6 +155,7 @@ impl Owner {
             farms: farms.collect(),
             packets: self.sampler.packets(),
             strangers: self.door.strangers(),
+            rejected: self.door.rejected(),
             alarms: alarms(&in_alarm, failing),
             pending_writes: failing,
             failed_writes: self.failed_writes,

@@ -60,8 +60,8 @@ pub enum NeEvent {
         /// For [`NeSession::respond`].
         token: Token,
     },
-    /// The SE asks for the exceptions in force, of any SE, that match (§5.7.7): count them, then [`NeSession::list`], or
-    /// [`NeSession::refuse_list`]. One at a time: the next is told when this one is answered.
+    /// The SE asks for the exceptions in force, of any SE, that match (§5.7.7), as they are after the operations told
+    /// before: count them, then [`NeSession::list`].
     Query {
         /// For [`NeSession::list`].
         token: Token,
@@ -242,26 +242,20 @@ impl NeSession {
         }
     }
 
-    /// Begins the answer to a [`NeEvent::Query`]: EXCEPTION_RESP with exactly `count` units (§5.7.8), which are asked for
-    /// piece by piece with [`NeEvent::ListMore`], so that a long list takes no more memory than a short one.
+    /// Begins the answer to a [`NeEvent::Query`]: EXCEPTION_RESP with exactly `count` units (§5.7.8), asked for piece by
+    /// piece with [`NeEvent::ListMore`], so that a long list takes no more memory than a short one.
     ///
     /// The header announces the number of units before the first is sent, and the draft knows no chaining of messages
-    /// (§6.5), so the number holds whatever becomes of the list meanwhile. The caller lists what was in force when it
-    /// counted and still is. For what is gone since, the unit before is repeated: an entry named twice is one entry, and
-    /// every unit is one that matches. `sample` is one of those counted, repeated if none is left to be listed first.
-    pub fn list(&mut self, token: Token, count: u32, sample: Option<Listed>) {
-        self.listings.list(token, count, sample, &mut self.link, &mut self.events);
+    /// (§6.5), so the number holds whatever becomes of the list meanwhile: the caller makes up for entries that are gone
+    /// when their turn comes by naming another one of the list again, for an entry named twice is one entry.
+    pub fn list(&mut self, token: Token, count: u32) {
+        self.listings.list(token, count, &mut self.link, &mut self.events);
     }
 
-    /// More of the list, in the order of the list, at most as many as asked for; it may be none. `last`: there are no
-    /// more. What exceeds the announced count is left out. A token that is not awaited is ignored.
-    pub fn list_more(&mut self, token: Token, entries: &[Listed], last: bool) {
-        self.listings.more(token, entries, last, &mut self.link, &mut self.events);
-    }
-
-    /// Answers a [`NeEvent::Query`] with F_Error: it cannot be done now.
-    pub fn refuse_list(&mut self, token: Token) {
-        self.listings.refuse(token, &mut self.link, &mut self.events);
+    /// More of the list, at most as many as [`NeEvent::ListMore`] asked for; with none it asks again. A token that is not
+    /// awaited is ignored.
+    pub fn list_more(&mut self, token: Token, entries: &[Listed]) {
+        self.listings.more(token, entries, &mut self.link, &mut self.events);
     }
 
     /// The Health Index that the NE answers to the SE's queries (§5.5.2), 0 to 100; more counts as 100.
@@ -517,7 +511,9 @@ impl NeSession {
         match Filter::parse(unit) {
             Ok(filter) => {
                 let token = self.requests.next_token();
-                self.listings.add(token, header.request_id, filter, &mut self.events);
+                self.listings.add(token, header.request_id);
+                // Operations that came before it come before it here too.
+                self.events.push_back(NeEvent::Query { token, filter });
             }
             Err(_) => {
                 self.link.counters.failed_units += 1;
@@ -630,9 +626,9 @@ impl NeSession {
         self.link.has_deferred() && matches!(self.state, State::InitPending { .. })
     }
 
-    /// Bytes held, for tests of the bound.
-    #[cfg(any(test, fuzzing))]
-    pub(in crate::necp) fn held_bytes(&self) -> usize {
+    /// Bytes that this session holds of what the peer sent or has not read, besides its fixed size.
+    #[must_use]
+    pub fn held_bytes(&self) -> usize {
         let body = match &self.body {
             Body::Queries(queries) => queries.units.capacity() * size_of::<Unit>(),
             _ => 0,

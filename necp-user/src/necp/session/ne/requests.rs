@@ -208,7 +208,6 @@ impl Requests {
         }
     }
 
-    #[cfg(any(test, fuzzing))]
     pub(super) fn held_bytes(&self) -> usize {
         let failed: usize = self.requests.values().map(|request| request.failed.capacity()).sum();
         let units: usize = self.batches.values().chain([&self.building]).map(|batch| batch.units.capacity()).sum();

@@ -33,7 +33,6 @@ struct Cut {
 pub(super) struct Listing {
     id: RequestId,
     filter: Filter,
-    previous: Option<Unit>,
     piece: Vec<Listed>,
 }
 
@@ -148,12 +147,9 @@ impl SeSession {
     pub(super) fn on_listed(&mut self, unit: &Unit) {
         let Body::Listing(listing) = &mut self.body else { return };
         match Listed::parse(unit) {
-            // An NE may repeat a unit, to keep the number that it announced.
-            _ if listing.previous == Some(*unit) => {}
             Ok(entry) if listing.filter.matches(&entry) => listing.piece.push(entry),
             _ => self.link.bad_entry(),
         }
-        listing.previous = Some(*unit);
         if listing.piece.len() >= MAX_BATCH {
             let (id, entries) = (listing.id, std::mem::take(&mut listing.piece));
             self.hand_over(id, entries, false);
@@ -164,6 +160,7 @@ impl SeSession {
     pub(super) fn on_listed_all(&mut self, listing: Listing) {
         self.hand_over(listing.id, listing.piece, true);
         // All others waited behind it.
+        self.link.excuse();
         self.restart_deadlines();
     }
 
@@ -176,6 +173,6 @@ impl SeSession {
 impl Listing {
     fn new(request: &Request) -> Self {
         let filter = request.units.first().and_then(|unit| Filter::parse(unit).ok()).unwrap_or_default();
-        Self { id: request.id, filter, previous: None, piece: Vec::new() }
+        Self { id: request.id, filter, piece: Vec::new() }
     }
 }

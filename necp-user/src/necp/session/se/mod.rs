@@ -75,7 +75,8 @@ pub enum SeEvent {
     Listed {
         /// What [`SeSession::except_query`] returned.
         id: RequestId,
-        /// At most [`super::MAX_BATCH`] entries that match the filter, of any SE; the last piece may be empty.
+        /// At most [`super::MAX_BATCH`] entries that match the filter, of any SE; the last piece may be empty. One may be
+        /// named twice: an NE keeps the number that it announced, though entries have gone meanwhile.
         entries: Vec<Listed>,
         /// No more follow.
         last: bool,

@@ -1,5 +1,6 @@
 //! Both machines on a virtual clock.
 
+mod exceptions;
 mod hostile;
 mod ne;
 mod pairs;
@@ -43,6 +44,13 @@ fn init(request_id: u16) -> Vec<u8> {
 /// The messages in a stream; fails unless it is framed to the last byte and every header is one that we may send.
 fn messages(bytes: &[u8]) -> Vec<(Header, Vec<Unit>)> {
     let mut decoder = Decoder::default();
+    let found = read_messages(&mut decoder, bytes);
+    assert!(!decoder.in_message(), "output ends with a whole message");
+    found
+}
+
+/// As [`messages`], of a stream that may be cut; units of a message that began in an earlier piece are left out.
+fn read_messages(decoder: &mut Decoder, bytes: &[u8]) -> Vec<(Header, Vec<Unit>)> {
     let mut rest = bytes;
     let mut found: Vec<(Header, Vec<Unit>)> = Vec::new();
     while let Some(item) = decoder.next(&mut rest).expect("output is framed") {
@@ -54,11 +62,14 @@ fn messages(bytes: &[u8]) -> Vec<(Header, Vec<Unit>)> {
                 assert!(header.units().is_some());
                 found.push((header, Vec::new()));
             }
-            Item::Unit(unit) => found.last_mut().unwrap().1.push(unit),
+            Item::Unit(unit) => {
+                if let Some((_, units)) = found.last_mut() {
+                    units.push(unit);
+                }
+            }
             Item::End | Item::Payload => {}
         }
     }
-    assert!(!decoder.in_message(), "output ends with a whole message");
     found
 }
 
@@ -123,7 +134,7 @@ impl Ne {
                         done.extend(operations.iter().copied());
                     }
                     NeEvent::Reset { token } => self.session.respond(*token, &[]),
-                    NeEvent::Query { token, .. } => self.session.list(*token, 0, None),
+                    NeEvent::Query { token, .. } => self.session.list(*token, 0),
                     _ => {}
                 }
             }

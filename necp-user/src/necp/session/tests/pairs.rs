@@ -2,29 +2,31 @@
 
 use std::collections::VecDeque;
 
+use super::exceptions::List;
 use super::*;
 
 /// A pair of sessions and the state that their callers would hold.
-struct Pair {
-    ne: NeSession,
-    se: SeSession,
-    now: Instant,
-    wire_to_ne: VecDeque<u8>,
-    wire_to_se: VecDeque<u8>,
-    to_ne: bool,
-    to_se: bool,
+pub(super) struct Pair {
+    pub(super) ne: NeSession,
+    pub(super) se: SeSession,
+    pub(super) now: Instant,
+    pub(super) wire_to_ne: VecDeque<u8>,
+    pub(super) wire_to_se: VecDeque<u8>,
+    pub(super) to_ne: bool,
+    pub(super) to_se: bool,
     /// Bytes carried at once, at most.
-    piece: usize,
-    health: u8,
-    failing: Vec<ServiceKey>,
+    pub(super) piece: usize,
+    pub(super) health: u8,
+    pub(super) failing: Vec<ServiceKey>,
     /// What the NE's maps hold.
-    maps: Vec<ServiceUnit>,
-    se_log: Vec<SeEvent>,
-    ne_health: Vec<HealthAnswer>,
+    pub(super) maps: Vec<ServiceUnit>,
+    pub(super) list: List,
+    pub(super) se_log: Vec<SeEvent>,
+    pub(super) ne_health: Vec<HealthAnswer>,
 }
 
 impl Pair {
-    fn new(config: SessionConfig) -> Self {
+    pub(super) fn new(config: SessionConfig) -> Self {
         let now = Instant::now();
         Self {
             ne: NeSession::new(config.clone(), now, 1),
@@ -38,24 +40,29 @@ impl Pair {
             health: 100,
             failing: Vec::new(),
             maps: Vec::new(),
+            list: List::default(),
             se_log: Vec::new(),
             ne_health: Vec::new(),
         }
     }
 
-    fn ne_events(&mut self) -> bool {
+    pub(super) fn ne_events(&mut self) -> bool {
         let mut any = false;
         while let Some(event) = self.ne.poll_event() {
             any = true;
             match event {
                 NeEvent::Init { token } => {
                     self.maps.clear();
+                    self.list.own.clear();
                     self.ne.respond(token, &[]);
                 }
                 NeEvent::Operations { token, operations } => {
                     let mut failed = Vec::new();
                     for (index, operation) in operations.iter().enumerate() {
-                        let key = operation.service();
+                        let Some(key) = operation.service() else {
+                            self.list.operate(operation);
+                            continue;
+                        };
                         if self.failing.contains(&key) {
                             failed.push(index);
                             continue;
@@ -66,6 +73,15 @@ impl Pair {
                         }
                     }
                     self.ne.respond(token, &failed);
+                }
+                NeEvent::Reset { token } => {
+                    self.list.own.clear();
+                    self.ne.respond(token, &[]);
+                }
+                NeEvent::Query { token, filter } => self.ne.list(token, self.list.query(token, filter)),
+                NeEvent::ListMore { token, max } => {
+                    let entries = self.list.more(token, max);
+                    self.ne.list_more(token, &entries);
                 }
                 NeEvent::Health(answers) => self.ne_health.extend(answers),
                 NeEvent::Notice(notice) => panic!("{notice}"),
@@ -89,7 +105,7 @@ impl Pair {
     }
 
     /// Carries bytes, at most what the receiver wants; takes more only when the wire is empty.
-    fn carry(&mut self) -> bool {
+    pub(super) fn carry(&mut self) -> bool {
         let mut any = false;
         if self.wire_to_ne.is_empty() {
             self.wire_to_ne.extend(self.se.poll_transmit().into_iter().flatten());
@@ -115,7 +131,7 @@ impl Pair {
     }
 
     /// Carries bytes and events until all is quiet.
-    fn settle(&mut self) {
+    pub(super) fn settle(&mut self) {
         loop {
             let mut any = self.ne_events() | self.se_events();
             any |= self.carry();
@@ -132,7 +148,7 @@ impl Pair {
         }
     }
 
-    fn pass(&mut self, time: Duration) {
+    pub(super) fn pass(&mut self, time: Duration) {
         let until = self.now + time;
         self.settle();
         while let Some(due) = [self.ne.poll_timeout(), self.se.poll_timeout()].into_iter().flatten().min()
@@ -147,7 +163,7 @@ impl Pair {
     }
 }
 
-fn seconds(count: u64) -> Duration {
+pub(super) fn seconds(count: u64) -> Duration {
     Duration::from_secs(count)
 }
 

@@ -31,6 +31,7 @@ const FORMS: [&str; 5] = ["empty", "unit", "bad unit", "odd", "version"];
 fn form(opcode: Opcode, form: &str, request_id: u16) -> Vec<u8> {
     let unit = match opcode {
         Opcode::INIT | Opcode::INIT_ACK => Unit::default(),
+        Opcode(0x20..=0x27) => Unit([1, 60, 0, 0, 0, 0, 6, 80]),
         _ => offer("tcp/80").unit(),
     };
     match form {
@@ -56,11 +57,10 @@ fn ready_ne(opcode: Opcode) -> [Does; 5] {
         Opcode::NOOP => [Skip, Skip, Skip, Skip, Mismatch],
         Opcode::INIT => [Refuse, Event, Fail, Refuse, Mismatch],
         Opcode::KEEPALIVE => [Ack, Ack, Fail, Refuse, Mismatch],
-        Opcode::START | Opcode::STOP => [Refuse, Event, Fail, Refuse, Mismatch],
-        Opcode::EXCEPTION_ADD | Opcode::EXCEPTION_DEL | Opcode::EXCEPTION_QUERY => {
-            [Refuse, Fail, Fail, Refuse, Mismatch]
+        Opcode::START | Opcode::STOP | Opcode::EXCEPTION_ADD | Opcode::EXCEPTION_DEL | Opcode::EXCEPTION_QUERY => {
+            [Refuse, Event, Fail, Refuse, Mismatch]
         }
-        Opcode::EXCEPTION_RESET => [Ack, Ack, Ack, Refuse, Mismatch],
+        Opcode::EXCEPTION_RESET => [Event, Event, Event, Refuse, Mismatch],
         // KEEPALIVE_ACK to nothing outstanding, what flows the other way, what is reserved.
         _ => [Skip, Skip, Skip, Skip, Mismatch],
     }
@@ -135,7 +135,7 @@ fn every_message_in_every_state_of_the_ne() {
             let mut ne = ne_in(state);
             ne.input(&form(opcode, FORMS[index], 0x55aa));
             let events = ne.events();
-            let event = events.iter().any(|event| matches!(event, NeEvent::Init { .. } | NeEvent::Operations { .. }));
+            let event = events.iter().any(|event| !matches!(event, NeEvent::Notice(_) | NeEvent::Closed(_)));
             let closed = events.iter().any(|event| matches!(event, NeEvent::Closed(_)));
             let waits = state != "closed" && !ne.session.wants_input();
             let output = ne.output();

@@ -13,7 +13,7 @@ struct Seen {
 
 impl Seen {
     /// A caller that does everything at once, and has no exceptions to list.
-    fn ne(&mut self, ne: &mut Ne) {
+    fn of_ne(&mut self, ne: &mut Ne) {
         while let Some(event) = ne.session.poll_event() {
             match event {
                 NeEvent::Init { token } | NeEvent::Reset { token } => {
@@ -26,7 +26,7 @@ impl Seen {
                 }
                 NeEvent::Query { token, filter } => {
                     self.events.push(format!("{filter:?}"));
-                    ne.session.list(token, 0, None);
+                    ne.session.list(token, 0);
                 }
                 other => self.events.push(format!("{other:?}")),
             }
@@ -35,7 +35,7 @@ impl Seen {
         self.output.extend(ne.output());
     }
 
-    fn se(&mut self, se: &mut Se) {
+    fn of_se(&mut self, se: &mut Se) {
         while let Some(event) = se.session.poll_event() {
             if let SeEvent::HealthQuery { token, queries } = &event {
                 se.session.answer_health(*token, &vec![Some(100); queries.len()]);
@@ -51,7 +51,7 @@ fn ne_sees(opened: bool, pieces: &[&[u8]]) -> Seen {
     let mut seen = Seen::default();
     for piece in pieces {
         ne.input(piece);
-        seen.ne(&mut ne);
+        seen.of_ne(&mut ne);
     }
     seen
 }
@@ -61,7 +61,7 @@ fn se_sees(pieces: &[&[u8]]) -> Seen {
     let mut seen = Seen::default();
     for piece in pieces {
         se.input(piece);
-        seen.se(&mut se);
+        seen.of_se(&mut se);
     }
     seen
 }

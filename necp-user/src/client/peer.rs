@@ -1,0 +1,176 @@
+//! One network element: dial it, keep the session, dial again.
+//!
+//! ```text
+//!   dial ──► INIT ──► Ready ──► exceptions, START ──► requests of the application ──(leave)──► close
+//!    ▲                                                    │
+//!    └────────── 1, 2, 4 … s (§5.4) ◄─────────────────────┘ closed, reset, dead
+//! ```
+
+use std::net::IpAddr;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
+
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio::time::sleep;
+
+use super::address::NeAddress;
+use super::answers::{Listing, NeError};
+use super::builder::Settings;
+use super::dial::dial;
+use super::session::Session;
+use super::wish::Wish;
+use crate::necp::{Backoff, Exception, Filter, Flows, ServiceKey};
+
+/// What one network element thinks of this server, as far as is known here.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NeState {
+    /// The network element.
+    pub ne: NeAddress,
+    /// The session with it.
+    pub standing: Standing,
+    /// Since when there has been a session, or none.
+    pub since: Instant,
+}
+
+/// The session with one network element.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Standing {
+    /// There is none, and why.
+    Away(String),
+    /// There is one.
+    Joined {
+        /// The address that this server is known by there.
+        local: Option<IpAddr>,
+        /// Services that it has acknowledged as started.
+        started: Vec<ServiceKey>,
+        /// Services that it has refused to start; it is asked again.
+        refused: Vec<ServiceKey>,
+        /// Whether it has acknowledged that it sends no new flows.
+        stopped: bool,
+        /// Its own Health Index, 0 to 100, once it has told.
+        health: Option<u8>,
+    },
+}
+
+/// Something for the network element to do.
+pub(super) struct Command {
+    pub(super) what: What,
+    /// Told what came of it; whoever asked may have gone.
+    pub(super) done: Done,
+}
+
+pub(super) type Done = oneshot::Sender<Result<Listing, NeError>>;
+
+#[derive(Debug, Clone)]
+pub(super) enum What {
+    /// START of everything.
+    Start,
+    /// STOP of everything.
+    Stop,
+    Add(Arc<[Exception]>),
+    Delete(Arc<[Flows]>),
+    Reset,
+    Query(Filter),
+}
+
+/// What the application wants, shared by all peers. Changed before the command about it is sent.
+#[derive(Clone)]
+pub(super) struct SharedWish(Arc<Mutex<Wish>>);
+
+impl SharedWish {
+    pub(super) fn new(wish: Wish) -> Self {
+        Self(Arc::new(Mutex::new(wish)))
+    }
+
+    pub(super) fn lock(&self) -> MutexGuard<'_, Wish> {
+        // No invariant spans two calls, so a panic elsewhere has broken none.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Where the commands come from.
+pub(super) struct Inbox {
+    commands: mpsc::Receiver<Command>,
+    leave: watch::Receiver<bool>,
+}
+
+impl Inbox {
+    /// The next command, if there is room for one; `None` is the order to leave, as is a client that is gone.
+    pub(super) async fn next_if(&mut self, has_room: bool) -> Option<Command> {
+        tokio::select! {
+            biased;
+            // An error means that there is no client any more.
+            _ = self.leave.wait_for(|leave| *leave) => None,
+            command = self.commands.recv(), if has_room => command,
+        }
+    }
+
+    /// Until the order to leave: no session, nothing can be done.
+    async fn decline(&mut self, why: &str) {
+        while let Some(command) = self.next_if(true).await {
+            let _ = command.done.send(Err(NeError::Away(why.to_owned())));
+        }
+    }
+}
+
+/// The task of one network element.
+pub(super) struct Peer {
+    pub(super) ne: NeAddress,
+    pub(super) settings: Arc<Settings>,
+    pub(super) wish: SharedWish,
+    pub(super) state: watch::Sender<NeState>,
+}
+
+impl Peer {
+    pub(super) fn new(ne: NeAddress, settings: Arc<Settings>, wish: SharedWish) -> (Self, watch::Receiver<NeState>) {
+        let standing = Standing::Away("not connected yet".into());
+        let (state, receiver) = watch::channel(NeState { ne: ne.clone(), standing, since: Instant::now() });
+        (Self { ne, settings, wish, state }, receiver)
+    }
+
+    /// Runs until the order to leave.
+    pub(super) async fn run(self, commands: mpsc::Receiver<Command>, leave: watch::Receiver<bool>) {
+        let mut inbox = Inbox { commands, leave };
+        let mut backoff = Backoff::new(self.settings.retry_max);
+        let mut told = None;
+        let mut why = String::from("not connected yet");
+        while let Some(outcome) = self.attempt(&mut inbox, &mut backoff, &why).await {
+            self.away(&outcome);
+            let delay = backoff.next_delay_jittered(rand::random());
+            // An element that stays away is one line, not one per attempt at the same distance.
+            let news = Some((outcome.clone(), delay.as_secs_f64().round()));
+            if told != news {
+                tracing::warn!(ne = %self.ne, "{outcome}; retry in {:.0} s", delay.as_secs_f64());
+                told = news;
+            }
+            tokio::select! {
+                () = sleep(delay) => {}
+                () = inbox.decline(&outcome) => break,
+            }
+            why = outcome;
+        }
+        self.away("left");
+    }
+
+    /// One connection from dial to end: why it ended, or `None` if it was told to.
+    async fn attempt(&self, inbox: &mut Inbox, backoff: &mut Backoff, why: &str) -> Option<String> {
+        let patience = self.settings.keepalive * 3;
+        let dialled = tokio::select! {
+            dialled = dial(&self.ne, self.settings.source, patience) => dialled,
+            () = inbox.decline(why) => return None,
+        };
+        match dialled {
+            Ok(stream) => Session::new(self, backoff).run(stream, inbox).await,
+            Err(error) => Some(format!("cannot connect: {error}")),
+        }
+    }
+
+    fn away(&self, why: &str) {
+        self.state.send_modify(|state| {
+            if matches!(state.standing, Standing::Joined { .. }) {
+                state.since = Instant::now();
+            }
+            state.standing = Standing::Away(why.to_owned());
+        });
+    }
+}

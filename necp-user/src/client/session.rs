@@ -1,0 +1,387 @@
+//! One session on one connection: the protocol machine between the socket and what the application wants.
+
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use futures_util::StreamExt as _;
+use futures_util::stream::FuturesUnordered;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::TcpStream;
+use tokio::net::tcp::{ReadHalf, WriteHalf};
+use tokio::time::{sleep_until, timeout};
+
+use super::answers::{Listing, NeError};
+use super::health::ask;
+use super::peer::{Command, Done, Inbox, Peer, Standing, What};
+use super::refused::Refused;
+use crate::necp::{
+    Backoff, CloseReason, Flows, Listed, Query, RequestId, SeEvent, SeSession, ServiceKey, ServiceUnit, SessionConfig,
+    Token,
+};
+
+/// How long the last bytes of a session may take to be written.
+const FLUSH: Duration = Duration::from_secs(1);
+/// Commands on the wire at a time; more wait in the queue.
+const MAX_PENDING: usize = 64;
+
+type HealthAnswers = FuturesUnordered<Pin<Box<dyn Future<Output = (Token, Vec<Option<u8>>)> + Send>>>;
+
+pub(super) struct Session<'a> {
+    peer: &'a Peer,
+    backoff: &'a mut Backoff,
+    machine: SeSession,
+    pending: BTreeMap<RequestId, Pending>,
+    health: HealthAnswers,
+    refused: Refused,
+    /// The latest START or STOP: the one that counts.
+    latest: Option<RequestId>,
+    /// Whether that was a STOP which was acknowledged.
+    stopped: bool,
+    ne_health: Option<u8>,
+    local: Option<IpAddr>,
+}
+
+/// A request that waits for its answer. Dropped without one, whoever asked is told that the session was lost.
+enum Pending {
+    Start(Option<Done>),
+    Stop(Option<Done>),
+    Except(Done),
+    /// Exceptions that the element has forgotten, and how many.
+    Again(usize),
+    Reset(Done),
+    Query(Done, Listing),
+}
+
+impl<'a> Session<'a> {
+    pub(super) fn new(peer: &'a Peer, backoff: &'a mut Backoff) -> Self {
+        let config = SessionConfig { keepalive: peer.settings.keepalive, ..SessionConfig::default() };
+        Self {
+            machine: SeSession::new(config, Instant::now(), rand::random()),
+            pending: BTreeMap::new(),
+            health: FuturesUnordered::new(),
+            refused: Refused::new(peer.settings.retry_max),
+            peer,
+            backoff,
+            latest: None,
+            stopped: false,
+            ne_health: None,
+            local: None,
+        }
+    }
+
+    /// Until the session ends: why, or `None` if it was told to.
+    pub(super) async fn run(mut self, mut stream: TcpStream, inbox: &mut Inbox) -> Option<String> {
+        self.local = stream.local_addr().ok().map(|address| address.ip());
+        let (mut read, mut write) = stream.split();
+        let (mut output, mut input) = (Vec::new(), vec![0; 16 * 1024]);
+        let mut failure = None;
+        let reason = loop {
+            self.work();
+            if output.is_empty() {
+                output = self.machine.poll_transmit().unwrap_or_default();
+            }
+            if let Some(reason) = self.machine.closed() {
+                break reason.clone();
+            }
+            if let Err(error) = self.step(&mut read, &mut write, &mut output, &mut input, inbox).await {
+                failure = Some(error.to_string());
+                self.machine.close(CloseReason::ClosedByPeer);
+            }
+        };
+        // What cannot be written now is lost with the connection.
+        let _ = timeout(FLUSH, flush(&mut write, output, &mut self.machine)).await;
+        match reason {
+            CloseReason::Shutdown => None,
+            CloseReason::ClosedByPeer => Some(match failure {
+                Some(error) => format!("connection lost: {error}"),
+                None => "the network element closed the session".into(),
+            }),
+            other => Some(other.to_string()),
+        }
+    }
+
+    /// Waits for whatever comes next, and hands it to the machine.
+    async fn step(
+        &mut self,
+        read: &mut ReadHalf<'_>,
+        write: &mut WriteHalf<'_>,
+        output: &mut Vec<u8>,
+        input: &mut [u8],
+        inbox: &mut Inbox,
+    ) -> std::io::Result<()> {
+        let due = [self.machine.poll_timeout(), self.refused.due()].into_iter().flatten().min();
+        let wants_input = self.machine.wants_input();
+        let has_room = self.pending.len() < MAX_PENDING;
+        tokio::select! {
+            length = read.read(input), if wants_input => match length? {
+                0 => self.machine.close(CloseReason::ClosedByPeer),
+                length => self.machine.handle_input(Instant::now(), &input[..length]),
+            },
+            written = write.write(output), if !output.is_empty() => {
+                let written = written?;
+                output.drain(..written);
+            }
+            () = sleep_until(due.unwrap_or_else(Instant::now).into()), if due.is_some() => {
+                self.machine.handle_timeout(Instant::now());
+                self.ask_again();
+            }
+            Some((token, answers)) = self.health.next(), if !self.health.is_empty() => {
+                self.machine.answer_health(token, &answers);
+            }
+            command = inbox.next_if(has_room) => match command {
+                Some(command) => self.carry_out(command),
+                None => self.machine.close(CloseReason::Shutdown),
+            },
+        }
+        Ok(())
+    }
+
+    fn carry_out(&mut self, command: Command) {
+        let Command { what, done } = command;
+        if !self.machine.is_ready() {
+            // Ready will find what is wanted.
+            let _ = done.send(Err(NeError::Away("the session is not open yet".into())));
+            return;
+        }
+        match what {
+            What::Start => self.start(Some(done)),
+            What::Stop => self.stop(Some(done)),
+            What::Add(exceptions) => {
+                let id = self.machine.except_add(&exceptions);
+                self.pending.insert(id, Pending::Except(done));
+            }
+            What::Delete(flows) => {
+                let id = self.machine.except_del(&flows);
+                self.pending.insert(id, Pending::Except(done));
+            }
+            What::Reset => {
+                let id = self.machine.except_reset();
+                self.pending.insert(id, Pending::Reset(done));
+            }
+            What::Query(filter) => {
+                let id = self.machine.except_query(filter);
+                self.pending.insert(id, Pending::Query(done, Listing::default()));
+            }
+        }
+    }
+
+    fn work(&mut self) {
+        while let Some(event) = self.machine.poll_event() {
+            self.on_event(event);
+        }
+    }
+
+    fn on_event(&mut self, event: SeEvent) {
+        let ne = &self.peer.ne;
+        match event {
+            SeEvent::Ready => self.on_ready(),
+            SeEvent::HealthQuery { token, queries } => self.ask_health(token, queries),
+            SeEvent::Acked { id, failed } => self.on_acked(id, failed),
+            SeEvent::Excepted { id, failed } => self.on_excepted(id, failed),
+            SeEvent::Reset { id, done } => {
+                if let Some(Pending::Reset(asked)) = self.pending.remove(&id) {
+                    let _ = asked.send(if done { Ok(Listing::default()) } else { Err(NeError::Refused) });
+                }
+            }
+            SeEvent::Listed { id, entries, last } => self.on_listed(id, entries, last),
+            SeEvent::ListFailed { id } => {
+                if let Some(Pending::Query(asked, _)) = self.pending.remove(&id) {
+                    let _ = asked.send(Err(NeError::Refused));
+                }
+            }
+            SeEvent::NeHealth(index) => {
+                tracing::debug!(%ne, "the network element's own health is {index}");
+                self.ne_health = Some(index);
+                self.publish();
+            }
+            SeEvent::Notice(notice) => tracing::warn!(%ne, "{notice}"),
+            // `run` sees it too, and says it.
+            SeEvent::Closed(_) => {}
+        }
+    }
+
+    /// The element holds nothing for us (§5.4). Exceptions go first, so that no flow comes that is not wanted.
+    fn on_ready(&mut self) {
+        match self.local {
+            Some(local) => tracing::info!(ne = %self.peer.ne, "joined, known there as {local}"),
+            None => tracing::info!(ne = %self.peer.ne, "joined"),
+        }
+        self.backoff.reset();
+        let (serving, exceptions) = {
+            let mut wish = self.peer.wish.lock();
+            (wish.serving, wish.exceptions(Instant::now()))
+        };
+        if !exceptions.is_empty() {
+            let id = self.machine.except_add(&exceptions);
+            self.pending.insert(id, Pending::Again(exceptions.len()));
+        }
+        if serving {
+            self.start(None);
+        } else {
+            // A network element that forgot this server in a restart may still send it flows of an older START.
+            self.stop(None);
+        }
+        self.publish();
+    }
+
+    fn start(&mut self, done: Option<Done>) {
+        if self.peer.settings.offers.is_empty() {
+            tracing::info!(ne = %self.peer.ne, "nothing to serve");
+        }
+        self.refused = Refused::new(self.peer.settings.retry_max);
+        self.send_start(&self.peer.settings.offers, done);
+    }
+
+    fn send_start(&mut self, offers: &[ServiceUnit], done: Option<Done>) {
+        self.stopped = false;
+        let id = self.machine.start(offers);
+        self.latest = Some(id);
+        self.pending.insert(id, Pending::Start(done));
+    }
+
+    fn stop(&mut self, done: Option<Done>) {
+        self.refused = Refused::new(self.peer.settings.retry_max);
+        let services: Vec<ServiceKey> = self.peer.settings.offers.iter().map(ServiceUnit::key).collect();
+        let id = self.machine.stop(&services);
+        self.latest = Some(id);
+        self.pending.insert(id, Pending::Stop(done));
+    }
+
+    /// Asks for what was refused again, if it is time.
+    fn ask_again(&mut self) {
+        if let Some(again) = self.refused.take_due(Instant::now()) {
+            let offers = self.peer.settings.offers.iter();
+            let units: Vec<_> = offers.filter(|unit| again.contains(&unit.key())).copied().collect();
+            self.send_start(&units, None);
+        }
+    }
+
+    fn ask_health(&mut self, token: Token, queries: Vec<Query>) {
+        let (health, limit) = (Arc::clone(&self.peer.settings.health), self.peer.settings.health_timeout);
+        self.health.push(Box::pin(async move { (token, ask(health, queries, limit).await) }));
+    }
+
+    fn on_acked(&mut self, id: RequestId, failed: Vec<ServiceKey>) {
+        let counts = self.latest == Some(id);
+        let done = match self.pending.remove(&id) {
+            Some(Pending::Start(done)) => {
+                // Else it is a START that STOP has overtaken.
+                if counts {
+                    self.on_started(&failed);
+                }
+                done
+            }
+            Some(Pending::Stop(done)) => {
+                if counts {
+                    self.on_stopped(&failed);
+                }
+                done
+            }
+            _ => return,
+        };
+        self.publish();
+        if let Some(done) = done {
+            let answer = if failed.is_empty() { Ok(Listing::default()) } else { Err(NeError::Services(failed)) };
+            let _ = done.send(answer);
+        }
+    }
+
+    fn on_stopped(&mut self, failed: &[ServiceKey]) {
+        let ne = &self.peer.ne;
+        self.stopped = failed.is_empty();
+        if failed.is_empty() {
+            tracing::info!(%ne, "stopped; no new flows from there");
+        } else {
+            tracing::warn!(%ne, "STOP failed for {}; new flows may still come", list(failed));
+        }
+    }
+
+    fn on_started(&mut self, failed: &[ServiceKey]) {
+        let (ne, offers) = (&self.peer.ne, &self.peer.settings.offers);
+        let started = self.refused.asked(offers, failed);
+        if !started.is_empty() {
+            tracing::info!(%ne, "started {}", list(&started));
+        }
+        if self.refused.answered(Instant::now(), failed) {
+            let units: Vec<_> = offers.iter().filter(|unit| failed.contains(&unit.key())).map(offer).collect();
+            tracing::warn!(
+                %ne,
+                "refused {}: that service or forwarding type is not offered to this server there, or (l2) it is not on \
+                 a link with it; will ask again",
+                units.join(", ")
+            );
+        }
+    }
+
+    fn on_excepted(&mut self, id: RequestId, failed: Vec<Flows>) {
+        let ne = &self.peer.ne;
+        match self.pending.remove(&id) {
+            Some(Pending::Except(done)) => {
+                let answer = if failed.is_empty() { Ok(Listing::default()) } else { Err(NeError::Exceptions(failed)) };
+                let _ = done.send(answer);
+            }
+            Some(Pending::Again(count)) if failed.is_empty() => {
+                tracing::info!(%ne, "installed {count} exceptions again")
+            }
+            Some(Pending::Again(count)) => {
+                tracing::warn!(%ne, "refused {} of {count} exceptions of an earlier session", failed.len());
+            }
+            _ => {}
+        }
+    }
+
+    fn on_listed(&mut self, id: RequestId, entries: Vec<Listed>, last: bool) {
+        let Some(Pending::Query(_, listing)) = self.pending.get_mut(&id) else { return };
+        for entry in entries {
+            // An element fills a list that has become shorter with the entry before.
+            if listing.entries.last() == Some(&entry) {
+                continue;
+            }
+            if listing.entries.len() == self.peer.settings.max_listed {
+                listing.more = true;
+                break;
+            }
+            listing.entries.push(entry);
+        }
+        if last && let Some(Pending::Query(done, listing)) = self.pending.remove(&id) {
+            let _ = done.send(Ok(listing));
+        }
+    }
+
+    /// Tells the client how things stand.
+    fn publish(&self) {
+        let standing = Standing::Joined {
+            local: self.local,
+            started: self.machine.started().collect(),
+            refused: self.refused.services(),
+            stopped: self.stopped,
+            health: self.ne_health,
+        };
+        self.peer.state.send_if_modified(|state| {
+            if matches!(state.standing, Standing::Away(_)) {
+                state.since = Instant::now();
+            }
+            std::mem::replace(&mut state.standing, standing.clone()) != standing
+        });
+    }
+}
+
+/// Writes all that is left, then ends the stream.
+async fn flush(write: &mut WriteHalf<'_>, output: Vec<u8>, machine: &mut SeSession) -> std::io::Result<()> {
+    write.write_all(&output).await?;
+    while let Some(bytes) = machine.poll_transmit() {
+        write.write_all(&bytes).await?;
+    }
+    write.shutdown().await
+}
+
+fn list(services: &[ServiceKey]) -> String {
+    services.iter().map(ServiceKey::to_string).collect::<Vec<_>>().join(", ")
+}
+
+fn offer(unit: &ServiceUnit) -> String {
+    format!("{}={}", unit.key(), unit.forwarding)
+}

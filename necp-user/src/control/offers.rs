@@ -1,0 +1,63 @@
+//! The server ids in use, and whose they are: what one server says must not cost a look at all the others.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::Ipv4Addr,
+    ops::Deref,
+};
+
+use super::cluster::Offer;
+
+/// Offers by server id; read as a map.
+#[derive(Debug, Default)]
+pub(super) struct Offers {
+    by_id: BTreeMap<u32, Offer>,
+    by_address: BTreeMap<Ipv4Addr, BTreeSet<u32>>,
+}
+
+impl Offers {
+    pub(super) fn insert(&mut self, id: u32, offer: Offer) {
+        self.remove(id);
+        self.by_address.entry(offer.key.address).or_default().insert(id);
+        self.by_id.insert(id, offer);
+    }
+
+    pub(super) fn remove(&mut self, id: u32) -> Option<Offer> {
+        let offer = self.by_id.remove(&id)?;
+        if let Some(ids) = self.by_address.get_mut(&offer.key.address) {
+            ids.remove(&id);
+            if ids.is_empty() {
+                self.by_address.remove(&offer.key.address);
+            }
+        }
+        Some(offer)
+    }
+
+    /// An offer, to be changed; its key stays.
+    pub(super) fn get_mut(&mut self, id: u32) -> Option<&mut Offer> {
+        self.by_id.get_mut(&id)
+    }
+
+    /// All of them, to be changed; their keys stay.
+    pub(super) fn values_mut(&mut self) -> impl Iterator<Item = &mut Offer> {
+        self.by_id.values_mut()
+    }
+
+    /// Ids of one server, in order.
+    pub(super) fn ids_of(&self, address: Ipv4Addr) -> Vec<u32> {
+        self.by_address.get(&address).into_iter().flatten().copied().collect()
+    }
+
+    /// Whether a server has any id.
+    pub(super) fn has(&self, address: Ipv4Addr) -> bool {
+        self.by_address.contains_key(&address)
+    }
+}
+
+impl Deref for Offers {
+    type Target = BTreeMap<u32, Offer>;
+
+    fn deref(&self) -> &Self::Target {
+        &self.by_id
+    }
+}

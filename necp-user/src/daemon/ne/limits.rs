@@ -1,0 +1,197 @@
+//! What all connections share, so that one cannot have it all: memory for what they leave unfinished, lines in the log,
+//! and open files.
+
+use std::collections::HashMap;
+use std::io;
+use std::net::Ipv4Addr;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Mutex, PoisonError};
+
+/// Bytes that the sessions of all peers may hold together: messages that are not complete, units to be repeated, answers
+/// that nobody reads.
+pub const HELD_MAX: usize = 128 << 20;
+/// Bytes that each session may hold even then: 512 units.
+pub const HELD_FREE: usize = 16 << 10;
+/// Descriptors for everything but connections.
+const OTHER_FILES: u64 = 256;
+
+/// Shared by all connections, and their owner.
+#[derive(Default)]
+pub struct Limits {
+    held: AtomicUsize,
+    voices: Voices,
+}
+
+impl Limits {
+    /// A share of the memory, nothing so far.
+    pub fn share(&self) -> Share<'_> {
+        Share { limits: self, held: 0 }
+    }
+
+    /// Who may write to the log.
+    pub fn voices(&self) -> &Voices {
+        &self.voices
+    }
+}
+
+/// What one session holds of [`HELD_MAX`]; given back when dropped.
+pub struct Share<'a> {
+    limits: &'a Limits,
+    held: usize,
+}
+
+impl Share<'_> {
+    /// Notes what the session holds now, in bytes; false if that is too much for now, and it must go.
+    pub fn set(&mut self, bytes: usize) -> bool {
+        let before = self.limits.held.fetch_add(bytes, Ordering::Relaxed);
+        self.limits.held.fetch_sub(self.held, Ordering::Relaxed);
+        let all = (before + bytes).saturating_sub(self.held);
+        self.held = bytes;
+        bytes <= HELD_FREE || all <= HELD_MAX
+    }
+}
+
+impl Drop for Share<'_> {
+    fn drop(&mut self) {
+        self.limits.held.fetch_sub(self.held, Ordering::Relaxed);
+    }
+}
+
+/// Lines that one server may have in the log in a row.
+const LINES: u32 = 20;
+/// Calls of [`Voices::refill`] that bring one more.
+const CALLS_PER_LINE: u64 = 5;
+
+/// A server that comes and goes, or starts and stops, all the time must not bury what the others say.
+#[derive(Default)]
+pub struct Voices(Mutex<Spoken>);
+
+#[derive(Default)]
+struct Spoken {
+    by_server: HashMap<Ipv4Addr, Voice>,
+    calls: u64,
+}
+
+#[derive(Default)]
+struct Voice {
+    lines: u32,
+    hushed: u64,
+}
+
+impl Voices {
+    /// Whether a line about this server may be written now; if not, it is counted.
+    pub fn may_speak(&self, server: Ipv4Addr) -> bool {
+        let mut spoken = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let voice = spoken.by_server.entry(server).or_default();
+        if voice.lines < LINES {
+            voice.lines += 1;
+            return true;
+        }
+        voice.hushed += 1;
+        false
+    }
+
+    /// To be called once a second. Returns who has been calm for long enough, and how many lines were left out.
+    pub fn refill(&self) -> Vec<(Ipv4Addr, u64)> {
+        let mut spoken = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        spoken.calls += 1;
+        if !spoken.calls.is_multiple_of(CALLS_PER_LINE) {
+            return Vec::new();
+        }
+        let mut told = Vec::new();
+        spoken.by_server.retain(|server, voice| {
+            voice.lines -= 1;
+            if voice.lines < LINES / 2 && voice.hushed > 0 {
+                told.push((*server, std::mem::take(&mut voice.hushed)));
+            }
+            voice.lines > 0
+        });
+        told
+    }
+}
+
+/// Raises the limit of open files to what `connections` need, as far as this process may.
+///
+/// # Errors
+/// If that is not enough: what the limit is, and what it should be.
+pub fn raise_open_files(connections: usize) -> Result<(), TooFewFiles> {
+    let needed = connections as u64 + OTHER_FILES;
+    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    // SAFETY: the pointer is to a valid rlimit.
+    if unsafe { libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut limit) } != 0 {
+        return Err(TooFewFiles { needed, limit: 0, source: Some(io::Error::last_os_error()) });
+    }
+    if limit.rlim_cur >= needed {
+        return Ok(());
+    }
+    // Beyond the hard limit only with CAP_SYS_RESOURCE; up to it always.
+    for hard in [limit.rlim_max.max(needed), limit.rlim_max] {
+        let wanted = libc::rlimit { rlim_cur: needed.min(hard), rlim_max: hard };
+        // SAFETY: the pointer is to a valid rlimit.
+        if unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &raw const wanted) } == 0 {
+            return if wanted.rlim_cur >= needed {
+                Ok(())
+            } else {
+                Err(TooFewFiles { needed, limit: wanted.rlim_cur, source: None })
+            };
+        }
+    }
+    Err(TooFewFiles { needed, limit: limit.rlim_cur, source: Some(io::Error::last_os_error()) })
+}
+
+/// Fewer files may be open than connections are served.
+#[derive(Debug, thiserror::Error)]
+#[error(
+    "only {limit} files may be open, {needed} are needed for all connections that are served: raise the limit (`ulimit -n`, LimitNOFILE= in systemd)"
+)]
+pub struct TooFewFiles {
+    /// Files that are needed.
+    pub needed: u64,
+    /// Files that may be open.
+    pub limit: u64,
+    /// Why there are not more.
+    #[source]
+    pub source: Option<io::Error>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SERVER: Ipv4Addr = Ipv4Addr::new(10, 0, 0, 1);
+    const OTHER: Ipv4Addr = Ipv4Addr::new(10, 0, 0, 2);
+
+    #[test]
+    fn a_quarrelsome_server_is_hushed_and_the_others_are_not() {
+        let voices = Voices::default();
+        assert_eq!((0..1000).filter(|_| voices.may_speak(SERVER)).count(), LINES as usize);
+        assert!(voices.may_speak(OTHER));
+        let seconds = |count: u64| (0..count).flat_map(|_| voices.refill()).collect::<Vec<_>>();
+        assert_eq!(seconds(CALLS_PER_LINE), []);
+        assert!(voices.may_speak(SERVER) && !voices.may_speak(SERVER), "one line more");
+        assert_eq!(seconds(20 * CALLS_PER_LINE), [(SERVER, 981)]);
+        assert!(voices.0.lock().expect("unpoisoned").by_server.is_empty(), "nobody is remembered for ever");
+    }
+
+    #[test]
+    fn memory_is_shared_and_small_needs_are_always_met() {
+        let limits = Limits::default();
+        let mut greedy = limits.share();
+        assert!(greedy.set(HELD_MAX));
+        let mut modest = limits.share();
+        assert!(modest.set(HELD_FREE));
+        assert!(!modest.set(HELD_FREE + 1));
+        assert!(modest.set(100) && !greedy.set(HELD_MAX));
+        drop(greedy);
+        assert!(modest.set(HELD_MAX));
+        drop(modest);
+        assert_eq!(limits.held.load(Ordering::Relaxed), 0);
+    }
+
+    #[test]
+    fn the_limit_of_open_files_is_raised_or_named() {
+        raise_open_files(100).expect("there are so many always");
+        let error = raise_open_files(usize::MAX / 2).expect_err("nobody has so many");
+        assert!(error.to_string().contains("LimitNOFILE"), "{error}");
+    }
+}
