@@ -141,11 +141,11 @@ impl Conversation {
                 let all = all.map(|(flows, scope)| Listed { scope: *scope, installer: INSTALLER, flows: *flows });
                 self.listing = all.filter(|entry| filter.matches(entry)).collect();
                 let count = u32::try_from(self.listing.len()).expect("few");
-                self.session.list(*token, count, self.listing.first().copied());
+                self.session.list(*token, count);
             }
             NeEvent::ListMore { token, max } => {
                 let piece: Vec<_> = self.listing.drain(..self.listing.len().min(*max)).collect();
-                self.session.list_more(*token, &piece, self.listing.is_empty());
+                self.session.list_more(*token, &piece);
             }
             _ => {}
         }
