@@ -175,7 +175,8 @@ local function query(w)
 end
 
 local QUERY_FIELDS = { f.query_type, f.protocol, f.port }
-local FLOW_FIELDS = { [3] = f.source, f.source_len, f.destination, f.destination_len, f.protocol, f.port }
+local FLOW_FIELDS = { [3] = f.source, [4] = f.source_len, [5] = f.destination, [6] = f.destination_len,
+    [7] = f.protocol, [8] = f.port }
 local function exception_fields(first, second)
     local fields = { first, second }
     for at, field in pairs(FLOW_FIELDS) do fields[at] = field end
@@ -275,6 +276,12 @@ local function summary(tvb)
     return text
 end
 
+-- Seconds as Wireshark's fields take them, to the microsecond.
+local function nstime(seconds)
+    local micros = math.floor(seconds * 1e6 + 0.5)
+    return NSTime.new(math.floor(micros / 1e6), micros % 1e6 * 1000)
+end
+
 -- Finds the request of an answer, or notes a request, the first time that a frame is seen.
 local function match(pinfo, opcode, id, offset)
     local place = pinfo.number .. "." .. offset
@@ -284,7 +291,7 @@ local function match(pinfo, opcode, id, offset)
             return table.concat({ tostring(stream and stream.value), tostring(from), port, id, request }, " ")
         end
         if answers[opcode] then
-            local mine = { frame = pinfo.number, time = pinfo.abs_ts }
+            local mine = { frame = pinfo.number, time = pinfo.rel_ts }
             local mark = key(opcode, pinfo.src, pinfo.src_port)
             open[mark] = open[mark] or {}
             table.insert(open[mark], mine)
@@ -294,7 +301,7 @@ local function match(pinfo, opcode, id, offset)
             local request = waiting and table.remove(waiting, 1)
             if request then
                 request.answer = pinfo.number
-                matched[place] = { request = request.frame, took = pinfo.abs_ts - request.time }
+                matched[place] = { request = request.frame, took = pinfo.rel_ts - request.time }
             end
         end
     end
@@ -330,8 +337,8 @@ end
 local function dissect_message(tvb, pinfo, root)
     local flags, version, opcode, id = tvb(2, 2):uint(), tvb(4, 1):uint(), tvb(5, 1):uint(), tvb(6, 2):uint()
     local text = summary(tvb)
-    local tree = root:add(necp, tvb, "NECP, " .. text)
-    tree:add(f.summary, tvb, text):set_generated()
+    local tree = root:add(necp, tvb(), "NECP, " .. text)
+    tree:add(f.summary, tvb(), text):set_generated()
     tree:add(f.identifier, tvb(0, 2))
     dissect_flags(tvb(2, 2), tree)
     local item = tree:add(f.version, tvb(4, 1))
@@ -346,7 +353,7 @@ local function dissect_message(tvb, pinfo, root)
     if found and found.answer then tree:add(f.response_in, tvb(), found.answer):set_generated() end
     if found and found.request then
         tree:add(f.response_to, tvb(), found.request):set_generated()
-        tree:add(f.time, tvb(), found.took):set_generated()
+        tree:add(f.time, tvb(), nstime(found.took)):set_generated()
     end
     if tvb:len() > HEADER then dissect_payload(tvb(HEADER):tvb(), tree, version, opcode, flags) end
     return text

@@ -15,8 +15,9 @@ const TOOLCHAIN: &str = "1.95.0";
 const BPF_LINKER: &str = "0.10.3";
 const BPF_FS: &str = "/sys/fs/bpf";
 
-/// What the namespaces, the demonstration and the reader of the maps use: (program, Debian package).
-const PROGRAMS: [(&str, &str); 3] = [("ip", "iproute2"), ("nginx", "nginx"), ("bpftool", "bpftool")];
+/// What the namespaces, the demonstration, the reader of the maps and the dissector's tests use: (program, Debian package).
+const PROGRAMS: [(&str, &str); 4] =
+    [("ip", "iproute2"), ("nginx", "nginx"), ("bpftool", "bpftool"), ("tshark", "tshark")];
 
 /// `cargo xtask setup`: all of it.
 pub fn everything(host: &Host) -> Result<()> {
