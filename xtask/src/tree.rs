@@ -123,7 +123,8 @@ fn test_modules(file: &Path, source: &str) -> Vec<PathBuf> {
         _ => file.with_extension(""),
     };
     let lines = source.lines().zip(source.lines().skip(1));
-    let declared = lines.filter(|(attribute, _)| attribute.trim() == "#[cfg(test)]").filter_map(|(_, line)| {
+    let for_tests = |attribute: &str| ["#[cfg(test)]", "#[cfg(any(test, fuzzing))]"].contains(&attribute.trim());
+    let declared = lines.filter(|(attribute, _)| for_tests(attribute)).filter_map(|(_, line)| {
         let name = line.trim().strip_suffix(';')?.rsplit_once("mod ")?.1;
         Some(dir.join(name))
     });
@@ -202,7 +203,7 @@ mod tests {
 
     #[test]
     fn modules_for_tests_are_known_by_their_declaration() {
-        let source = "#[cfg(test)]\nmod tests;\n#[cfg(test)]\npub(crate) mod bed;\nmod real;";
+        let source = "#[cfg(test)]\nmod tests;\n#[cfg(any(test, fuzzing))]\npub(crate) mod bed;\nmod real;";
         let paths = |file: &str| test_modules(Path::new(file), source);
         assert_eq!(paths("a/b.rs"), [Path::new("a/b/tests"), Path::new("a/b/bed")]);
         assert_eq!(paths("a/mod.rs"), [Path::new("a/tests"), Path::new("a/bed")]);

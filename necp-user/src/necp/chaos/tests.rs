@@ -2,6 +2,17 @@
 
 use proptest::prelude::*;
 
+/// Scripts of [`super::session`] that failed once.
+const FOUND: [&[u8]; 1] = [
+    // An SE whose session is over, asked for a START of nothing, told that it was acknowledged, after `Closed`.
+    &[1, 1, 15, 0, 10, 13, 0],
+];
+
+#[test]
+fn what_was_found_stays_fixed() {
+    FOUND.into_iter().for_each(super::session);
+}
+
 proptest! {
     #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
 
