@@ -1,5 +1,4 @@
 //! Configuration files: what they may say, and errors that name the line and what to write instead.
 
-pub mod key_file;
 pub mod ne;
 pub mod strict;

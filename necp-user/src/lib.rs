@@ -6,3 +6,4 @@ pub mod control;
 pub mod daemon;
 pub mod necp;
 pub mod plane;
+pub mod secret;

@@ -10,6 +10,7 @@ use super::Client;
 use super::address::NeAddress;
 use super::health::{Health, HealthIndex};
 use crate::necp::{ServiceKey, ServiceUnit};
+use crate::secret::Identity;
 
 /// All that the tasks of a client need to know.
 pub(super) struct Settings {
@@ -17,6 +18,7 @@ pub(super) struct Settings {
     pub(super) offers: Vec<ServiceUnit>,
     pub(super) health: Health,
     pub(super) health_timeout: Duration,
+    pub(super) identity: Option<Identity>,
     pub(super) source: Option<IpAddr>,
     pub(super) keepalive: Duration,
     pub(super) retry_max: Duration,
@@ -77,6 +79,7 @@ impl Builder {
                 offers: Vec::new(),
                 health: Arc::new(|_| Box::pin(std::future::ready(HealthIndex::FULL))),
                 health_timeout: Duration::from_secs(1),
+                identity: None,
                 source: None,
                 keepalive: Duration::from_secs(5),
                 retry_max: crate::necp::backoff::DEFAULT_MAX,
@@ -102,6 +105,12 @@ impl Builder {
     /// The address to dial from, which is the one that the network elements know this server by.
     pub fn source(mut self, source: IpAddr) -> Self {
         self.settings.source = Some(source);
+        self
+    }
+
+    /// How to prove who this server is (§5.8): with it all sessions are authenticated, and none is opened without.
+    pub fn identity(mut self, identity: Identity) -> Self {
+        self.settings.identity = Some(identity);
         self
     }
 

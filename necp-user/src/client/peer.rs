@@ -20,6 +20,7 @@ use super::dial::dial;
 use super::session::Session;
 use super::wish::Wish;
 use crate::necp::{Backoff, Exception, Filter, Flows, ServiceKey};
+use crate::secret::Identity;
 
 /// What one network element thinks of this server, as far as is known here.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -160,7 +161,10 @@ impl Peer {
             () = inbox.decline(why) => return None,
         };
         match dialled {
-            Ok(stream) => Session::new(self, backoff).run(stream, inbox).await,
+            Ok(stream) => match self.settings.identity.as_ref().map(Identity::credentials).transpose() {
+                Ok(credentials) => Session::new(self, backoff, credentials).run(stream, inbox).await,
+                Err(error) => Some(error.to_string()),
+            },
             Err(error) => Some(format!("cannot connect: {error}")),
         }
     }

@@ -18,10 +18,12 @@ use super::health::ask;
 use super::peer::{Command, Done, Inbox, Peer, Standing, What};
 use super::refused::Refused;
 use crate::necp::{
-    Backoff, CloseReason, Flows, Listed, Query, RequestId, SeEvent, SeSession, ServiceKey, ServiceUnit, SessionConfig,
-    Token,
+    Backoff, CloseReason, Credentials, Flows, Listed, Query, RequestId, SeEvent, SeSession, ServiceKey, ServiceUnit,
+    SessionConfig, Token,
 };
 
+/// An authenticated list of exceptions is held back until it is verified: a million of them.
+const MAX_LIST: usize = 32 << 20;
 /// How long the last bytes of a session may take to be written.
 const FLUSH: Duration = Duration::from_secs(1);
 /// Commands on the wire at a time; more wait in the queue.
@@ -56,10 +58,11 @@ enum Pending {
 }
 
 impl<'a> Session<'a> {
-    pub(super) fn new(peer: &'a Peer, backoff: &'a mut Backoff) -> Self {
-        let config = SessionConfig { keepalive: peer.settings.keepalive, ..SessionConfig::default() };
+    pub(super) fn new(peer: &'a Peer, backoff: &'a mut Backoff, credentials: Option<Credentials>) -> Self {
+        let config =
+            SessionConfig { keepalive: peer.settings.keepalive, max_message: MAX_LIST, ..SessionConfig::default() };
         Self {
-            machine: SeSession::new(config, Instant::now(), rand::random()),
+            machine: SeSession::with_credentials(config, credentials, Instant::now(), rand::random()),
             pending: BTreeMap::new(),
             health: FuturesUnordered::new(),
             refused: Refused::new(peer.settings.retry_max),

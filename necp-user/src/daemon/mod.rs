@@ -2,7 +2,6 @@
 
 pub mod admin;
 pub mod ne;
-pub mod numbers;
 pub mod peer;
 pub mod se;
 pub mod status;

@@ -172,16 +172,87 @@ fn a_farms_options_are_checked() {
 
 #[test]
 fn authentication_is_never_silently_absent() {
-    let not_built =
-        "authentication is not built yet; write auth = \"none\" and admit only prefixes that you trust in `servers`";
-    only(mistakes("auth = \"none\"", "key_file = \"/etc/necp/web.key\""), &format!("10:12: {not_built}"));
-    only(mistakes("auth = \"none\"", "keys = { \"10.0.0.11\" = \"/etc/necp/11.key\" }"), &format!("10:8: {not_built}"));
-    only(mistakes("auth = \"none\"", "auth = \"hmac\""), &format!("10:8: auth = \"hmac\": {not_built}"));
-    only(with("key_file = \"/etc/necp/web.key\""), &format!("11:12: {not_built}"));
+    const CHOICES: &str = "write key_file = \"/etc/necp/web.key\", keys = { \"10.0.0.11\" = \"/etc/necp/11.key\" } or \
+                           both, or auth = \"none\" and admit only prefixes that you trust in `servers`";
+    only(mistakes("auth = \"none\"", "auth = \"hmac\""), &format!("10:8: auth = \"hmac\" is not known; {CHOICES}"));
+    let both = "10:8: farm `web` has keys, and auth = \"none\" says that it needs none; write one of the two";
+    only(with("key_file = \"/etc/necp/web.key\""), both);
+    only(with("keys = { \"10.0.0.11\" = \"/etc/necp/11.key\" }"), both);
     only(
         mistakes("auth = \"none\"", ""),
-        "5:8: farm `web` does not say how its servers prove who they are; write auth = \"none\"",
+        &format!("5:8: farm `web` does not say how its servers prove who they are; {CHOICES}"),
     );
+}
+
+fn keyed(keys: &str) -> NeConfig {
+    NeConfig::parse(&GOOD.replace("auth = \"none\"", keys)).expect("no mistake in it")
+}
+
+#[test]
+fn keys_are_for_a_farm_or_for_its_servers() {
+    let (named, other) = (Ipv4Addr::new(10, 0, 0, 11), Ipv4Addr::new(10, 0, 0, 12));
+    let (web, own) = (Path::new("/etc/necp/web.key"), Path::new("/etc/necp/11.key"));
+    let common = keyed("key_file = \"/etc/necp/web.key\"");
+    assert_eq!(common.proof(named), Some(Proof::Key(Some(web))));
+    assert_eq!(common.proof(Ipv4Addr::new(10, 9, 9, 9)), None, "it may not join");
+    assert!(common.farms[0].to_string().ends_with(", key /etc/necp/web.key"), "{}", common.farms[0]);
+    let both = keyed("key_file = \"/etc/necp/web.key\"\nkeys = { \"10.0.0.11\" = \"/etc/necp/11.key\" }");
+    assert_eq!((both.proof(named), both.proof(other)), (Some(Proof::Key(Some(own))), Some(Proof::Key(Some(web)))));
+    assert_eq!(both.key_files(), BTreeSet::from([own, web]));
+    assert!(both.farms[0].to_string().ends_with("key /etc/necp/web.key, 1 server with its own"), "{}", both.farms[0]);
+    let single = keyed("keys = { \"10.0.0.11\" = \"/etc/necp/11.key\" }");
+    assert_eq!((single.proof(named), single.proof(other)), (Some(Proof::Key(Some(own))), Some(Proof::Key(None))));
+    let notes: Vec<String> = single.notes.iter().map(Mistake::to_string).collect();
+    assert_eq!(notes[1..], ["10:8: servers of farm `web` that are not in `keys` cannot join: there is no `key_file`"]);
+}
+
+#[test]
+fn keys_are_checked() {
+    let instead = |keys: &str| mistakes("auth = \"none\"", keys);
+    only(
+        instead("key_file = \"web.key\""),
+        "10:12: the path of a key file must be absolute, such as /etc/necp/web.key",
+    );
+    only(
+        instead("keys = { web = \"/etc/necp/11.key\" }"),
+        "10:10: `web` is no IPv4 address; write keys = { \"10.0.0.11\" = \"/etc/necp/11.key\" }",
+    );
+    only(
+        instead("keys = { \"10.0.1.11\" = \"/etc/necp/11.key\" }"),
+        "10:10: 10.0.1.11 has a key but may not join; add it to `servers`, or take it away here",
+    );
+    only(instead("keys = {}"), "10:8: `keys` is empty; write keys = { \"10.0.0.11\" = \"/etc/necp/11.key\" }");
+}
+
+/// INIT names no farm, so two farms may share a server only if it proves itself to both in the same way.
+#[test]
+fn an_address_has_one_proof() {
+    let two = |first: &str, second: &str, servers: &str| {
+        let more = format!(
+            "{}[[farm]]\nname = \"b\"\nvips = [\"192.0.2.11\"]\nservices = [\"tcp/22\"]\nforwarding = [\"l2\"]\n\
+             servers = [\"{servers}\"]\n{second}\n",
+            GOOD.replace("auth = \"none\"", first)
+        );
+        let mistakes = NeConfig::parse(&more).err().unwrap_or_default();
+        mistakes.iter().map(Mistake::to_string).collect::<Vec<_>>()
+    };
+    let (none, web, other) = ("auth = \"none\"", "key_file = \"/a\"", "key_file = \"/b\"");
+    let named = "keys = { \"10.0.0.11\" = \"/a\" }";
+    let disputed = |address: &str| {
+        [format!(
+            "15:11: farms `web` and `b` would both admit {address} and want different proof of it, and INIT names no farm; \
+             give both the same key file for it, or disjoint `servers`"
+        )]
+    };
+    for same in [none, web, named] {
+        assert_eq!(two(same, same, "10.0.0.0/24"), [""; 0], "{same}");
+    }
+    assert_eq!(two(none, web, "10.0.1.0/24"), [""; 0], "disjoint");
+    assert_eq!(two(none, web, "10.0.0.128/25"), disputed("10.0.0.128"));
+    assert_eq!(two(web, other, "10.0.0.0/16"), disputed("10.0.0.0"));
+    assert_eq!(two(named, web, "10.0.0.11/32"), [""; 0], "the same file for the one that they share");
+    assert_eq!(two(named, other, "10.0.0.11/32"), disputed("10.0.0.11"));
+    assert_eq!(two(named, web, "10.0.0.10/31"), disputed("10.0.0.10"), "one of the two has no key in farm web");
 }
 
 #[test]

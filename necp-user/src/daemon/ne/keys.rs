@@ -6,11 +6,10 @@ use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 
-use crate::config::key_file::{self, KeyFileError};
 use crate::config::ne::{NeConfig, Proof};
-use crate::daemon::numbers::{NumberError, Numbers};
 use crate::daemon::status::Rejected;
 use crate::necp::{Access, Credentials, Key, Rejections};
+use crate::secret::{KeyFileError, NumberError, Numbers, key_file};
 
 /// Shared by all connections.
 pub struct Keys {

@@ -31,6 +31,7 @@ use peer::{Order, Peer, Standing};
 use vip::Vips;
 
 use crate::necp::service::TCP;
+use crate::secret::Identity;
 
 /// How long STOP may go unacknowledged before the drain begins without it.
 const STOP_WAIT: Duration = Duration::from_secs(5);
@@ -113,6 +114,8 @@ fn follow_signals(control: Control) -> anyhow::Result<impl Future<Output = ()>> 
 /// As [`run`].
 pub async fn serve(settings: Settings, control: &Control) -> anyhow::Result<()> {
     let _lock = HostLock::acquire(&settings.lock)?;
+    let numbers = Identity::numbers_beside(&settings.lock);
+    let identity = settings.key_file.as_deref().map(|file| Identity::open(file, &numbers)).transpose()?;
     let vips = Vips::establish(&settings.vips, &vip::state_path(&settings.lock)).await?;
     let (health, interval) = (settings.health.clone(), settings.health_interval);
     let health = health.watch(interval, settings.health_timeout).await;
@@ -121,7 +124,8 @@ pub async fn serve(settings: Settings, control: &Control) -> anyhow::Result<()> 
     let mut peers = JoinSet::new();
     let mut standings = Vec::new();
     for ne in &settings.nes {
-        let (peer, standing) = Peer::new(ne.clone(), Arc::clone(&settings), health.clone(), receiver.clone());
+        let (peer, standing) =
+            Peer::new(ne.clone(), Arc::clone(&settings), identity.clone(), (health.clone(), receiver.clone()));
         peers.spawn(peer.run());
         standings.push(standing);
     }

@@ -19,8 +19,13 @@ use tokio::time::{sleep, sleep_until, timeout};
 use super::settings::Settings;
 use crate::client::dial::dial;
 use crate::client::{HealthIndex, NeAddress};
-use crate::necp::{Backoff, CloseReason, RequestId, SeEvent, SeSession, ServiceKey, ServiceUnit, SessionConfig};
+use crate::necp::{
+    Backoff, CloseReason, Credentials, RequestId, SeEvent, SeSession, ServiceKey, ServiceUnit, SessionConfig,
+};
+use crate::secret::Identity;
 
+/// An authenticated list of exceptions is held back until it is verified: a million of them.
+const MAX_LIST: usize = 32 << 20;
 /// How long the last bytes of a session may take to be written.
 const FLUSH: Duration = Duration::from_secs(1);
 
@@ -50,6 +55,8 @@ pub enum Standing {
 pub(super) struct Peer {
     ne: NeAddress,
     settings: Arc<Settings>,
+    /// How to prove who this server is; none if it has no key.
+    identity: Option<Identity>,
     health: watch::Receiver<HealthIndex>,
     orders: watch::Receiver<Order>,
     standing: watch::Sender<Standing>,
@@ -59,11 +66,11 @@ impl Peer {
     pub(super) fn new(
         ne: NeAddress,
         settings: Arc<Settings>,
-        health: watch::Receiver<HealthIndex>,
-        orders: watch::Receiver<Order>,
+        identity: Option<Identity>,
+        (health, orders): (watch::Receiver<HealthIndex>, watch::Receiver<Order>),
     ) -> (Self, watch::Receiver<Standing>) {
         let (standing, receiver) = watch::channel(Standing::Away);
-        (Self { ne, settings, health, orders, standing }, receiver)
+        (Self { ne, settings, identity, health, orders, standing }, receiver)
     }
 
     /// Runs until the order [`Order::Leave`].
@@ -95,7 +102,10 @@ impl Peer {
             () = reached(&mut self.orders, Order::Leave) => return None,
         };
         match dialled {
-            Ok(stream) => Session::new(self, backoff).run(stream).await,
+            Ok(stream) => match self.identity.as_ref().map(Identity::credentials).transpose() {
+                Ok(credentials) => Session::new(self, backoff, credentials).run(stream).await,
+                Err(error) => Some(error.to_string()),
+            },
             Err(error) => Some(format!("cannot connect: {error}")),
         }
     }
@@ -121,10 +131,11 @@ struct Session<'a> {
 }
 
 impl<'a> Session<'a> {
-    fn new(peer: &'a mut Peer, backoff: &'a mut Backoff) -> Self {
-        let config = SessionConfig { keepalive: peer.settings.keepalive, ..SessionConfig::default() };
+    fn new(peer: &'a mut Peer, backoff: &'a mut Backoff, credentials: Option<Credentials>) -> Self {
+        let config =
+            SessionConfig { keepalive: peer.settings.keepalive, max_message: MAX_LIST, ..SessionConfig::default() };
         Self {
-            machine: SeSession::new(config, Instant::now(), rand::random()),
+            machine: SeSession::with_credentials(config, credentials, Instant::now(), rand::random()),
             offers: peer.settings.offers.clone(),
             refused: Refused::new(peer.settings.retry_max),
             peer,
@@ -162,6 +173,11 @@ impl<'a> Session<'a> {
                 Some(error) => format!("connection lost: {error}"),
                 None => "the network element closed the session".into(),
             }),
+            CloseReason::AuthRequired => Some("the network element requires a key (--key-file FILE)".into()),
+            CloseReason::KeyRefused => Some(
+                "the network element refuses the key of --key-file: it has another one, or none, for this address"
+                    .into(),
+            ),
             other => Some(other.to_string()),
         }
     }

@@ -54,10 +54,14 @@ pub struct Args {
     /// for several
     #[arg(long, value_name = "ADDR")]
     pub vip: Vec<Ipv4Addr>,
+    /// The file of the key that this server shares with the network elements: with it all sessions are authenticated, and
+    /// none is opened without. It is for its owner only (chmod 600), and has at least 16 bytes
+    #[arg(long, value_name = "FILE")]
+    pub key_file: Option<PathBuf>,
     /// The lock that keeps a second agent from this host [default: /run/necp/se.lock]
     #[arg(long, value_name = "PATH")]
     pub lock: Option<PathBuf>,
-    /// A TOML file with the same keys (ne, serve, health, source, keepalive, retry_max, drain, vips, lock, ...); the
+    /// A TOML file with the same keys (ne, serve, health, source, keepalive, retry_max, drain, vips, key_file, lock, ...); the
     /// command line wins
     #[arg(long, value_name = "FILE")]
     pub config: Option<PathBuf>,
@@ -70,6 +74,9 @@ Examples:
 
   Two network elements, health by a command (exit code 0, or a number from 0 to 100 on its output):
     necp se --ne 10.0.0.1 --ne 10.0.0.2 --serve udp/53=l2 --health 'exec:dig +time=1 @127.0.0.1 example.com >/dev/null'
+
+  With the key that the network element has for this server:
+    necp se --ne 10.0.0.1 --serve tcp/80=l2 --key-file /etc/necp/se.key
 
   From a file (ne = [\"10.0.0.1\"], serve = [\"tcp/80=l2\"], health = \"load\", vips = [\"192.0.2.10\"]):
     necp se --config /etc/necp/se.toml
@@ -91,6 +98,7 @@ struct File {
     retry_max: Option<Seconds>,
     drain: Option<Seconds>,
     vips: Vec<Text<Ipv4Addr>>,
+    key_file: Option<PathBuf>,
     lock: Option<PathBuf>,
 }
 
@@ -117,7 +125,9 @@ pub struct Settings {
     pub drain: Duration,
     /// Virtual addresses to set up on `lo`.
     pub vips: Vec<Ipv4Addr>,
-    /// The lock file.
+    /// The file of the key that is shared with the network elements (§5.8).
+    pub key_file: Option<PathBuf>,
+    /// The lock file; the file of sequence numbers is beside it.
     pub lock: PathBuf,
 }
 
@@ -197,6 +207,7 @@ impl Settings {
             retry_max: time("--retry-max", args.retry_max, file.retry_max, 256.0, (1.0, 86_400.0))?,
             drain: time("--drain", args.drain, file.drain, 30.0, (0.0, 604_800.0))?,
             vips: list(args.vip, file.vips),
+            key_file: args.key_file.or(file.key_file),
             lock: args.lock.or(file.lock).unwrap_or_else(|| LOCK.into()),
         };
         this.check()?;

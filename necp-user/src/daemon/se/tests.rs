@@ -37,6 +37,7 @@ impl Agent {
             retry_max: Duration::from_secs(1),
             drain: Duration::from_secs(20),
             vips: Vec::new(),
+            key_file: None,
             lock: directory.path().join("se.lock"),
         };
         change(&mut settings, directory.path());

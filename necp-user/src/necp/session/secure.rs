@@ -156,7 +156,10 @@ impl Secure {
         Some(match self.judge(&header, payload, credential) {
             Err(cause) => Incoming::Rejected(Rejected { header, cause, units: units(max_units) }),
             Ok(restarted) => {
-                self.rejected_in_a_row = 0;
+                // INIT may be a recorded one: it proves nothing.
+                if header.opcode != Opcode::INIT {
+                    self.rejected_in_a_row = 0;
+                }
                 self.message = Some(units(usize::MAX).into_iter());
                 Incoming::Verified { header: stripped, restarted }
             }

@@ -1,5 +1,6 @@
 //! Both machines on a virtual clock.
 
+mod auth;
 mod exceptions;
 mod hostile;
 mod ne;

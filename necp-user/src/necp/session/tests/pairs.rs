@@ -4,6 +4,7 @@ use std::collections::VecDeque;
 
 use super::exceptions::List;
 use super::*;
+use crate::necp::auth::{Access, Credentials, Key};
 
 /// A pair of sessions and the state that their callers would hold.
 pub(super) struct Pair {
@@ -27,10 +28,20 @@ pub(super) struct Pair {
 
 impl Pair {
     pub(super) fn new(config: SessionConfig) -> Self {
+        Self::with(config, false)
+    }
+
+    /// With a key on both sides, if `secured`; their clocks show the same second.
+    pub(super) fn with(config: SessionConfig, secured: bool) -> Self {
         let now = Instant::now();
+        let credentials = secured.then(|| Credentials {
+            key: Key::new(b"a key for both of us".to_vec()).unwrap(),
+            first_seq_num: 1_700_000_000 << 32,
+        });
+        let access = credentials.clone().map_or(Access::Open, |credentials| Access::Authenticated(Some(credentials)));
         Self {
-            ne: NeSession::new(config.clone(), now, 1),
-            se: SeSession::new(config, now, 2),
+            ne: NeSession::with_access(config.clone(), access, now, 1),
+            se: SeSession::with_credentials(config, credentials, now, 2),
             now,
             wire_to_ne: VecDeque::new(),
             wire_to_se: VecDeque::new(),
@@ -170,8 +181,8 @@ pub(super) fn seconds(count: u64) -> Duration {
 /// Join, start, change of type, failed unit, stop, leave; whole or byte by byte.
 #[test]
 fn a_life() {
-    for piece in [usize::MAX, 1, 7] {
-        let mut pair = Pair::new(SessionConfig::default());
+    for (piece, secured) in [usize::MAX, 1, 7].into_iter().flat_map(|piece| [(piece, false), (piece, true)]) {
+        let mut pair = Pair::with(SessionConfig::default(), secured);
         pair.piece = piece;
         pair.failing = vec![service("tcp/81")];
         let start = pair.se.start(&[offer("tcp/80"), offer("tcp/81"), offer("udp/53")]);
@@ -193,7 +204,11 @@ fn a_life() {
 /// §5.5: an hour of keepalives in both directions, health both ways, no false death.
 #[test]
 fn an_hour_of_health() {
-    let mut pair = Pair::new(SessionConfig::default());
+    [false, true].into_iter().for_each(hour);
+}
+
+fn hour(secured: bool) {
+    let mut pair = Pair::with(SessionConfig::default(), secured);
     pair.se.start(&[offer("tcp/80")]);
     pair.health = 40;
     pair.pass(seconds(7));
@@ -208,6 +223,7 @@ fn an_hour_of_health() {
         assert!((600..=900).contains(&counters.keepalives_sent), "{counters:?}");
         assert_eq!(counters.keepalives_sent, counters.keepalives_answered);
         assert_eq!((counters.unexpected_answers, counters.malformed, counters.discarded_health), (0, 0, 0));
+        assert_eq!(counters.rejected, Rejections::default());
     }
 }
 
@@ -282,7 +298,11 @@ fn sub_second_keepalives() {
 /// §5.4: INITs that got lost in a full queue and come late are one session, or one that starts over.
 #[test]
 fn a_slow_ne_is_met_with_repeated_inits() {
-    let mut pair = Pair::new(SessionConfig::default());
+    [false, true].into_iter().for_each(repeated_inits);
+}
+
+fn repeated_inits(secured: bool) {
+    let mut pair = Pair::with(SessionConfig::default(), secured);
     pair.se.start(&[offer("tcp/80")]);
     let mut inits = Vec::new();
     for _ in 0..4 {
