@@ -17,8 +17,8 @@ const CARGO_FUZZ: &str = "0.13.2";
 const BPF_FS: &str = "/sys/fs/bpf";
 
 /// What the namespaces, the demonstration, the reader of the maps and the dissector's tests use: (program, Debian package).
-const PROGRAMS: [(&str, &str); 4] =
-    [("ip", "iproute2"), ("nginx", "nginx"), ("bpftool", "bpftool"), ("tshark", "tshark")];
+const PROGRAMS: [(&str, &str); 5] =
+    [("ip", "iproute2"), ("nginx", "nginx"), ("bpftool", "bpftool"), ("tshark", "tshark"), ("python3", "python3")];
 
 /// `cargo xtask setup`: all of it.
 pub fn everything(host: &Host) -> Result<()> {
