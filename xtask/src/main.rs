@@ -3,6 +3,8 @@
 //! It depends on no other package of the workspace, so that it builds in seconds and can install what they need.
 
 mod apt;
+#[cfg(test)]
+mod conformance;
 mod fuzz;
 mod host;
 mod lint;
