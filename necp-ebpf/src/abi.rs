@@ -6,7 +6,7 @@
 //! are in network byte order unless a field says otherwise; everything else is in the host's.
 
 /// Raised whenever a record below, or what a field means, changes: pinned maps of another layout are never reused.
-pub const LAYOUT_VERSION: u32 = 1;
+pub const LAYOUT_VERSION: u32 = 2;
 
 /// Map and object names, as `bpftool` and the pin directory show them (at most 15 bytes, the kernel's limit).
 pub mod names {
@@ -20,6 +20,12 @@ pub mod names {
     pub const SERVERS: &str = "servers";
     /// `Array<FlowBucket>`: flows that the slot tables alone would misplace (IPv4).
     pub const FLOWS: &str = "flows4";
+    /// `Array<ExceptionMasks>`: by farm, what its exceptions look at.
+    pub const EXCEPTION_MASKS: &str = "except_masks";
+    /// `Array<ExceptionBucket>`: where in [`EXCEPTIONS`] an exception is.
+    pub const EXCEPTION_INDEX: &str = "except_index";
+    /// `Array<Exception>`: flows that servers do not want.
+    pub const EXCEPTIONS: &str = "exceptions";
     /// `PerCpuArray<u64>`: packets by [`Reason`](crate::verdict::Reason).
     pub const REASONS: &str = "reasons";
     /// `PerCpuArray<ServerStats>`: packets, bytes and new flows by server id.
@@ -36,8 +42,25 @@ pub mod names {
     pub const PORT_MAC: &str = "PORT_MAC";
     /// Read-only global: number of flow buckets less one.
     pub const FLOW_MASK: &str = "FLOW_MASK";
+    /// Read-only global: number of exception buckets less one.
+    pub const EXCEPTION_BUCKET_MASK: &str = "EXCEPTION_BUCKET_MASK";
+    /// Read-only global: seed of the exceptions' hash, a secret.
+    pub const EXCEPTION_SEED: &str = "EXCEPTION_SEED";
     /// All maps that outlive the daemon, by name.
-    pub const PINNED: [&str; 9] = [SERVICES, SLOTS, SERVERS, FLOWS, REASONS, SERVER_STATS, PORTS, TX_PORTS, LAYOUT];
+    pub const PINNED: [&str; 12] = [
+        SERVICES,
+        SLOTS,
+        SERVERS,
+        FLOWS,
+        EXCEPTION_MASKS,
+        EXCEPTION_INDEX,
+        EXCEPTIONS,
+        REASONS,
+        SERVER_STATS,
+        PORTS,
+        TX_PORTS,
+        LAYOUT,
+    ];
 }
 
 /// Buckets of the service table. A power of two.
@@ -54,6 +77,28 @@ pub const FLOWS_PER_BUCKET: usize = 4;
 pub const DEFAULT_FLOW_BUCKETS: u32 = 524_288;
 /// Default capacity of the slot map, in slots (8 bytes each); set at load.
 pub const DEFAULT_SLOTS: u32 = 1 << 20;
+
+/// Farms of one instance.
+pub const MAX_FARMS: u32 = 1024;
+/// Different masks of the exceptions of one farm: a new flow costs one lookup for each.
+pub const EXCEPTION_MASKS: usize = 32;
+/// SEs that may have a local exception for the same flows in one farm.
+pub const EXCEPTION_INSTALLERS: usize = 8;
+/// Entries in a bucket of the exceptions' index, 64 bytes together with how many more belong there.
+pub const EXCEPTIONS_PER_BUCKET: usize = 7;
+/// Default number of exceptions that all SEs together may have.
+pub const DEFAULT_EXCEPTIONS: u32 = 1 << 20;
+
+/// Records that the map [`names::EXCEPTIONS`] needs for this many exceptions: a number is not used again at once.
+pub const fn exception_records(exceptions: u32) -> u32 {
+    let spare = exceptions / 16;
+    exceptions.saturating_add(if spare < 1024 { 1024 } else { spare })
+}
+
+/// Buckets that the map [`names::EXCEPTION_INDEX`] needs for this many records; a power of two.
+pub const fn exception_buckets(records: u32) -> u32 {
+    (records / 5 + 1).next_power_of_two()
+}
 
 /// Server id: nobody was ever there.
 pub const NONE: u32 = 0;
@@ -137,8 +182,8 @@ pub struct Server {
     pub protocol: u8,
     /// Forwarding type: 1 layer 2, 2 GRE, 3 layer 3 (draft §5.6.1).
     pub forwarding: u8,
-    /// 0.
-    pub reserved: u16,
+    /// Number of the SE, the same in all of its records; exceptions name it. 0: none names it.
+    pub host: u16,
 }
 
 /// In [`Server::flags`]: its host is not known to be gone, flows on record may go there.
@@ -198,6 +243,89 @@ pub struct FlowBucket {
     pub entries: [Flow; FLOWS_PER_BUCKET],
 }
 
+/// What the exceptions of one farm look at: one lookup for each mask.
+///
+/// Written by user space only, each mask in one store.
+#[repr(C, align(8))]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ExceptionMasks {
+    /// One more than the index of the last mask in use; 0: the farm has no exceptions.
+    pub count: u32,
+    /// 0.
+    pub reserved: u32,
+    /// In no order; unused ones in between.
+    pub masks: [ExceptionMask; EXCEPTION_MASKS],
+}
+
+/// What an exception looks at.
+#[repr(C, align(8))]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ExceptionMask {
+    /// Length of the source's prefix, 0–32.
+    pub source_len: u8,
+    /// Length of the destination's prefix, 0–32.
+    pub destination_len: u8,
+    /// 1: the IP protocol counts. 0: any.
+    pub protocol: u8,
+    /// 1: the destination port counts. 0: any.
+    pub port: u8,
+    /// 1: there are exceptions with this mask. 0: this is free.
+    pub used: u8,
+    /// 0.
+    pub reserved: [u8; 3],
+}
+
+/// Flows that servers do not want (draft §5.7); see [`ExceptionWords`](crate::exceptions::ExceptionWords).
+///
+/// Written by user space only: the second eight bytes last, and first when the record goes.
+#[repr(C, align(8))]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Exception {
+    /// Source address; bits that the mask does not look at are 0, here and below.
+    pub source: [u8; 4],
+    /// Destination address.
+    pub destination: [u8; 4],
+    /// Index of the farm.
+    pub farm: u16,
+    /// Destination port.
+    pub port: [u8; 2],
+    /// IP protocol.
+    pub protocol: u8,
+    /// Index in [`ExceptionMasks::masks`] of its farm.
+    pub mask: u8,
+    /// 0: this record is free. [`EXCEPTION_LOCAL`], or [`EXCEPTION_GLOBAL`]: some SE wants it cut through.
+    pub state: u8,
+    /// 0.
+    pub reserved: u8,
+    /// [`Server::host`] of the SEs that do not want it themselves; 0: none.
+    pub installers: [u16; EXCEPTION_INSTALLERS],
+}
+
+/// In [`Exception::state`]: its installers do not want it.
+pub const EXCEPTION_LOCAL: u8 = 1;
+/// In [`Exception::state`]: no server of the farm is to have it.
+pub const EXCEPTION_GLOBAL: u8 = 2;
+
+/// One bucket of the exceptions' index.
+#[repr(C, align(64))]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ExceptionBucket {
+    /// In no order; free ones in between.
+    pub entries: [ExceptionPlace; EXCEPTIONS_PER_BUCKET],
+    /// Exceptions that would be in this bucket if it had had room: they are in the next one of their sequence, or further.
+    pub passed: u64,
+}
+
+/// Where an exception is.
+#[repr(C, align(8))]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ExceptionPlace {
+    /// One more than its index in [`names::EXCEPTIONS`]; 0: this entry is free.
+    pub record: u32,
+    /// Part of its hash; no two entries of a bucket have the same.
+    pub tag: u32,
+}
+
 /// What the pinned maps were created with.
 #[repr(C, align(8))]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -208,8 +336,10 @@ pub struct Layout {
     pub slots: u32,
     /// Number of buckets of `flows4`.
     pub flow_buckets: u32,
-    /// 0.
-    pub reserved: u32,
+    /// Number of records of `exceptions`; that of the buckets of their index follows ([`exception_buckets`]).
+    pub exceptions: u32,
+    /// Seed of the exceptions' hash.
+    pub exception_seed: u64,
 }
 
 const _: () = {
@@ -221,6 +351,11 @@ const _: () = {
     assert!(size_of::<Port>() == 16);
     assert!(size_of::<Flow>() == 16);
     assert!(size_of::<FlowBucket>() == 64);
-    assert!(size_of::<Layout>() == 16);
+    assert!(size_of::<ExceptionMask>() == 8);
+    assert!(size_of::<ExceptionMasks>() == 8 + 8 * EXCEPTION_MASKS);
+    assert!(size_of::<Exception>() == 32);
+    assert!(size_of::<ExceptionPlace>() == 8);
+    assert!(size_of::<ExceptionBucket>() == 64);
+    assert!(size_of::<Layout>() == 24);
     assert!(SERVICE_BUCKETS.is_power_of_two() && DEFAULT_FLOW_BUCKETS.is_power_of_two());
 };

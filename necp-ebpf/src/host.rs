@@ -1,22 +1,41 @@
 //! The tables as memory of this process: the kernel's maps through mmap, or vectors of a test's own.
 
+mod exceptions;
+
+pub use exceptions::NotWritten;
+
 use core::{marker::PhantomData, ptr::NonNull};
 
 use crate::{
     abi::{Server, ServiceBucket},
+    exceptions::{ExceptionBucketWords, ExceptionMasksWords, ExceptionWords},
     flows::FlowBucketWords,
     tables::{NextHop, Tables},
     word::Word,
 };
 
-/// The four tables that [`steer`](crate::steer::steer) reads. Other threads and the kernel change them at any time.
+/// The tables that [`steer`](crate::steer::steer) reads. Other threads and the kernel change them at any time.
 #[derive(Clone, Copy)]
 pub struct View<'a> {
     services: NonNull<[ServiceBucket]>,
     slots: &'a [Word],
     servers: NonNull<[Server]>,
     flows: &'a [FlowBucketWords],
+    exceptions: ExceptionTables<'a>,
     memory: PhantomData<&'a ()>,
+}
+
+/// The tables of exceptions.
+#[derive(Clone, Copy)]
+pub struct ExceptionTables<'a> {
+    /// By farm.
+    pub masks: &'a [ExceptionMasksWords],
+    /// Their number is a power of two.
+    pub index: &'a [ExceptionBucketWords],
+    /// By number.
+    pub records: &'a [ExceptionWords],
+    /// Seed of the hash.
+    pub seed: u64,
 }
 
 // SAFETY: all access is by volatile or atomic single instructions, or to service entries, which change only while free.
@@ -27,15 +46,16 @@ unsafe impl Sync for View<'_> {}
 impl<'a> View<'a> {
     /// # Safety
     /// `services` and `servers` must stay valid for reads and writes for `'a`, and be changed by nobody in user space but
-    /// through this type. `flows` must have a length that is a power of two.
+    /// through this type. `flows` and the exceptions' index must have lengths that are powers of two.
     pub unsafe fn new(
         services: NonNull<[ServiceBucket]>,
         slots: &'a [Word],
         servers: NonNull<[Server]>,
         flows: &'a [FlowBucketWords],
+        exceptions: ExceptionTables<'a>,
     ) -> Self {
-        debug_assert!(flows.len().is_power_of_two());
-        Self { services, slots, servers, flows, memory: PhantomData }
+        debug_assert!(flows.len().is_power_of_two() && exceptions.index.len().is_power_of_two());
+        Self { services, slots, servers, flows, exceptions, memory: PhantomData }
     }
 
     /// All slots.
@@ -138,6 +158,31 @@ impl Tables for View<'_> {
     fn flow_mask(&self) -> u32 {
         self.flows.len() as u32 - 1
     }
+
+    fn exception_masks(&self, farm: u32) -> Option<&ExceptionMasksWords> {
+        self.exceptions.masks.get(farm as usize)
+    }
+
+    fn exception_bucket(&self, index: u32) -> Option<&ExceptionBucketWords> {
+        self.exceptions.index.get(index as usize)
+    }
+
+    fn exception_bucket_mask(&self) -> u32 {
+        self.exceptions.index.len() as u32 - 1
+    }
+
+    fn exception(&self, index: u32) -> Option<&ExceptionWords> {
+        self.exceptions.records.get(index as usize)
+    }
+
+    fn exception_seed(&self) -> u64 {
+        self.exceptions.seed
+    }
+
+    fn host_number(&self, server: u32) -> u16 {
+        // SAFETY: in bounds and aligned; one volatile read of a field.
+        self.server_ptr(server).map_or(0, |server| unsafe { (&raw const (*server).host).read_volatile() })
+    }
 }
 
 /// Tables of a process's own.
@@ -146,7 +191,15 @@ pub struct Owned {
     slots: alloc::vec::Vec<Word>,
     servers: alloc::vec::Vec<Server>,
     flows: alloc::vec::Vec<FlowBucketWords>,
+    exception_masks: alloc::vec::Vec<ExceptionMasksWords>,
+    exception_index: alloc::vec::Vec<ExceptionBucketWords>,
+    exceptions: alloc::vec::Vec<ExceptionWords>,
 }
+
+/// Farms of tables of a process's own that may have exceptions.
+const FARMS: usize = 16;
+/// Room for exceptions in such tables, unless they are made for more.
+const EXCEPTIONS: u32 = 64;
 
 impl Owned {
     /// Empty tables; `flow_buckets` must be a power of two.
@@ -158,14 +211,29 @@ impl Owned {
             slots: (0..slots).map(|_| Word::new(0)).collect(),
             servers: alloc::vec![Server::default(); servers],
             flows: (0..flow_buckets).map(|_| FlowBucketWords { entries: core::array::from_fn(|_| empty()) }).collect(),
+            exception_masks: exceptions::no_masks(FARMS),
+            exception_index: exceptions::no_index(EXCEPTIONS),
+            exceptions: exceptions::no_records(EXCEPTIONS),
         }
+    }
+
+    /// The same with room for this many records of exceptions; there are none in it.
+    pub fn with_exceptions(self, records: u32) -> Self {
+        let exception_index = exceptions::no_index(records);
+        Self { exception_index, exceptions: exceptions::no_records(records), ..self }
     }
 
     /// The tables, to be read and written.
     pub fn view(&mut self) -> View<'_> {
         let services = NonNull::from(self.services.as_mut_slice());
         let servers = NonNull::from(self.servers.as_mut_slice());
+        let exceptions = ExceptionTables {
+            masks: &self.exception_masks,
+            index: &self.exception_index,
+            records: &self.exceptions,
+            seed: 0x0ddb_a11c_0ffe_e000,
+        };
         // SAFETY: both are borrowed exclusively for as long as the view lives.
-        unsafe { View::new(services, &self.slots, servers, &self.flows) }
+        unsafe { View::new(services, &self.slots, servers, &self.flows, exceptions) }
     }
 }

@@ -6,6 +6,7 @@
 //!   Reason ◄──┘          │          └ new MACs   └ XDP action, one counter
 //!  (passed on)           ▼
 //!                     Tables ── service_bucket   which service?    one array lookup
+//!                            ── exceptions       not wanted?       new flows only, one lookup a mask
 //!                            ── slot             which owner?      one word
 //!                            ── next_hop         where is it?      one word
 //!                            ── flow_bucket      on record?        only if the slot is not plain
@@ -27,6 +28,7 @@
 extern crate alloc;
 
 pub mod abi;
+pub mod exceptions;
 pub mod flows;
 pub mod frame;
 pub mod hash;

@@ -4,9 +4,13 @@
 //! decides; a flow without one began before the change if the slot has a living legacy, goes there and is recorded; else
 //! the owner gets it. A SYN that its flow's next packet might not find again makes a candidate, which only the client's
 //! answer to that server turns into a record. Services that show no beginning of a flow record every flow.
+//!
+//! Only a new flow looks at the exceptions: a global one cuts it through, local ones take their installers out of the
+//! choice. A service that is opted out of tracking knows no flows, so each of its packets is a new one.
 
 use crate::{
-    abi::{ACCEPTS, ALIVE, ALWAYS_TRACKED, DIRECT, NONE, REACHABLE, Service, UNTRACKED},
+    abi::{ACCEPTS, ALIVE, ALWAYS_TRACKED, DIRECT, EXCEPTION_MASKS, NONE, REACHABLE, Service, UNTRACKED},
+    exceptions::{self, Excepted, Rounds},
     flows::{FlowWord, Found, find, flow_key, insert},
     hash::{flow_buckets, flow_hash, next_probe, service_bucket, slot_index},
     packet::{Packet, protocol, tcp},
@@ -16,8 +20,10 @@ use crate::{
     word::Word,
 };
 
-/// Slots that a new flow asks, its own first, for a server that takes it.
-pub const PROBES: u32 = 32;
+/// Slots that a new flow asks, its own first, for a server that takes it and that it may go to.
+pub const PROBES: u32 = 48;
+/// How many of them follow one another at random: in a table of a few slots that alone might miss one.
+const SCATTERED: u32 = 32;
 
 /// What is to become of a packet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -60,9 +66,22 @@ pub fn steer<T: Tables>(packet: &Packet, tables: &T) -> Decision {
         return Decision::unsteered(Reason::NoServer);
     }
     let tracking = service.flags & (ALWAYS_TRACKED | UNTRACKED);
-    let chosen = if tracking != 0 || packet.is_syn() { at.choose() } else { owner };
-    let plain = tracking == UNTRACKED || tracking == 0 && at.word.is_plain() && chosen == owner;
-    if plain { at.forward(chosen, Reason::Plain, packet.is_syn()) } else { at.tracked(chosen) }
+    let plain = tracking == 0 && at.word.is_plain();
+    if plain && !packet.is_syn() {
+        return at.forward(owner, Reason::Plain, false);
+    }
+    // What is on record is not asked where else it might go: only new flows look at exceptions.
+    if tracking == ALWAYS_TRACKED
+        && let Some(decision) = at.on_record()
+    {
+        return decision;
+    }
+    let chosen =
+        if tracking != 0 || packet.is_syn() { at.choose() } else { Chosen { server: owner, excepted: false } };
+    if tracking == UNTRACKED || plain && chosen.server == owner {
+        return at.forward(chosen.server, Reason::Plain, packet.is_syn());
+    }
+    at.tracked(chosen)
 }
 
 #[inline(always)]
@@ -95,6 +114,14 @@ struct Ruling {
     forget: bool,
 }
 
+/// Where a new flow is to go.
+#[derive(Clone, Copy)]
+struct Chosen {
+    server: u32,
+    /// An exception had a say in it.
+    excepted: bool,
+}
+
 /// What is to be written to the flow table.
 enum Write {
     Nothing,
@@ -107,9 +134,22 @@ enum Write {
 }
 
 impl<'a, T: Tables> At<'a, T> {
+    /// What becomes of a packet whose flow is on record, in a service whose flows all are.
+    #[inline(always)]
+    fn on_record(&self) -> Option<Decision> {
+        let key = flow_key(self.packet, self.service.id);
+        let found = find(self.tables, flow_buckets(self.hash, self.tables.flow_mask()), key);
+        let record = self.if_alive(found.record.value);
+        if record == FlowWord::EMPTY {
+            return None;
+        }
+        found.touch(self.packet);
+        Some(self.forward(record.server(), Reason::Record, false))
+    }
+
     /// A packet whose slot is not plain, or whose flow must be on record; `chosen` is for a new flow.
     #[inline(always)]
-    fn tracked(&self, chosen: u32) -> Decision {
+    fn tracked(&self, chosen: Chosen) -> Decision {
         let buckets = flow_buckets(self.hash, self.tables.flow_mask());
         let key = flow_key(self.packet, self.service.id);
         let found = find(self.tables, buckets, key);
@@ -118,7 +158,7 @@ impl<'a, T: Tables> At<'a, T> {
         let ruling = if self.service.flags & ALWAYS_TRACKED != 0 {
             self.rule_always(&living, chosen)
         } else if self.packet.is_syn() {
-            self.rule_syn(&living, chosen)
+            self.rule_syn(&living, chosen.server)
         } else {
             self.rule(&living)
         };
@@ -145,17 +185,18 @@ impl<'a, T: Tables> At<'a, T> {
 
     /// A service whose flows are all on record.
     #[inline(always)]
-    fn rule_always(&self, living: &Living, chosen: u32) -> Ruling {
+    fn rule_always(&self, living: &Living, chosen: Chosen) -> Ruling {
         let record = living.record;
         if record != FlowWord::EMPTY {
             return Ruling { server: record.server(), reason: Reason::Record, write: Write::Touch, forget: false };
         }
-        let write = if chosen == DIRECT {
+        // What an exception cuts through stays so, on record; what finds no server may find one with its next packet.
+        let write = if chosen.server == DIRECT && !chosen.excepted {
             Write::Nothing
         } else {
-            Write::Record(FlowWord::record(chosen, self.packet.sequence, self.is_closing()))
+            Write::Record(FlowWord::record(chosen.server, self.packet.sequence, self.is_closing()))
         };
-        Ruling { server: chosen, reason: Reason::New, write, forget: false }
+        Ruling { server: chosen.server, reason: Reason::New, write, forget: false }
     }
 
     /// A TCP flow that wants to begin.
@@ -247,21 +288,35 @@ impl<'a, T: Tables> At<'a, T> {
         self.packet.flags & (tcp::FIN | tcp::RST) != 0
     }
 
-    /// The server of a new flow: the slot's owner, or the first of the probe sequence that takes new flows.
+    /// The server of a new flow: the slot's owner, or the first of the probe sequence that takes new flows and wants this.
     #[inline(always)]
-    fn choose(&self) -> u32 {
+    fn choose(&self) -> Chosen {
+        let mut records = [0; EXCEPTION_MASKS];
+        let excepted = match exceptions::look_up(self.tables, self.packet, self.service.farm, &mut records) {
+            Excepted::Global => return Chosen { server: DIRECT, excepted: true },
+            Excepted::Local => true,
+            Excepted::No => false,
+        };
         let mut server = self.word.owner();
-        let mut hash = self.hash;
-        for _ in 0..PROBES {
-            if self.accepts(server) {
-                return server;
+        let (size, mut hash) = (self.service.slots_size, self.hash);
+        let mut index = slot_index(hash, size);
+        for probe in Rounds::new(PROBES) {
+            if self.accepts(server)
+                && !(excepted && exceptions::exclude(self.tables, &records, self.tables.host_number(server)))
+            {
+                return Chosen { server, excepted };
             }
-            hash = next_probe(hash);
-            let index = self.service.slots_base.wrapping_add(slot_index(hash, self.service.slots_size));
-            let Some(slot) = self.tables.slot(index) else { break };
+            // The first are scattered; the rest are neighbours, so that a small table is asked to its last slot.
+            if probe < SCATTERED {
+                hash = next_probe(hash);
+                index = slot_index(hash, size);
+            } else {
+                index = if index + 1 < size { index + 1 } else { 0 };
+            }
+            let Some(slot) = self.tables.slot(self.service.slots_base.wrapping_add(index)) else { break };
             server = SlotWord(slot.load()).owner();
         }
-        DIRECT
+        Chosen { server: DIRECT, excepted }
     }
 
     #[inline(always)]

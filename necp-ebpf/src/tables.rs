@@ -2,6 +2,7 @@
 
 use crate::{
     abi::{ALIVE, REACHABLE, ServiceBucket},
+    exceptions::{ExceptionBucketWords, ExceptionMasksWords, ExceptionWords},
     flows::FlowBucketWords,
     word::Word,
 };
@@ -18,6 +19,18 @@ pub trait Tables {
     fn flow_bucket(&self, index: u32) -> Option<&FlowBucketWords>;
     /// Number of flow buckets less one; the number is a power of two.
     fn flow_mask(&self) -> u32;
+    /// What the exceptions of a farm look at.
+    fn exception_masks(&self, farm: u32) -> Option<&ExceptionMasksWords>;
+    /// A bucket of the exceptions' index.
+    fn exception_bucket(&self, index: u32) -> Option<&ExceptionBucketWords>;
+    /// Number of those buckets less one; the number is a power of two.
+    fn exception_bucket_mask(&self) -> u32;
+    /// An exception's record.
+    fn exception(&self, index: u32) -> Option<&ExceptionWords>;
+    /// Seed of the exceptions' hash.
+    fn exception_seed(&self) -> u64;
+    /// What exceptions call the host of a server id; 0: nothing.
+    fn host_number(&self, server: u32) -> u16;
 }
 
 /// The first word of a [`Server`](crate::abi::Server), read at once: MAC address, flags, port.

@@ -1,5 +1,8 @@
 //! NECP, both roles: the network element's daemon and the server element's agent.
 
+#[cfg(test)]
+extern crate self as necp_user;
+
 pub mod client;
 pub mod config;
 pub mod control;

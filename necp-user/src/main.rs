@@ -3,6 +3,7 @@
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
+use necp_user::daemon::se::ctl::{drain, except, health};
 use necp_user::daemon::{ne, se, status};
 use tracing_subscriber::EnvFilter;
 
@@ -16,6 +17,7 @@ Examples:
   necp ne --config /etc/necp/ne.toml            on the balancer
   necp se --ne 10.0.0.1 --serve tcp/80=l2       on each server
   necp status                                   on the balancer: who serves what, who gets what
+  necp drain --wait 60                          on a server: no new flows, wait for those that are there
 
 `necp COMMAND --help` has more."
 )]
@@ -31,8 +33,16 @@ enum Command {
     Ne(ne::Args),
     /// Run the server element: the agent of a server
     Se(se::Args),
-    /// Show farms, services and servers of the network element on this host
+    /// Show farms, services and servers of the network element on this host; on a server, its agent
     Status(status::Args),
+    /// Add, delete and list flows that this server does not want
+    Except(except::Args),
+    /// Take no new flows on this server, until `necp resume`
+    Drain(drain::DrainArgs),
+    /// Take new flows again
+    Resume(drain::ResumeArgs),
+    /// Show or set the health that this server tells its network elements
+    Health(health::Args),
     /// Attach the packet path to an interface, without a daemon
     Load(ne::load::LoadArgs),
     /// Detach the packet path from an interface
@@ -46,6 +56,10 @@ fn main() -> ExitCode {
         Command::Ne(args) => ne::run(&args),
         Command::Se(args) => finish(agent(args).map(|()| None)),
         Command::Status(args) => status::run(&args),
+        Command::Except(args) => except::run(args),
+        Command::Drain(args) => drain::drain(&args),
+        Command::Resume(args) => drain::resume(&args),
+        Command::Health(args) => health::run(&args),
         Command::Load(args) => finish(ne::load::load(&args).map(Some)),
         Command::Unload(args) => finish(ne::load::unload_from(&args).map(Some)),
     }

@@ -1,6 +1,6 @@
 //! Our own daemons in namespaces: `necp ne` and `necp se`.
 
-use std::{env, fs, path::PathBuf, time::Duration};
+use std::{env, fs, path::PathBuf, process::Output, time::Duration};
 
 use anyhow::{Context as _, Result, ensure};
 
@@ -96,6 +96,8 @@ impl NetworkElement {
 #[derive(Debug)]
 pub struct ServerElement {
     process: Process,
+    ns: Namespace,
+    socket: PathBuf,
 }
 
 impl ServerElement {
@@ -121,7 +123,18 @@ impl ServerElement {
         if !args.contains(&"--lock") {
             command.arg("--lock").arg(lock);
         }
-        Ok(Self { process: Process::spawn(command, &format!("se-{name}"), topology.dir())? })
+        let process = Process::spawn(command, &format!("se-{name}"), topology.dir())?;
+        Ok(Self { process, ns: ns.clone(), socket: topology.dir().join(format!("{name}.sock")) })
+    }
+
+    /// Runs a command of the `necp` binary that speaks to this agent, such as `["drain", "--wait", "5"]`. The agent's
+    /// socket is added: it is beside the lock that [`ServerElement::start`] chooses.
+    ///
+    /// # Errors
+    /// If it does not start; that it fails is not an error.
+    pub fn command(&self, args: &[&str]) -> Result<Output> {
+        let mut command = self.ns.command(necp_binary()?);
+        command.args(args).arg("--socket").arg(&self.socket).output().context("the command does not start")
     }
 
     /// The process, for signals and its log.

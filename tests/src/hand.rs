@@ -37,6 +37,22 @@ pub mod opcode {
     pub const STOP: u8 = 0x07;
     /// Answers STOP.
     pub const STOP_ACK: u8 = 0x08;
+    /// Adds exceptions.
+    pub const EXCEPTION_ADD: u8 = 0x20;
+    /// Answers EXCEPTION_ADD.
+    pub const EXCEPTION_ADD_ACK: u8 = 0x21;
+    /// Deletes exceptions.
+    pub const EXCEPTION_DEL: u8 = 0x22;
+    /// Answers EXCEPTION_DEL.
+    pub const EXCEPTION_DEL_ACK: u8 = 0x23;
+    /// Deletes all of the sender's exceptions.
+    pub const EXCEPTION_RESET: u8 = 0x24;
+    /// Answers EXCEPTION_RESET.
+    pub const EXCEPTION_RESET_ACK: u8 = 0x25;
+    /// Asks for exceptions.
+    pub const EXCEPTION_QUERY: u8 = 0x26;
+    /// Answers EXCEPTION_QUERY.
+    pub const EXCEPTION_RESP: u8 = 0x27;
 }
 
 /// The payload's unit: data0 to data7 (draft §5.2.3).
@@ -123,6 +139,44 @@ impl Hand {
         failed(ack, opcode::STOP_ACK)
     }
 
+    /// EXCEPTION_ADD of these units (draft §5.7.1); returns those that failed.
+    ///
+    /// # Errors
+    /// As [`Hand::start`].
+    pub fn except_add(&mut self, units: &[Unit]) -> Result<Vec<Unit>> {
+        let ack = self.request(opcode::EXCEPTION_ADD, units)?;
+        failed(ack, opcode::EXCEPTION_ADD_ACK)
+    }
+
+    /// EXCEPTION_DEL of these units (draft §5.7.3); returns those that failed.
+    ///
+    /// # Errors
+    /// As [`Hand::start`].
+    pub fn except_del(&mut self, units: &[Unit]) -> Result<Vec<Unit>> {
+        let ack = self.request(opcode::EXCEPTION_DEL, units)?;
+        failed(ack, opcode::EXCEPTION_DEL_ACK)
+    }
+
+    /// EXCEPTION_RESET (draft §5.7.5).
+    ///
+    /// # Errors
+    /// If it fails, or is not answered.
+    pub fn except_reset(&mut self) -> Result<()> {
+        let ack = self.request(opcode::EXCEPTION_RESET, &[])?;
+        ensure!(failed(ack, opcode::EXCEPTION_RESET_ACK)?.is_empty(), "EXCEPTION_RESET failed");
+        Ok(())
+    }
+
+    /// EXCEPTION_QUERY (draft §5.7.7); returns the entries that are listed.
+    ///
+    /// # Errors
+    /// If it fails, or is not answered.
+    pub fn except_query(&mut self, filter: Unit) -> Result<Vec<Unit>> {
+        let answer = self.request(opcode::EXCEPTION_QUERY, &[filter])?;
+        ensure!(answer.opcode == opcode::EXCEPTION_RESP && answer.flags & ERROR == 0, "no list: {answer:?}");
+        Ok(answer.units)
+    }
+
     /// Sends a request and waits for its answer.
     ///
     /// # Errors
@@ -166,7 +220,7 @@ impl Hand {
         ensure!(header[..2] == [0x41, 0x4a] && header[4] == 1, "no NECP of version 1: {header:02x?}");
         let word = |at: usize| u16::from_be_bytes([header[at], header[at + 1]]);
         let length = u32::from_be_bytes([header[16], header[17], header[18], header[19]]) as usize;
-        ensure!(length.is_multiple_of(32) && length <= 1 << 22, "a payload of {length} bytes");
+        ensure!(length.is_multiple_of(32) && length <= 1 << 26, "a payload of {length} bytes");
         let mut payload = vec![0; length];
         self.stream.read_exact(&mut payload)?;
         let unit = |bytes: &[u8]| {

@@ -12,7 +12,7 @@ use aya::{
     programs::{TestRunOptions, Xdp},
 };
 use necp_ebpf::{
-    abi::{Port, names},
+    abi::{Layout, Port, exception_buckets, exception_records, names},
     host::View,
     verdict::{REASONS, Reason},
 };
@@ -64,12 +64,26 @@ impl Kernel {
     /// # Errors
     /// Without root or a BPF file system at /sys/fs/bpf.
     pub fn load(slots: u32, flow_buckets: u32) -> Result<Self> {
+        Self::load_with(slots, flow_buckets, exception_records(64))
+    }
+
+    /// The same with room for this many records of exceptions.
+    ///
+    /// # Errors
+    /// As [`Kernel::load`].
+    pub fn load_with(slots: u32, flow_buckets: u32, exceptions: u32) -> Result<Self> {
         let instance = INSTANCES.fetch_add(1, Ordering::Relaxed);
         let pin = PathBuf::from(format!("/sys/fs/bpf/necp-test-{}-{instance}", std::process::id()));
-        let config =
-            PlaneConfig { pin: pin.clone(), interfaces: Vec::new(), mode: AttachMode::Auto, slots, flow_buckets };
+        let config = PlaneConfig {
+            pin: pin.clone(),
+            interfaces: Vec::new(),
+            mode: AttachMode::Auto,
+            slots,
+            flow_buckets,
+            exceptions,
+        };
         let plane = Plane::open(&config)?;
-        let program = load_program(&pin, flow_buckets)?;
+        let program = load_program(&pin, &plane.layout())?;
         let mut kernel = Self { plane: Some(plane), program, pin };
         kernel.enter_ports()?;
         Ok(kernel)
@@ -161,14 +175,17 @@ fn open(pin: &std::path::Path, name: &str) -> Result<aya::maps::Map> {
     Ok(aya::maps::Map::from_map_data(MapData::from_pin(pin.join(name))?)?)
 }
 
-fn load_program(pin: &std::path::Path, flow_buckets: u32) -> Result<Ebpf> {
+fn load_program(pin: &std::path::Path, layout: &Layout) -> Result<Ebpf> {
     let [a, b, c, d, e, f] = OWN_MAC;
-    let (index, mac, mask) = (0u32, u64::from_ne_bytes([a, b, c, d, e, f, 0, 0]), flow_buckets - 1);
+    let (index, mac, mask) = (0u32, u64::from_ne_bytes([a, b, c, d, e, f, 0, 0]), layout.flow_buckets - 1);
+    let exception_mask = exception_buckets(layout.exceptions) - 1;
     let mut loader = EbpfLoader::new();
     loader
         .override_global(names::PORT_INDEX, &index, true)
         .override_global(names::PORT_MAC, &mac, true)
-        .override_global(names::FLOW_MASK, &mask, true);
+        .override_global(names::FLOW_MASK, &mask, true)
+        .override_global(names::EXCEPTION_BUCKET_MASK, &exception_mask, true)
+        .override_global(names::EXCEPTION_SEED, &layout.exception_seed, true);
     for name in names::PINNED {
         loader.map_pin_path(name, pin.join(name));
     }

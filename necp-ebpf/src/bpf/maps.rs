@@ -6,15 +6,21 @@ use aya_ebpf::{
 };
 use necp_ebpf::{
     abi::{
-        DEFAULT_FLOW_BUCKETS, DEFAULT_SLOTS, FlowBucket, Layout, MAX_PORTS, MAX_SERVERS, Port, SERVICE_BUCKETS, Server,
-        ServerStats, ServiceBucket, Slot,
+        DEFAULT_EXCEPTIONS, DEFAULT_FLOW_BUCKETS, DEFAULT_SLOTS, Exception, ExceptionBucket, ExceptionMasks, FlowBucket,
+        Layout, MAX_FARMS, MAX_PORTS, MAX_SERVERS, Port, SERVICE_BUCKETS, Server, ServerStats, ServiceBucket, Slot,
+        exception_buckets, exception_records,
     },
+    exceptions::{ExceptionBucketWords, ExceptionMasksWords, ExceptionWords},
     flows::FlowBucketWords,
     steer::Decision,
     tables::{NextHop, Tables},
     verdict::{REASONS, Reason},
     word::Word,
 };
+
+// Defaults; user space says how many there are.
+const EXCEPTION_RECORDS: u32 = exception_records(DEFAULT_EXCEPTIONS);
+const EXCEPTION_BUCKETS: u32 = exception_buckets(EXCEPTION_RECORDS);
 
 /// `BPF_F_MMAPABLE`: user space reads and changes these maps as memory.
 const MMAPABLE: usize = 1 << 10;
@@ -27,6 +33,12 @@ static SLOTS: Array<Slot, { DEFAULT_SLOTS as usize }, MMAPABLE> = Array::new();
 static SERVERS: Array<Server, { MAX_SERVERS as usize }, MMAPABLE> = Array::new();
 #[btf_map(name = "flows4")]
 static FLOWS: Array<FlowBucket, { DEFAULT_FLOW_BUCKETS as usize }, MMAPABLE> = Array::new();
+#[btf_map(name = "except_masks")]
+static EXCEPTION_MASKS: Array<ExceptionMasks, { MAX_FARMS as usize }, MMAPABLE> = Array::new();
+#[btf_map(name = "except_index")]
+static EXCEPTION_INDEX: Array<ExceptionBucket, { EXCEPTION_BUCKETS as usize }, MMAPABLE> = Array::new();
+#[btf_map(name = "exceptions")]
+static EXCEPTIONS: Array<Exception, { EXCEPTION_RECORDS as usize }, MMAPABLE> = Array::new();
 #[btf_map(name = "reasons")]
 static REASON_COUNTERS: PerCpuArray<u64, { REASONS as usize }> = PerCpuArray::new();
 #[btf_map(name = "server_stats")]
@@ -45,6 +57,10 @@ static PORT_INDEX: u32 = 0;
 static PORT_MAC: u64 = 0;
 #[unsafe(no_mangle)]
 static FLOW_MASK: u32 = DEFAULT_FLOW_BUCKETS - 1;
+#[unsafe(no_mangle)]
+static EXCEPTION_BUCKET_MASK: u32 = EXCEPTION_BUCKETS - 1;
+#[unsafe(no_mangle)]
+static EXCEPTION_SEED: u64 = 0;
 
 /// The interface that this instance of the program runs on: its index in `ports`, its MAC address.
 #[inline(always)]
@@ -128,5 +144,41 @@ impl Tables for Maps {
     fn flow_mask(&self) -> u32 {
         // SAFETY: initialised and never written while the program is loaded.
         unsafe { (&raw const FLOW_MASK).read_volatile() }
+    }
+
+    #[inline(always)]
+    fn exception_masks(&self, farm: u32) -> Option<&ExceptionMasksWords> {
+        // SAFETY: both types have the same layout.
+        EXCEPTION_MASKS.get_ptr(farm).map(|masks| unsafe { &*masks.cast::<ExceptionMasksWords>() })
+    }
+
+    #[inline(always)]
+    fn exception_bucket(&self, index: u32) -> Option<&ExceptionBucketWords> {
+        // SAFETY: both types have the same layout.
+        EXCEPTION_INDEX.get_ptr(index).map(|bucket| unsafe { &*bucket.cast::<ExceptionBucketWords>() })
+    }
+
+    #[inline(always)]
+    fn exception_bucket_mask(&self) -> u32 {
+        // SAFETY: initialised and never written while the program is loaded.
+        unsafe { (&raw const EXCEPTION_BUCKET_MASK).read_volatile() }
+    }
+
+    #[inline(always)]
+    fn exception(&self, index: u32) -> Option<&ExceptionWords> {
+        // SAFETY: both types have the same layout.
+        EXCEPTIONS.get_ptr(index).map(|record| unsafe { &*record.cast::<ExceptionWords>() })
+    }
+
+    #[inline(always)]
+    fn exception_seed(&self) -> u64 {
+        // SAFETY: initialised and never written while the program is loaded.
+        unsafe { (&raw const EXCEPTION_SEED).read_volatile() }
+    }
+
+    #[inline(always)]
+    fn host_number(&self, server: u32) -> u16 {
+        // SAFETY: an aligned field of a record that is valid for as long as the map is.
+        SERVERS.get_ptr(server).map_or(0, |server| unsafe { (&raw const (*server).host).read_volatile() })
     }
 }

@@ -88,7 +88,7 @@ pub enum NeError {
 /// The exceptions that a network element holds, of all servers.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Listing {
-    /// Those that match, in no particular order.
+    /// Those that match, by installer.
     pub entries: Vec<Listed>,
     /// There are more than [`Builder::max_listed`](super::Builder::max_listed), and they were left out.
     pub more: bool,

@@ -1,6 +1,6 @@
 //! One session on one connection: the protocol machine between the socket and what the application wants.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::net::IpAddr;
 use std::pin::Pin;
 use std::sync::Arc;
@@ -54,7 +54,14 @@ enum Pending {
     /// Exceptions that the element has forgotten, and how many.
     Again(usize),
     Reset(Done),
-    Query(Done, Listing),
+    Query(Done, List),
+}
+
+/// A list as it comes in.
+#[derive(Default)]
+struct List {
+    entries: HashSet<Listed>,
+    more: bool,
 }
 
 impl<'a> Session<'a> {
@@ -166,7 +173,7 @@ impl<'a> Session<'a> {
             }
             What::Query(filter) => {
                 let id = self.machine.except_query(filter);
-                self.pending.insert(id, Pending::Query(done, Listing::default()));
+                self.pending.insert(id, Pending::Query(done, List::default()));
             }
         }
     }
@@ -337,20 +344,19 @@ impl<'a> Session<'a> {
     }
 
     fn on_listed(&mut self, id: RequestId, entries: Vec<Listed>, last: bool) {
-        let Some(Pending::Query(_, listing)) = self.pending.get_mut(&id) else { return };
+        let Some(Pending::Query(_, list)) = self.pending.get_mut(&id) else { return };
         for entry in entries {
-            // An element fills a list that has become shorter with the entry before.
-            if listing.entries.last() == Some(&entry) {
-                continue;
+            if list.entries.len() < self.peer.settings.max_listed {
+                // An element may name one twice.
+                list.entries.insert(entry);
+            } else if !list.entries.contains(&entry) {
+                list.more = true;
             }
-            if listing.entries.len() == self.peer.settings.max_listed {
-                listing.more = true;
-                break;
-            }
-            listing.entries.push(entry);
         }
-        if last && let Some(Pending::Query(done, listing)) = self.pending.remove(&id) {
-            let _ = done.send(Ok(listing));
+        if last && let Some(Pending::Query(done, list)) = self.pending.remove(&id) {
+            let mut entries: Vec<_> = list.entries.into_iter().collect();
+            entries.sort_unstable_by_key(|entry| (entry.installer, entry.flows));
+            let _ = done.send(Ok(Listing { entries, more: list.more }));
         }
     }
 

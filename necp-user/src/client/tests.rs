@@ -1,5 +1,7 @@
 //! The client as a whole, over real TCP, against the network element's protocol machine.
 
+mod proxy;
+
 use super::fake_ne::{INSTALLER, Manner, Ne};
 use super::*;
 use crate::necp::{CloseReason, Listed, NeEvent, Operation, Scope, ServiceKey, ServiceUnit};

@@ -55,6 +55,8 @@ pub struct NeConfig {
     pub keepalive: Duration,
     /// After a restart: how long the offers of servers that have not come back serve on; 60 s by default.
     pub grace: Duration,
+    /// Exceptions that all servers together may have (§5.7), at most 1,048,576, the default.
+    pub max_exceptions: u32,
     /// The farms, in the order of the file.
     pub farms: Vec<FarmConfig>,
     /// What is legal but will surprise, to be logged.
@@ -86,8 +88,11 @@ pub struct FarmConfig {
     pub udp_idle: Duration,
     /// Whether UDP flows are recorded; true by default. If not, every datagram goes where the slot table says.
     pub udp_tracking: bool,
-    /// Whether this farm's servers may install exceptions for all of its servers (§5.7); false by default.
+    /// Whether this farm's servers may install exceptions for all of its servers (§5.7); false by default: then those are
+    /// in force for the server that installed them.
     pub global_exceptions: bool,
+    /// Exceptions that one server may have; 65,536 by default. Of a server in several farms, the least.
+    pub max_exceptions: u32,
     /// Seed of the flow hash: the same on every NE that shares this farm's traffic. If none, it comes from the name.
     pub hash_seed: Option<u64>,
     /// Relative capacity of servers, 0.01 to 1000; 1 for those that are not named.

@@ -33,11 +33,13 @@ pub struct Adopted {
 }
 
 impl Cluster {
-    /// Takes over what the maps hold. To be called once, before any other input; on empty maps it changes nothing.
+    /// Takes over what the maps hold, but for exceptions, which go. To be called once, before any other input; on empty maps it changes nothing.
     ///
     /// Everything old that the configuration still knows keeps its place. Fails if what is new finds none beside it.
     pub fn adopt(&mut self, view: &View<'_>, now: Instant) -> Result<Adopted, ConfigError> {
         let existing = existing(view);
+        // Exceptions live as long as their SE's session, and there is none.
+        view.clear_exceptions();
         self.layout = Layout::new(&self.config, &existing)?;
         self.services = self.layout.services.iter().map(ServiceState::new).collect();
         self.ids = Ids::new(self.config.servers);
@@ -79,7 +81,9 @@ impl Cluster {
             self.offers.insert(*id, offer);
             let reachable = server.flags & REACHABLE != 0;
             let hop = reachable.then_some(Hop { mac: server.mac, port: server.port });
-            let host = self.hosts.entry(key.address).or_insert(Host {
+            let Self { hosts, host_numbers, .. } = self;
+            let host = hosts.entry(key.address).or_insert_with(|| Host {
+                number: host_numbers.take(server.host),
                 session: Session::Lost { since: now },
                 on_link: false,
                 hop,

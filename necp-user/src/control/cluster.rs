@@ -11,6 +11,7 @@ use necp_ebpf::abi;
 
 use super::{
     config::{ClusterConfig, ConfigError, Forwarding, ServiceKey},
+    exceptions::Store,
     ids::{Ids, NoIdLeft, OfferKey},
     layout::{Layout, PlacedService},
     offers::Offers,
@@ -122,6 +123,7 @@ pub struct Cluster {
     /// The service entries may differ from the maps'.
     pub(super) dirty_entries: bool,
     pub(super) ledger: Ledger,
+    pub(super) exceptions: Store,
     pub(super) change: Change,
     /// When time was last told.
     pub(super) ticked: Instant,
@@ -129,12 +131,15 @@ pub struct Cluster {
     pub(super) touches: u64,
     /// Sessions or hosts came or went: panics and deaths are to be reviewed before the next plan.
     pub(super) review: bool,
+    pub(super) host_numbers: HostNumbers,
     notices: VecDeque<Notice>,
 }
 
 /// An SE's host.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Host {
+    /// What records call it, [`abi::Server::host`]; 0: there was no number left.
+    pub(super) number: u16,
     pub(super) session: Session,
     pub(super) on_link: bool,
     pub(super) hop: Option<Hop>,
@@ -200,7 +205,8 @@ pub(super) struct FarmState {
 }
 
 impl Host {
-    const UNKNOWN: Self = Self { session: Session::Absent, on_link: false, hop: None, known: false, gone: None };
+    const UNKNOWN: Self =
+        Self { number: 0, session: Session::Absent, on_link: false, hop: None, known: false, gone: None };
 
     pub(super) fn reachable(&self) -> bool {
         self.hop.is_some() && self.gone.is_none()
@@ -223,6 +229,8 @@ impl Cluster {
             dirty_servers: BTreeMap::new(),
             dirty_entries: true,
             ledger: Ledger::new(config.slots, now),
+            exceptions: Store::new(&config, now),
+            host_numbers: HostNumbers::default(),
             change: Change(0),
             ticked: now,
             touches: 0,
@@ -250,16 +258,17 @@ impl Cluster {
         (!farms.is_empty()).then_some(Admission { farms })
     }
 
-    /// A session begins: the SE's offers are gone (draft §5.4), its flows are not. `on_link`: it is on a directly connected
+    /// A session begins: the SE's offers and exceptions are gone (draft §5.4), its flows are not. `on_link`: it is on a directly connected
     /// link. The end of a session that this one supersedes must not be told with [`Cluster::session_lost`].
     pub fn init(&mut self, address: Ipv4Addr, on_link: bool, now: Instant) -> Result<Change, NotAdmitted> {
         if self.may_join(address).is_none() {
             return Err(NotAdmitted(address));
         }
         let change = self.begin();
-        let host = self.hosts.entry(address).or_insert(Host::UNKNOWN);
+        let host = self.host_mut(address);
         host.session = Session::Up;
         host.on_link = on_link;
+        self.exceptions.doom(address, change);
         let until = now + AFTER_INIT;
         for id in self.offers.ids_of(address) {
             let Some(offer) = self.offers.get_mut(id) else { continue };
@@ -354,11 +363,12 @@ impl Cluster {
         change
     }
 
-    /// The SE's session was closed, reset or found dead: no new flows; those that there are stay.
+    /// The SE's session was closed, reset or found dead: no new flows, no exceptions; the flows that there are stay.
     pub fn session_lost(&mut self, address: Ipv4Addr, now: Instant) -> Change {
         let change = self.begin();
         if let Some(host) = self.hosts.get_mut(&address).filter(|host| host.session == Session::Up) {
             host.session = Session::Lost { since: now };
+            self.exceptions.doom(address, change);
             self.touch_host(address, change);
             self.review = true;
         }
@@ -369,7 +379,7 @@ impl Cluster {
     pub fn host_reachable(&mut self, address: Ipv4Addr, hop: Hop, _now: Instant) -> Change {
         let change = self.begin();
         if self.may_join(address).is_some() || self.hosts.contains_key(&address) {
-            let host = self.hosts.entry(address).or_insert(Host::UNKNOWN);
+            let host = self.host_mut(address);
             if host.hop != Some(hop) || host.gone.is_some() {
                 (host.hop, host.gone, host.known) = (Some(hop), None, true);
                 self.touch_host(address, change);
@@ -487,10 +497,17 @@ impl Cluster {
         }
     }
 
+    /// The host of this address, new if need be.
+    fn host_mut(&mut self, address: Ipv4Addr) -> &mut Host {
+        let Self { hosts, host_numbers, .. } = self;
+        hosts.entry(address).or_insert_with(|| Host { number: host_numbers.take(0), ..Host::UNKNOWN })
+    }
+
+    /// Nothing in the maps names this host, nor may come to.
     pub(super) fn forget_host(&mut self, address: Ipv4Addr) {
-        let used = self.offers.has(address);
+        let used = self.offers.has(address) || self.exceptions.knows(address);
         if !used && self.hosts.get(&address).is_some_and(|host| host.session != Session::Up && !host.reachable()) {
-            self.hosts.remove(&address);
+            self.host_numbers.give_back(self.hosts.remove(&address).map_or(0, |host| host.number));
         }
     }
 
@@ -514,6 +531,39 @@ impl Cluster {
         }
         let capacity = self.config.farms[offer.key.farm].capacity_of(*address);
         weight::weight(offer.health.level(), capacity, offer.joined, self.config.slow_start, now)
+    }
+}
+
+/// Numbers of hosts in use, for the records of servers and exceptions: none is two hosts'.
+#[derive(Debug, Default)]
+pub(super) struct HostNumbers {
+    taken: BTreeSet<u16>,
+}
+
+impl HostNumbers {
+    /// A number that is free, this one if it is; 0 if none is.
+    pub(super) fn take(&mut self, wanted: u16) -> u16 {
+        let number = match wanted {
+            1.. if !self.taken.contains(&wanted) => wanted,
+            _ => self.free(),
+        };
+        if number != 0 {
+            self.taken.insert(number);
+        }
+        number
+    }
+
+    fn give_back(&mut self, number: u16) {
+        self.taken.remove(&number);
+    }
+
+    /// The one after the last, else the first gap: a number rests for as long as it can.
+    fn free(&self) -> u16 {
+        match self.taken.last() {
+            Some(&last) if last < u16::MAX => last + 1,
+            Some(_) => (1..=u16::MAX).find(|number| !self.taken.contains(number)).unwrap_or(0),
+            None => 1,
+        }
     }
 }
 

@@ -91,6 +91,10 @@ pub struct FarmConfig {
     pub hash_seed: Option<u64>,
     /// Capacity by server, in thousandths; 1000 for those not named, at most 1,000,000.
     pub capacity: BTreeMap<Ipv4Addr, u32>,
+    /// Its servers' global exceptions are in force as such; else as local ones.
+    pub global_exceptions: bool,
+    /// Exceptions that one server may have. Of a server that several farms admit: the least of them.
+    pub max_exceptions: u32,
 }
 
 impl FarmConfig {
@@ -109,6 +113,8 @@ impl FarmConfig {
             udp_tracking: true,
             hash_seed: None,
             capacity: BTreeMap::new(),
+            global_exceptions: false,
+            max_exceptions: 65_536,
         }
     }
 
@@ -147,6 +153,8 @@ pub struct ClusterConfig {
     pub slots: u32,
     /// Capacity of the map `servers`.
     pub servers: u32,
+    /// Exceptions that all servers together may have.
+    pub max_exceptions: u32,
     /// Forwarding types that the packet path has.
     pub implemented: Vec<Forwarding>,
 }
@@ -162,6 +170,7 @@ impl Default for ClusterConfig {
             half_open: Duration::from_secs(60),
             slots: abi::DEFAULT_SLOTS,
             servers: abi::MAX_SERVERS,
+            max_exceptions: abi::DEFAULT_EXCEPTIONS,
             implemented: vec![Forwarding::Layer2],
         }
     }
@@ -246,6 +255,12 @@ pub enum ConfigError {
     /// Too many entries for their ids.
     #[error("more than 32767 pairs of VIP and service: use fewer")]
     TooManyServices,
+    /// More farms than the maps have room for.
+    #[error("{0} farms are too many: at most {max}", max = abi::MAX_FARMS)]
+    TooManyFarms(usize),
+    /// Exceptions that a map of any size could not hold.
+    #[error("max_exceptions = {0}: must be at most {max}", max = MAX_EXCEPTIONS)]
+    TooManyExceptions(u32),
     /// The map `slots` is too small.
     #[error("the slot tables need {needed} slots and there are {capacity}: lower table_size, or make the map larger")]
     Slots {
@@ -256,6 +271,9 @@ pub enum ConfigError {
     },
 }
 
+/// Exceptions that all servers together may have, at most.
+pub const MAX_EXCEPTIONS: u32 = 1 << 24;
+
 /// Slots that the tables of these farms need together.
 pub fn slots_needed(farms: &[FarmConfig]) -> u64 {
     farms.iter().map(|farm| farm.services.len() as u64 * u64::from(farm.table_size)).sum()
@@ -264,6 +282,12 @@ pub fn slots_needed(farms: &[FarmConfig]) -> u64 {
 impl ClusterConfig {
     /// Checks what can be checked without the maps.
     pub fn validate(&self) -> Result<(), ConfigError> {
+        if self.farms.len() > abi::MAX_FARMS as usize {
+            return Err(ConfigError::TooManyFarms(self.farms.len()));
+        }
+        if self.max_exceptions > MAX_EXCEPTIONS {
+            return Err(ConfigError::TooManyExceptions(self.max_exceptions));
+        }
         for (what, value) in [("closing", self.closing), ("half_open", self.half_open)] {
             check_time("", what, value)?;
         }

@@ -1,4 +1,4 @@
-//! What time alone changes: adopted offers expire, slow starts rise, hosts die, panics begin and end.
+//! What time alone changes: adopted offers and exceptions expire, slow starts rise, hosts die, panics begin and end.
 
 use std::{collections::BTreeSet, net::Ipv4Addr, time::Instant};
 
@@ -16,6 +16,9 @@ impl Cluster {
         let change = self.begin();
         self.ticked = now;
         self.review = false;
+        for address in self.exceptions.tick(now, change) {
+            self.forget_host(address);
+        }
         self.expire_adopted(now, change);
         self.raise_slow_starts(now);
         self.review_panic(now, change);
@@ -35,7 +38,8 @@ impl Cluster {
         let may_panic = self.may_panic();
         let death = |offer: &Offer| self.death_of(offer, &may_panic).map(|(at, _)| at);
         let of = |offer: &Offer| [adopted(offer), step(offer), death(offer)];
-        self.offers.values().filter(|offer| offer.alive).flat_map(of).flatten().min()
+        let offers = self.offers.values().filter(|offer| offer.alive).flat_map(of).flatten();
+        offers.chain(self.exceptions.next_deadline(self.ticked)).min()
     }
 
     fn expire_adopted(&mut self, now: Instant, change: Change) {

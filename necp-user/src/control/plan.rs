@@ -8,7 +8,7 @@ use std::{
 
 use necp_ebpf::{
     abi::{self, DIRECT, FIRST_SERVER, NONE, Server},
-    host::View,
+    host::{NotWritten, View},
     slot::SlotWord,
     tables::{NextHop, Tables},
 };
@@ -25,10 +25,16 @@ pub struct Plan {
     pub change: Change,
     /// Written first: no slot may name a server without a record, nor be moved away from one that still accepts flows.
     pub servers: Vec<ServerWrite>,
+    /// Then exceptions: no slot may lead to a server that does not want the flow.
+    pub exceptions: Vec<ExceptionWrite>,
+    /// And what they look at.
+    pub masks: Vec<MasksWrite>,
     /// Then the slots.
     pub tables: Vec<TableWrite>,
     /// Last the entries that lead to them.
     pub services: Vec<ServiceWrite>,
+    /// Changes of which only a part is in this plan.
+    pub waiting: BTreeSet<Change>,
 }
 
 /// A server's record.
@@ -38,6 +44,28 @@ pub struct ServerWrite {
     pub id: u32,
     /// What it should say.
     pub server: Server,
+    /// Who waits for it.
+    pub changes: Vec<Change>,
+}
+
+/// An exception's record.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ExceptionWrite {
+    /// Its number.
+    pub number: u32,
+    /// What it should say; the default: nothing.
+    pub exception: abi::Exception,
+    /// Who waits for it.
+    pub change: Change,
+}
+
+/// What the exceptions of one farm look at.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MasksWrite {
+    /// Index of the farm.
+    pub farm: usize,
+    /// What it should say.
+    pub masks: abi::ExceptionMasks,
     /// Who waits for it.
     pub changes: Vec<Change>,
 }
@@ -99,21 +127,34 @@ pub enum WriteError {
     /// The service table has no such entry.
     #[error("bucket {0} is beyond the map `services`")]
     Service(u32),
+    /// The map `exceptions` has no such record.
+    #[error("exception {0} is beyond the map `exceptions`")]
+    Exception(u32),
+    /// The index of the exceptions has no room for it.
+    #[error("exception {0} finds no place in the map `except_index`")]
+    ExceptionPlace(u32),
+    /// The map of masks has no such farm.
+    #[error("farm number {0} is beyond the map `except_masks`")]
+    Masks(usize),
 }
 
 /// What came of a plan.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Applied {
-    /// All changes up to this one are in the maps, but for those in `failed`.
+    /// All changes up to this one are in the maps, but for those in `failed` and in `waiting`.
     pub through: Change,
+    /// Changes of which a part is still to come.
+    pub waiting: BTreeSet<Change>,
     /// Changes that wait for a write that failed.
     pub failed: BTreeSet<Change>,
     /// The failed writes.
     pub errors: Vec<WriteError>,
     /// Slots whose owner changed.
     pub slots_moved: usize,
-    /// Server records and service entries written.
+    /// Server records, service entries, exceptions and their masks written.
     pub records_written: usize,
+    failed_exceptions: Vec<(u32, Change)>,
+    failed_masks: BTreeSet<usize>,
     failed_servers: BTreeSet<u32>,
     failed_tables: BTreeSet<usize>,
     failed_entries: bool,
@@ -153,17 +194,27 @@ impl Ledger {
 impl Plan {
     /// Nothing to write.
     pub fn is_empty(&self) -> bool {
-        self.servers.is_empty() && self.tables.is_empty() && self.services.is_empty()
+        self.servers.is_empty()
+            && self.exceptions.is_empty()
+            && self.masks.is_empty()
+            && self.tables.is_empty()
+            && self.services.is_empty()
     }
 
     /// Writes it all; what fails is left out and told. Must not run at the same time as another one or a collector's step.
     pub fn apply(&self, view: &View<'_>, ledger: &mut Ledger, now: Instant) -> Applied {
-        let mut applied = Applied { through: self.change, ..Applied::default() };
+        let mut applied = Applied { through: self.change, waiting: self.waiting.clone(), ..Applied::default() };
         for write in &self.servers {
             match write.apply(view) {
                 Ok(written) => applied.records_written += usize::from(written),
                 Err(error) => applied.fail_server(write, error),
             }
+        }
+        for write in &self.exceptions {
+            applied.exception(write, view);
+        }
+        for write in &self.masks {
+            applied.masks(write, view);
         }
         for write in self.services.iter().filter(|write| write.table.is_none()) {
             applied.entry(write, view);
@@ -271,9 +322,30 @@ impl Applied {
         }
     }
 
-    /// Whether a change is in the maps; none: it has not been tried yet.
+    fn exception(&mut self, write: &ExceptionWrite, view: &View<'_>) {
+        let error = match view.set_exception(write.number, &write.exception) {
+            Ok(written) => return self.records_written += usize::from(written),
+            Err(NotWritten::NoRecord) => WriteError::Exception(write.number),
+            Err(NotWritten::NoPlace) => WriteError::ExceptionPlace(write.number),
+        };
+        self.failed.insert(write.change);
+        self.failed_exceptions.push((write.number, write.change));
+        self.errors.push(error);
+    }
+
+    fn masks(&mut self, write: &MasksWrite, view: &View<'_>) {
+        if view.set_exception_masks(write.farm as u32, &write.masks) {
+            self.records_written += 1;
+        } else {
+            self.failed.extend(&write.changes);
+            self.failed_masks.insert(write.farm);
+            self.errors.push(WriteError::Masks(write.farm));
+        }
+    }
+
+    /// Whether a change is in the maps; none: it has not been tried yet, or a part of it is still to come.
     pub fn outcome(&self, change: Change) -> Option<bool> {
-        (change <= self.through).then(|| !self.failed.contains(&change))
+        (change <= self.through && !self.waiting.contains(&change)).then(|| !self.failed.contains(&change))
     }
 }
 
@@ -292,6 +364,8 @@ impl Cluster {
             changes: changes.clone(),
         });
         let servers = servers.collect();
+        let (exceptions, masks) = self.exception_writes();
+        let waiting = self.exceptions.waiting().collect();
         let unwritten = self.services.iter().enumerate().filter(|(_, service)| service.unwritten);
         let tables = unwritten.map(|(index, _)| self.table_write(index)).collect();
         let services = if self.dirty_entries { self.service_writes() } else { Vec::new() };
@@ -299,7 +373,7 @@ impl Cluster {
         for service in self.services.iter_mut().filter(|service| !service.unwritten) {
             service.changes.clear();
         }
-        Plan { change: self.change, servers, tables, services }
+        Plan { change: self.change, servers, exceptions, masks, tables, services, waiting }
     }
 
     /// Takes note of what [`Plan::apply`] has done; must follow it before the next input.
@@ -314,6 +388,7 @@ impl Cluster {
             service.fresh &= service.unwritten;
         }
         self.dirty_entries = applied.failed_entries;
+        self.exceptions_applied(applied);
     }
 
     /// Plans, applies and takes note.
@@ -332,7 +407,8 @@ impl Cluster {
     /// Writes that failed and are being retried.
     pub(super) fn pending_writes(&self) -> usize {
         let tables = self.services.iter().filter(|service| service.unwritten).count();
-        self.dirty_servers.len() + tables + usize::from(self.dirty_entries)
+        let exceptions = self.exceptions.keys.dirty.len() + self.exceptions.keys.dirty_farms.len();
+        self.dirty_servers.len() + tables + usize::from(self.dirty_entries) + exceptions
     }
 
     /// What a server's record should say.
@@ -358,7 +434,7 @@ impl Cluster {
             service_port: offer.key.service.port,
             protocol: offer.key.service.protocol,
             forwarding: offer.key.forwarding as u8,
-            reserved: 0,
+            host: host.map_or(0, |host| host.number),
         }
     }
 
@@ -399,6 +475,35 @@ impl Cluster {
         let owners = service.owners.clone();
         debug_assert!(owners.iter().all(|&owner| owner < FIRST_SERVER || self.offers.contains_key(&owner)));
         TableWrite { service: index, base: placed.base, owners, kind, changes: service.changes.clone() }
+    }
+
+    /// What has to be written of exceptions.
+    fn exception_writes(&mut self) -> (Vec<ExceptionWrite>, Vec<MasksWrite>) {
+        let keys = &mut self.exceptions.keys;
+        keys.wake();
+        let record =
+            |&(number, change): &(u32, Change)| ExceptionWrite { number, exception: keys.record(number), change };
+        let masks = |(&farm, changes): (&usize, &Vec<Change>)| MasksWrite {
+            farm,
+            masks: keys.masks(farm),
+            changes: changes.clone(),
+        };
+        (keys.dirty.iter().map(record).collect(), keys.dirty_farms.iter().map(masks).collect())
+    }
+
+    fn exceptions_applied(&mut self, applied: &Applied) {
+        let keys = &mut self.exceptions.keys;
+        let failed: BTreeSet<u32> = applied.failed_exceptions.iter().map(|&(number, _)| number).collect();
+        for (number, _) in std::mem::take(&mut keys.dirty) {
+            if !failed.contains(&number) {
+                keys.written(number);
+            }
+        }
+        keys.dirty.clone_from(&applied.failed_exceptions);
+        keys.dirty_farms.retain(|farm, changes| {
+            changes.clear();
+            applied.failed_masks.contains(farm)
+        });
     }
 
     fn service_writes(&self) -> Vec<ServiceWrite> {

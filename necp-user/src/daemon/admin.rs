@@ -1,7 +1,10 @@
-//! The admin socket: one line of JSON asks, one answers.
+//! The admin sockets of the network element and of the agent: one line of JSON asks, one answers.
 //!
-//! `{"command":"status"}` is answered by `{"status":{…}}` (see [`Status`](super::status::Status)), anything else by
-//! `{"error":"…"}`. The socket is for its owner only (mode 0600).
+//! `{"command":"status"}` is answered by `{"status":{…}}` (see [`Status`](super::status::Status) and
+//! [`AgentStatus`](super::se::protocol::AgentStatus)), what cannot be answered by `{"error":"…"}`. The socket is for its
+//! owner only (mode 0600).
+
+mod ask;
 
 use std::io;
 use std::os::unix::fs::PermissionsExt as _;
@@ -9,13 +12,13 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use serde::Deserialize;
+use serde_json::Value;
 use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader};
 use tokio::net::{UnixListener, UnixStream};
-use tokio::sync::{Semaphore, mpsc, oneshot};
+use tokio::sync::Semaphore;
 use tokio::time::timeout;
 
-use super::ne::input::Input;
+pub use ask::{Unreachable, Who, ask};
 
 /// Longest request, in bytes.
 const REQUEST_MAX: u64 = 4096;
@@ -25,12 +28,6 @@ const DISCARD: u64 = 64 * 1024;
 const CLIENTS: usize = 16;
 /// How long a client may take for each of its steps.
 const PATIENCE: Duration = Duration::from_secs(5);
-
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct Request {
-    command: String,
-}
 
 /// The socket; the file goes when this does.
 pub struct AdminSocket {
@@ -61,16 +58,19 @@ impl AdminSocket {
         Ok(Self { listener, path: path.into() })
     }
 
-    /// Serves until it is dropped.
-    pub async fn serve(self, owner: mpsc::Sender<Input>) {
+    /// Serves until it is dropped; `answer` makes an answer of each line.
+    pub async fn serve<F>(self, answer: impl Fn(String) -> F + Clone + Send + 'static)
+    where
+        F: Future<Output = Value> + Send,
+    {
         let places = Arc::new(Semaphore::new(CLIENTS));
         loop {
             let place = Arc::clone(&places).acquire_owned().await;
             match self.listener.accept().await {
                 Ok((stream, _)) => {
-                    let owner = owner.clone();
+                    let answer = answer.clone();
                     tokio::spawn(async move {
-                        if let Err(error) = client(stream, &owner).await {
+                        if let Err(error) = client(stream, answer).await {
                             tracing::debug!(%error, "admin client");
                         }
                         drop(place);
@@ -92,15 +92,15 @@ impl Drop for AdminSocket {
     }
 }
 
-async fn client(stream: UnixStream, owner: &mpsc::Sender<Input>) -> io::Result<()> {
+async fn client<F: Future<Output = Value>>(stream: UnixStream, answer: impl Fn(String) -> F) -> io::Result<()> {
     let (reader, mut writer) = stream.into_split();
     let mut reader = BufReader::new(reader).take(REQUEST_MAX);
-    let mut line = String::new();
-    while timeout(PATIENCE, reader.read_line(&mut line)).await?? > 0 {
-        let mut answer = answer(&line, owner).await.to_string();
+    let mut line = Vec::new();
+    while timeout(PATIENCE, reader.read_until(b'\n', &mut line)).await?? > 0 {
+        let mut answer = answer(String::from_utf8_lossy(&line).into_owned()).await.to_string();
         answer.push('\n');
         timeout(PATIENCE, writer.write_all(answer.as_bytes())).await??;
-        if !line.ends_with('\n') {
+        if line.last() != Some(&b'\n') {
             // What is left unread when a socket is closed makes a reset of it, which can overtake the answer.
             writer.shutdown().await?;
             let mut rest = reader.into_inner().take(DISCARD);
@@ -113,29 +113,20 @@ async fn client(stream: UnixStream, owner: &mpsc::Sender<Input>) -> io::Result<(
     Ok(())
 }
 
-async fn answer(line: &str, owner: &mpsc::Sender<Input>) -> serde_json::Value {
-    match serde_json::from_str::<Request>(line) {
-        Ok(request) if request.command == "status" => status(owner).await,
-        Ok(request) => serde_json::json!({"error": format!("unknown command `{}`; there is: status", request.command)}),
-        Err(error) => {
-            serde_json::json!({"error": format!("write one line such as {{\"command\":\"status\"}}: {error}")})
-        }
-    }
-}
-
-async fn status(owner: &mpsc::Sender<Input>) -> serde_json::Value {
-    let (done, status) = oneshot::channel();
-    let _ = owner.send(Input::Status { done }).await;
-    match timeout(PATIENCE, status).await {
-        Ok(Ok(status)) => serde_json::json!({"status": status}),
-        _ => serde_json::json!({"error": "the daemon is shutting down, or too busy to answer"}),
-    }
+/// What a line is answered that asks for nothing known.
+#[must_use]
+pub fn error(what: impl std::fmt::Display) -> Value {
+    serde_json::json!({"error": what.to_string()})
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::daemon::status::{self, Status, Unreachable};
+    use tokio::sync::mpsc;
+
+    use crate::daemon::ne::commands;
+    use crate::daemon::ne::input::Input;
+    use crate::daemon::status::{self, Status};
 
     fn sample() -> Status {
         serde_json::from_value(serde_json::json!({
@@ -147,7 +138,7 @@ mod tests {
         .expect("a status")
     }
 
-    async fn ask(path: &Path, request: &str) -> String {
+    async fn say(path: &Path, request: &str) -> String {
         let mut stream = UnixStream::connect(path).await.expect("connected");
         stream.write_all(request.as_bytes()).await.expect("written");
         stream.shutdown().await.expect("shut down");
@@ -163,7 +154,7 @@ mod tests {
         let (owner, mut inputs) = mpsc::channel(4);
         let socket = AdminSocket::bind(&path).expect("bound");
         assert_eq!(std::fs::metadata(&path).expect("there").permissions().mode() & 0o777, 0o600);
-        let server = tokio::spawn(socket.serve(owner));
+        let server = tokio::spawn(socket.serve(commands::answers(owner)));
         tokio::spawn(async move {
             while let Some(Input::Status { done }) = inputs.recv().await {
                 done.send(sample()).expect("awaited");
@@ -173,10 +164,11 @@ mod tests {
         let fetched = tokio::task::spawn_blocking(move || status::fetch(&at)).await.expect("no panic");
         assert_eq!(fetched.expect("a status").1, sample());
 
-        assert!(ask(&path, "{\"command\":\"stop\"}\n").await.contains("unknown command `stop`; there is: status"));
-        assert!(ask(&path, "rubbish").await.starts_with("{\"error\":\"write one line such as"));
-        assert!(ask(&path, &"x".repeat(10_000)).await.starts_with("{\"error\""), "bounded");
-        assert!(ask(&path, "").await.is_empty());
+        assert!(say(&path, "{\"command\":\"stop\"}\n").await.contains("unknown command `stop`; there is: status"));
+        assert!(say(&path, "\u{0}\n").await.starts_with("{\"error\""));
+        assert!(say(&path, "rubbish").await.starts_with("{\"error\":\"write one line such as"));
+        assert!(say(&path, &"x".repeat(10_000)).await.starts_with("{\"error\""), "bounded");
+        assert!(say(&path, "").await.is_empty());
         let error = AdminSocket::bind(&path).err().expect("somebody answers there");
         assert_eq!(error.kind(), io::ErrorKind::AddrInUse);
 

@@ -7,6 +7,7 @@
 //!  rtnetlink ──────── changes ───────────────► owner ──► cluster ──► plan ──► the maps
 //! ```
 
+pub mod commands;
 pub mod hosts;
 pub mod input;
 pub mod keys;
@@ -156,7 +157,7 @@ async fn serve(config: NeConfig, keys: HashMap<PathBuf, Key>, leave: bool) -> an
     let (mut owner, mut inputs, sender, mut changes, door) = start(&config, &keys).await?;
 
     let mut tasks = JoinSet::new();
-    tasks.spawn(admin.serve(sender));
+    tasks.spawn(admin.serve(commands::answers(sender)));
     tasks.spawn(follow_hangups(Arc::clone(&keys))?);
     for listener in listeners {
         tasks.spawn(Arc::clone(&door).serve(listener));
@@ -290,6 +291,7 @@ pub(super) fn plane_config(config: &NeConfig) -> PlaneConfig {
         },
         slots: config.slots(),
         flow_buckets: necp_ebpf::abi::DEFAULT_FLOW_BUCKETS,
+        exceptions: necp_ebpf::abi::exception_records(necp_ebpf::abi::DEFAULT_EXCEPTIONS),
     }
 }
 
@@ -308,12 +310,15 @@ pub(super) fn cluster_config(config: &NeConfig) -> ClusterConfig {
         udp_tracking: farm.udp_tracking,
         hash_seed: farm.hash_seed,
         capacity: farm.capacity.iter().map(|(server, one)| (*server, (one * 1000.0).round() as u32)).collect(),
+        global_exceptions: farm.global_exceptions,
+        max_exceptions: farm.max_exceptions,
     };
     ClusterConfig {
         farms: config.farms.iter().map(farm).collect(),
         keepalive: config.keepalive,
         grace: config.grace,
         slots: config.slots().max(necp_ebpf::abi::DEFAULT_SLOTS),
+        max_exceptions: config.max_exceptions,
         ..ClusterConfig::default()
     }
 }

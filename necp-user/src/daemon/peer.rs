@@ -7,6 +7,7 @@
 //! Bytes are read only while the session wants them, and taken from it only when those before are written, so that a peer
 //! which does not read, or floods, holds up nobody but itself.
 
+use std::collections::BTreeMap;
 use std::future::Future;
 use std::io;
 use std::net::Ipv4Addr;
@@ -21,9 +22,10 @@ use tokio::net::TcpStream;
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::{sleep_until, timeout};
 
-use super::ne::input::{From, Input, SessionId};
+use super::ne::input::{From, Input, ListPart, ListStep, SessionId};
 use super::ne::keys::Tally;
 use super::ne::limits::{Limits, Share};
+use crate::control::exceptions::Listing;
 use crate::necp::{Access, CloseReason, NeEvent, NeSession, Rejections, SessionConfig, Token};
 
 /// Bytes read at once.
@@ -43,7 +45,15 @@ pub struct Ended {
 }
 
 /// Answers of the owner that are awaited; `None` if it refuses to answer.
-type Answers = FuturesUnordered<Pin<Box<dyn Future<Output = (Token, Option<Vec<usize>>)> + Send>>>;
+type Answers = FuturesUnordered<Pin<Box<dyn Future<Output = (Token, Option<Answer>)> + Send>>>;
+
+/// What the owner answers.
+enum Answer {
+    /// It is done, except for these.
+    Done(Vec<usize>),
+    /// A step of a list.
+    List(ListPart),
+}
 
 /// Who has connected, and what the connection shares with others.
 pub struct Patron {
@@ -69,6 +79,10 @@ struct Peer<'a> {
     patron: &'a Patron,
     share: Share<'a>,
     answers: Answers,
+    /// Lists that are counted and not sent to the end.
+    lists: BTreeMap<Token, Listing>,
+    /// The list that is being sent.
+    sending: Option<Token>,
     joined: bool,
     /// What of the session's rejections was counted.
     rejected: Rejections,
@@ -95,6 +109,8 @@ pub async fn serve(
         patron: &patron,
         share: patron.limits.share(),
         answers: FuturesUnordered::new(),
+        lists: BTreeMap::new(),
+        sending: None,
         joined: false,
         rejected: Rejections::default(),
     };
@@ -144,7 +160,8 @@ impl Peer<'_> {
                 biased;
                 Some(reason) = kicked.recv() => self.session.close(reason),
                 Some((token, answer)) = self.answers.next(), if !self.answers.is_empty() => match answer {
-                    Some(failed) => self.session.respond(token, &failed),
+                    Some(Answer::Done(failed)) => self.session.respond(token, &failed),
+                    Some(Answer::List(part)) => self.on_list(token, part).await,
                     None => self.session.close(CloseReason::Superseded),
                 },
                 ready = self.stream.writable(), if written < output.len() => {
@@ -188,6 +205,8 @@ impl Peer<'_> {
                 NeEvent::Init { token } => {
                     self.joined = true;
                     self.patron.joined.store(true, Ordering::Relaxed);
+                    // The session sends on what was begun, and forgets the rest.
+                    self.lists.retain(|token, _| Some(*token) == self.sending);
                     let done = self.await_answer(token);
                     Input::Opened { from, kick: self.patron.kick.clone(), done }
                 }
@@ -195,18 +214,16 @@ impl Peer<'_> {
                     let done = self.await_answer(token);
                     Input::Operations { from, operations, done }
                 }
-                // No exception is installed yet, so of its own there is none left, and none to be listed.
                 NeEvent::Reset { token } => {
-                    self.session.respond(token, &[]);
-                    continue;
+                    let done = self.await_answer(token);
+                    Input::Reset { from, done }
                 }
-                NeEvent::Query { token, .. } => {
-                    self.session.list(token, 0);
-                    continue;
-                }
-                NeEvent::ListMore { token, .. } => {
-                    self.session.list_more(token, &[]);
-                    continue;
+                NeEvent::Query { token, filter } => self.list_step(token, ListStep::Begin(filter)),
+                NeEvent::ListMore { token, max } => {
+                    // Of a list whose end was sent nothing more is asked.
+                    let Some(listing) = self.lists.remove(&token) else { continue };
+                    self.sending = Some(token);
+                    self.list_step(token, ListStep::Read(listing, max))
                 }
                 NeEvent::Health(answers) => Input::Health { from, answers },
                 NeEvent::Notice(notice) => {
@@ -233,8 +250,34 @@ impl Peer<'_> {
 
     fn await_answer(&mut self, token: Token) -> oneshot::Sender<Vec<usize>> {
         let (done, answer) = oneshot::channel();
-        self.answers.push(Box::pin(async move { (token, answer.await.ok()) }));
+        self.answers.push(Box::pin(async move { (token, answer.await.ok().map(Answer::Done)) }));
         done
+    }
+
+    fn list_step(&mut self, token: Token, step: ListStep) -> Input {
+        let (done, answer) = oneshot::channel();
+        self.answers.push(Box::pin(async move { (token, answer.await.ok().map(Answer::List)) }));
+        Input::List { from: self.from, step, done }
+    }
+
+    async fn on_list(&mut self, token: Token, part: ListPart) {
+        match part {
+            ListPart::Counting(listing) => {
+                let input = self.list_step(token, ListStep::Count(listing));
+                if self.owner.send(input).await.is_err() {
+                    self.session.close(CloseReason::Shutdown);
+                }
+            }
+            ListPart::Counted(listing, count) => {
+                if self.session.list(token, count) {
+                    self.lists.insert(token, listing);
+                }
+            }
+            ListPart::Entries(listing, entries) => {
+                self.lists.extend(listing.map(|listing| (token, listing)));
+                self.session.list_more(token, &entries);
+            }
+        }
     }
 
     /// Writes what is left, closes our side, and waits for the peer's, so that no reset overtakes our last answer.

@@ -11,7 +11,7 @@ use std::net::Ipv4Addr;
 
 use serde::{Deserialize, Serialize};
 
-pub use client::{Args, Unreachable, fetch, run};
+pub use client::{Args, fetch, run};
 
 /// Everything at one moment.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -36,6 +36,12 @@ pub struct Status {
     pub connections: usize,
     /// In the order of the configuration.
     pub farms: Vec<Farm>,
+    /// Exceptions of all servers (draft §5.7) that are in force.
+    #[serde(default)]
+    pub exceptions: u32,
+    /// Exceptions that all servers together may have.
+    #[serde(default)]
+    pub max_exceptions: u32,
     /// All packets seen, by what became of them; every reason, the ones without packets too.
     pub packets: Vec<Packets>,
     /// Connections that came to nothing.
@@ -78,6 +84,35 @@ pub struct Farm {
     pub authenticated: bool,
     /// In the order of the configuration.
     pub services: Vec<Service>,
+    /// What its servers do not want.
+    #[serde(default)]
+    pub exceptions: Exceptions,
+}
+
+/// The exceptions of a farm's servers (draft §5.7) that are in force.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Exceptions {
+    /// For one server each.
+    pub local: u32,
+    /// For the whole farm.
+    pub global: u32,
+    /// Different combinations of prefix lengths, protocol or any, and port or any.
+    pub masks: u32,
+    /// The most masks that there may be.
+    pub max_masks: u32,
+    /// The most that one server may have.
+    pub max_by_server: u32,
+    /// Servers that have some, most first.
+    pub by_server: Vec<ExceptionsOf>,
+}
+
+/// How many exceptions one server has.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ExceptionsOf {
+    /// Its address.
+    pub address: Ipv4Addr,
+    /// How many, in all of its farms.
+    pub exceptions: u32,
 }
 
 /// One service of a farm.

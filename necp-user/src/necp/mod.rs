@@ -37,8 +37,6 @@
 //! - [`auth`]: keys, credentials and sequence numbers.
 //! - [`backoff`]: when a server element dials again.
 //! - [`error`]: why a session ended.
-//!
-//! Not yet spoken: exceptions (§5.7: recognised, and answered as failed units, so that no SE believes one to be installed).
 
 pub mod auth;
 pub mod backoff;

@@ -8,7 +8,7 @@ use aya::{
     programs::Xdp,
 };
 use aya_log::EbpfLogger;
-use necp_ebpf::abi::{DEFAULT_SLOTS, LAYOUT_VERSION, Layout, MAX_PORTS, Port, names};
+use necp_ebpf::abi::{DEFAULT_SLOTS, LAYOUT_VERSION, Layout, MAX_PORTS, Port, exception_buckets, names};
 
 use super::{
     KernelLog, PROGRAM, PlaneConfig, PlaneError, PortInfo, attach,
@@ -45,13 +45,15 @@ pub(super) fn agree_on_layout(config: &PlaneConfig) -> Result<(Layout, bool), Pl
         version: LAYOUT_VERSION,
         slots: config.slots.max(DEFAULT_SLOTS),
         flow_buckets: config.flow_buckets,
-        reserved: 0,
+        exceptions: config.exceptions,
+        exception_seed: rand::random(),
     };
     match pinned_layout(&config.pin) {
         Some(old)
             if old.version == wanted.version
                 && old.flow_buckets == wanted.flow_buckets
-                && old.slots >= config.slots =>
+                && old.slots >= config.slots
+                && old.exceptions >= config.exceptions =>
         {
             Ok((old, true))
         }
@@ -72,6 +74,9 @@ fn pinned_layout(pin: &Path) -> Option<Layout> {
     let size = |name: &str| MapData::from_pin(pin.join(name)).ok()?.info().ok().map(|info| info.max_entries());
     let complete = names::PINNED.iter().all(|name| size(name).is_some());
     let sizes = size(names::SLOTS) == Some(layout.slots) && size(names::FLOWS) == Some(layout.flow_buckets);
+    let sizes = sizes
+        && size(names::EXCEPTIONS) == Some(layout.exceptions)
+        && size(names::EXCEPTION_INDEX) == Some(exception_buckets(layout.exceptions));
     (complete && sizes).then_some(layout)
 }
 
@@ -117,13 +122,19 @@ fn load_program(config: &PlaneConfig, layout: &Layout, index: u32, mac: [u8; 6])
     let [a, b, c, d, e, f] = mac;
     let mac = u64::from_ne_bytes([a, b, c, d, e, f, 0, 0]);
     let mask = layout.flow_buckets - 1;
+    let exception_buckets = exception_buckets(layout.exceptions);
+    let exception_mask = exception_buckets - 1;
     let mut loader = EbpfLoader::new();
     loader
         .override_global(names::PORT_INDEX, &index, true)
         .override_global(names::PORT_MAC, &mac, true)
         .override_global(names::FLOW_MASK, &mask, true)
+        .override_global(names::EXCEPTION_BUCKET_MASK, &exception_mask, true)
+        .override_global(names::EXCEPTION_SEED, &layout.exception_seed, true)
         .map_max_entries(names::SLOTS, layout.slots)
-        .map_max_entries(names::FLOWS, layout.flow_buckets);
+        .map_max_entries(names::FLOWS, layout.flow_buckets)
+        .map_max_entries(names::EXCEPTIONS, layout.exceptions)
+        .map_max_entries(names::EXCEPTION_INDEX, exception_buckets);
     for name in names::PINNED {
         loader.map_pin_path(name, config.pin.join(name));
     }

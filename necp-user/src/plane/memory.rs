@@ -1,12 +1,13 @@
-//! The four tables as memory of this process.
+//! The tables as memory of this process.
 
 use std::{io, os::fd::AsFd as _, os::fd::AsRawFd as _, path::Path, ptr::NonNull};
 
 use aya::maps::MapData;
 use necp_ebpf::{
-    abi::{FlowBucket, Server, ServiceBucket, Slot, names},
+    abi::{Exception, ExceptionBucket, ExceptionMasks, FlowBucket, Layout, Server, ServiceBucket, Slot, names},
+    exceptions::{ExceptionBucketWords, ExceptionMasksWords, ExceptionWords},
     flows::FlowBucketWords,
-    host::View,
+    host::{ExceptionTables, View},
     word::Word,
 };
 
@@ -18,29 +19,43 @@ pub(super) struct Memory {
     slots: Mapping,
     servers: Mapping,
     flows: Mapping,
+    exception_masks: Mapping,
+    exception_index: Mapping,
+    exceptions: Mapping,
+    exception_seed: u64,
 }
 
 impl Memory {
     /// Maps the pinned maps.
-    pub(super) fn map(pin: &Path) -> Result<Self, PlaneError> {
+    pub(super) fn map(pin: &Path, layout: &Layout) -> Result<Self, PlaneError> {
         Ok(Self {
             services: Mapping::new::<ServiceBucket>(pin, names::SERVICES)?,
             slots: Mapping::new::<Slot>(pin, names::SLOTS)?,
             servers: Mapping::new::<Server>(pin, names::SERVERS)?,
             flows: Mapping::new::<FlowBucket>(pin, names::FLOWS)?,
+            exception_masks: Mapping::new::<ExceptionMasks>(pin, names::EXCEPTION_MASKS)?,
+            exception_index: Mapping::new::<ExceptionBucket>(pin, names::EXCEPTION_INDEX)?,
+            exceptions: Mapping::new::<Exception>(pin, names::EXCEPTIONS)?,
+            exception_seed: layout.exception_seed,
         })
     }
 
     pub(super) fn view(&self) -> View<'_> {
-        let Self { services, slots, servers, flows } = self;
+        let Self { services, slots, servers, flows, .. } = self;
         // SAFETY: the mappings live as long as `self`, have these types' sizes and alignments, and words are shared by atomic
-        // accesses only; the flow map's size is a power of two, which `Plane::open` has checked.
+        // accesses only; the sizes of the flow map and of the exceptions' index are powers of two, which `load` sees to.
         unsafe {
             View::new(
                 NonNull::slice_from_raw_parts(services.address.cast(), services.entries),
-                std::slice::from_raw_parts(slots.address.cast::<Word>().as_ptr(), slots.entries),
+                slots.words::<Word>(),
                 NonNull::slice_from_raw_parts(servers.address.cast(), servers.entries),
-                std::slice::from_raw_parts(flows.address.cast::<FlowBucketWords>().as_ptr(), flows.entries),
+                flows.words::<FlowBucketWords>(),
+                ExceptionTables {
+                    masks: self.exception_masks.words::<ExceptionMasksWords>(),
+                    index: self.exception_index.words::<ExceptionBucketWords>(),
+                    records: self.exceptions.words::<ExceptionWords>(),
+                    seed: self.exception_seed,
+                },
             )
         }
     }
@@ -84,6 +99,15 @@ impl Mapping {
             Some(address) => Ok(Self { address, length, entries }),
             None => Err(PlaneError::io(what())(io::Error::last_os_error())),
         }
+    }
+}
+
+impl Mapping {
+    /// # Safety
+    /// `W` must have the size of the map's values and consist of [`Word`]s.
+    unsafe fn words<W>(&self) -> &[W] {
+        // SAFETY: the mapping lives as long as `self` and has so many values of this size; pages are aligned for any type.
+        unsafe { std::slice::from_raw_parts(self.address.cast::<W>().as_ptr(), self.entries) }
     }
 }
 

@@ -43,6 +43,9 @@ pub struct PlaneConfig {
     pub slots: u32,
     /// Buckets of the flow table, four flows and 64 bytes each; a power of two.
     pub flow_buckets: u32,
+    /// Records of exceptions that are needed, 32 bytes each and about half of that for their index
+    /// ([`exception_records`](necp_ebpf::abi::exception_records)).
+    pub exceptions: u32,
 }
 
 /// One interface of a [`Plane`].
@@ -140,7 +143,7 @@ impl Plane {
         }
         load::write_layout(&config.pin, &layout)?;
         attach::detach_others(&config.pin, &ports)?;
-        let memory = memory::Memory::map(&config.pin)?;
+        let memory = memory::Memory::map(&config.pin, &layout)?;
         let counters = counters::Counters::open(&config.pin)?;
         Ok(Self { config: config.clone(), layout, reused, memory, counters, ports })
     }

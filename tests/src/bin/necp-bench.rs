@@ -28,13 +28,13 @@ use necp_user::plane::BENCH_WRAPPER;
 /// Every figure is net: a small wrapper writes the frame of the next flow and calls the program; the same wrapper with a
 /// program that does nothing is the floor, measured right before and after. Needs root.
 #[derive(Parser)]
-#[command(after_help = "Examples:\n  cargo xtask bench\n  cargo xtask bench --rounds 15 --json")]
+#[command(after_help = "Examples:\n  cargo xtask bench\n  cargo xtask bench --rounds 301 --json")]
 struct Args {
-    /// Rounds of each measurement; the median is shown
-    #[arg(long, default_value_t = 9)]
+    /// Rounds of each measurement, short ones, so that a slow spell of the machine spoils few; the median is shown
+    #[arg(long, default_value_t = 101)]
     rounds: usize,
     /// Packets in a round
-    #[arg(long, default_value_t = 2_000_000)]
+    #[arg(long, default_value_t = 200_000)]
     packets: u32,
     /// Print JSON: a list of {case, flows, ns, min_ns, aim_ns}
     #[arg(long)]

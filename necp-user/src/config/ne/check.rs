@@ -23,6 +23,10 @@ const TABLE_SIZE: u32 = 65_537;
 const TABLE_SIZES: std::ops::RangeInclusive<i64> = 3..=1_048_573;
 /// Addresses times services: half of what the service table holds, so that no bucket of it overflows.
 const MAX_SERVICES: usize = SERVICE_BUCKETS as usize / 2;
+/// What the maps hold: default and limit of `max_exceptions` at the top.
+const MAX_EXCEPTIONS: u32 = 1 << 20;
+/// Default of `max_exceptions` of a farm.
+const MAX_EXCEPTIONS_OF_ONE: u32 = 65_536;
 /// Longest path of a Unix socket (`sun_path` with its final NUL).
 const SOCKET_PATH_MAX: usize = 107;
 /// 100 days: no time is longer.
@@ -39,6 +43,7 @@ pub(super) fn check(text: &str, file: File) -> Result<NeConfig, Vec<Mistake>> {
         manage_vips: file.manage_vips.unwrap_or(true),
         keepalive: check.seconds(&file.keepalive, "keepalive", 5.0, 0.05..=3600.0),
         grace: check.seconds(&file.grace, "grace", 60.0, 0.0..=86_400.0),
+        max_exceptions: check.max_exceptions(&file.max_exceptions, MAX_EXCEPTIONS),
         farms: file.farm.iter().map(|farm| check.farm(farm.get_ref())).collect(),
         notes: Vec::new(),
     };
@@ -153,7 +158,8 @@ impl Check<'_> {
             tcp_idle: self.seconds(&farm.tcp_idle, "tcp_idle", 7440.0, 1.0..=MAX_TIME),
             udp_idle: self.seconds(&farm.udp_idle, "udp_idle", 180.0, 1.0..=MAX_TIME),
             udp_tracking: farm.udp_tracking.unwrap_or(true),
-            global_exceptions: self.global_exceptions(farm, &name),
+            global_exceptions: farm.global_exceptions.unwrap_or(false),
+            max_exceptions: self.max_exceptions(&farm.max_exceptions, MAX_EXCEPTIONS_OF_ONE),
             hash_seed: self.hash_seed(farm),
             capacity: self.capacity(farm),
             name,
@@ -229,14 +235,19 @@ impl Check<'_> {
         TABLE_SIZE
     }
 
-    fn global_exceptions(&mut self, farm: &Farm, name: &str) -> bool {
-        let Some(wanted) = &farm.global_exceptions else { return false };
-        if *wanted.get_ref() {
-            let message =
-                format!("exceptions are not built yet: those of farm `{name}` get failed units, global or not");
-            self.note(wanted.span().start, message);
+    fn max_exceptions(&mut self, value: &Option<Spanned<i64>>, default: u32) -> u32 {
+        let Some(spanned) = value else { return default };
+        let count = *spanned.get_ref();
+        match u32::try_from(count) {
+            Ok(count @ 0..=MAX_EXCEPTIONS) => count,
+            _ => {
+                let message = format!(
+                    "`max_exceptions` is {count}; write a number from 0 to {MAX_EXCEPTIONS} (default {default})"
+                );
+                self.at(spanned, message);
+                default
+            }
         }
-        *wanted.get_ref()
     }
 
     fn hash_seed(&mut self, farm: &Farm) -> Option<u64> {

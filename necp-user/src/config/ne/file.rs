@@ -27,6 +27,7 @@ pub(super) struct File {
     pub(super) manage_vips: Option<bool>,
     pub(super) keepalive: Option<Number>,
     pub(super) grace: Option<Number>,
+    pub(super) max_exceptions: Option<Spanned<i64>>,
     #[serde(default)]
     pub(super) farm: Vec<Spanned<Farm>>,
 }
@@ -47,7 +48,8 @@ pub(super) struct Farm {
     pub(super) tcp_idle: Option<Number>,
     pub(super) udp_idle: Option<Number>,
     pub(super) udp_tracking: Option<bool>,
-    pub(super) global_exceptions: Option<Spanned<bool>>,
+    pub(super) global_exceptions: Option<bool>,
+    pub(super) max_exceptions: Option<Spanned<i64>>,
     pub(super) hash_seed: Option<Spanned<i64>>,
     pub(super) capacity: Option<BTreeMap<Spanned<String>, Number>>,
 }

@@ -40,6 +40,7 @@ fn the_example_is_read_with_its_defaults() {
     assert_eq!((config.keepalive, config.grace), (Duration::from_secs(5), Duration::from_secs(60)));
     let farm = &config.farms[0];
     assert_eq!((farm.table_size, farm.udp_tracking, farm.global_exceptions), (65_537, true, false));
+    assert_eq!((config.max_exceptions, farm.max_exceptions), (1_048_576, 65_536));
     assert_eq!(farm.forwarding, [Forwarding::L2], "what this build can do");
     assert_eq!((farm.tcp_idle.as_secs(), farm.udp_idle.as_secs(), farm.orphan_time.as_secs()), (7440, 180, 300));
     assert_eq!(config.admits(Ipv4Addr::new(10, 0, 0, 11)), Some(0));
@@ -56,10 +57,11 @@ fn the_example_is_read_with_its_defaults() {
 #[test]
 fn every_optional_key_is_read() {
     let top = "interfaces = [\"eth0\", \"eth1\"]\nlisten = [\"10.0.0.1\", \"10.0.1.1:4000\"]\npin = \"/sys/fs/bpf/b\"\n\
-               socket = \"/run/b.sock\"\nmode = \"native\"\nmanage_vips = false\nkeepalive = 1\ngrace = 2.5\n";
+               socket = \"/run/b.sock\"\nmode = \"native\"\nmanage_vips = false\nkeepalive = 1\ngrace = 2.5\n\
+               max_exceptions = 5000\n";
     let text = GOOD.split_once("[[farm]]").map(|(_, farm)| format!("{top}[[farm]]{farm}")).expect("a farm")
         + "table_size = 251\norphan_time = 10\ntcp_idle = 60\nudp_idle = 1.5\nudp_tracking = false\n\
-           global_exceptions = false\nhash_seed = 7\ncapacity = { \"10.0.0.11\" = 2 }\n";
+           global_exceptions = true\nmax_exceptions = 1000\nhash_seed = 7\ncapacity = { \"10.0.0.11\" = 2 }\n";
     let config = NeConfig::parse(&text).expect("no mistake in it");
     assert_eq!(config.listen.iter().map(ToString::to_string).collect::<Vec<_>>(), ["10.0.0.1:3262", "10.0.1.1:4000"]);
     assert_eq!((config.mode, config.manage_vips), (Mode::Native, false));
@@ -68,6 +70,7 @@ fn every_optional_key_is_read() {
     assert_eq!((farm.table_size, farm.hash_seed, farm.udp_tracking), (251, Some(7), false));
     assert_eq!(farm.capacity, BTreeMap::from([(Ipv4Addr::new(10, 0, 0, 11), 2.0)]));
     assert_eq!(farm.udp_idle.as_millis(), 1500);
+    assert_eq!((config.max_exceptions, farm.max_exceptions, farm.global_exceptions), (5000, 1000, true));
 }
 
 #[test]
@@ -203,7 +206,7 @@ fn keys_are_for_a_farm_or_for_its_servers() {
     let single = keyed("keys = { \"10.0.0.11\" = \"/etc/necp/11.key\" }");
     assert_eq!((single.proof(named), single.proof(other)), (Some(Proof::Key(Some(own))), Some(Proof::Key(None))));
     let notes: Vec<String> = single.notes.iter().map(Mistake::to_string).collect();
-    assert_eq!(notes[1..], ["10:8: servers of farm `web` that are not in `keys` cannot join: there is no `key_file`"]);
+    assert_eq!(notes[0], "10:8: servers of farm `web` that are not in `keys` cannot join: there is no `key_file`");
 }
 
 #[test]
@@ -240,7 +243,7 @@ fn an_address_has_one_proof() {
     let named = "keys = { \"10.0.0.11\" = \"/a\" }";
     let disputed = |address: &str| {
         [format!(
-            "15:11: farms `web` and `b` would both admit {address} and want different proof of it, and INIT names no farm; \
+            "16:11: farms `web` and `b` would both admit {address} and want different proof of it, and INIT names no farm; \
              give both the same key file for it, or disjoint `servers`"
         )]
     };

@@ -4,8 +4,9 @@ use std::net::Ipv4Addr;
 
 use tokio::sync::{mpsc, oneshot};
 
+use crate::control::exceptions::Listing;
 use crate::daemon::status::Status;
-use crate::necp::{CloseReason, HealthAnswer, Operation};
+use crate::necp::{CloseReason, Filter, HealthAnswer, Listed, Operation};
 
 /// Inputs that may wait for the owner; whoever has more waits himself.
 pub const CAPACITY: usize = 1024;
@@ -22,6 +23,28 @@ pub struct From {
     pub session: SessionId,
 }
 
+/// A step of a list, of a bounded number of entries.
+#[derive(Debug)]
+pub enum ListStep {
+    /// Begin to count, with what stands there now.
+    Begin(Filter),
+    /// Count on.
+    Count(Listing),
+    /// Some entries, at most so many.
+    Read(Listing, usize),
+}
+
+/// How far a step came.
+#[derive(Debug)]
+pub enum ListPart {
+    /// There is more to count.
+    Counting(Listing),
+    /// So many entries.
+    Counted(Listing, u32),
+    /// The next entries, perhaps none; without a listing they are the last.
+    Entries(Option<Listing>, Vec<Listed>),
+}
+
 /// One input of the owner.
 #[derive(Debug)]
 pub enum Input {
@@ -35,7 +58,7 @@ pub enum Input {
         /// Answered once that stands in the maps; dropped if the session is no longer the server's own.
         done: oneshot::Sender<Vec<usize>>,
     },
-    /// START and STOP, in this order.
+    /// Services and exceptions, in this order.
     Operations {
         /// Whose.
         from: From,
@@ -43,6 +66,22 @@ pub enum Input {
         operations: Vec<Operation>,
         /// Answered with the indices of those that failed once the others stand in the maps; dropped as above.
         done: oneshot::Sender<Vec<usize>>,
+    },
+    /// Delete this server's exceptions (draft §5.7.5).
+    Reset {
+        /// Whose.
+        from: From,
+        /// Answered once that stands in the maps, with an index if it failed; dropped as above.
+        done: oneshot::Sender<Vec<usize>>,
+    },
+    /// One more step of a list of exceptions (draft §5.7.7). Between two, the owner keeps nothing of it.
+    List {
+        /// Whose.
+        from: From,
+        /// Which step.
+        step: ListStep,
+        /// Dropped as above.
+        done: oneshot::Sender<ListPart>,
     },
     /// The server has told its health.
     Health {

@@ -5,6 +5,7 @@
 //! grace and orphan times, retries, the collector's next batch, once a second the sampling of counters.
 
 mod acks;
+mod exceptions;
 mod report;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -19,6 +20,7 @@ use tokio::sync::{mpsc, oneshot};
 use tokio::time::sleep_until;
 
 use self::acks::{Ack, Acks};
+use self::exceptions::{Lists, Tally};
 use self::report::Sampler;
 use super::hosts::{Hosts, Sight};
 use super::input::{From, Input, SessionId};
@@ -76,6 +78,7 @@ pub struct Owner {
     probed: Ipv4Addr,
     limits: Arc<Limits>,
     acks: Acks,
+    lists: Lists,
     /// Who wants to see everything: shown is what stands in the maps, so after the next write.
     asked: Vec<oneshot::Sender<Status>>,
     sampler: Sampler,
@@ -102,6 +105,8 @@ struct Current {
     session: SessionId,
     kick: mpsc::Sender<CloseReason>,
     started: BTreeSet<ServiceKey>,
+    /// What became of its exceptions since it was logged.
+    tally: Tally,
 }
 
 impl Owner {
@@ -130,6 +135,7 @@ impl Owner {
             probed: Ipv4Addr::UNSPECIFIED,
             limits,
             acks: Acks::default(),
+            lists: Lists::default(),
             asked: Vec::new(),
             dirty: true,
             urgent: true,
@@ -231,10 +237,16 @@ impl Owner {
                     self.urgent |= answers.iter().any(|answer| answer.health == 0);
                 }
             }
+            Input::Reset { from, done } if self.is_current(from) => self.reset_exceptions(from.server, done),
+            Input::List { from, step, done } if self.is_current(from) => self.lists.take(step, done, &self.cluster),
             Input::Lost { from, reason } if self.is_current(from) => self.lose(from.server, &reason),
             Input::Status { done } => self.asked.push(done),
             // Of a session that was superseded: its answer is dropped, and it ends.
-            Input::Operations { .. } | Input::Health { .. } | Input::Lost { .. } => {}
+            Input::Operations { .. }
+            | Input::Reset { .. }
+            | Input::List { .. }
+            | Input::Health { .. }
+            | Input::Lost { .. } => {}
         }
     }
 
@@ -255,7 +267,10 @@ impl Owner {
             }
             _ => {}
         }
-        self.sessions.insert(from.server, Current { session: from.session, kick, started: BTreeSet::new() });
+        self.sessions.insert(
+            from.server,
+            Current { session: from.session, kick, started: BTreeSet::new(), tally: Tally::default() },
+        );
         true
     }
 
@@ -289,7 +304,7 @@ impl Owner {
         let mut started = self.sessions.get_mut(&server).map(|session| std::mem::take(&mut session.started));
         for (index, operation) in operations.iter().enumerate() {
             let Some(key) = operation.service() else {
-                ack.fail(index);
+                self.except(server, index, operation, now, &mut ack);
                 continue;
             };
             match operation {
@@ -327,6 +342,7 @@ impl Owner {
     }
 
     fn lose(&mut self, server: Ipv4Addr, reason: &CloseReason) {
+        self.tell_exceptions(server);
         let serving = self.sessions.remove(&server).is_some_and(|session| !session.started.is_empty());
         if !self.limits.voices().may_speak(server) {
             // It comes and goes: what it does is counted as lines that were left out.
@@ -396,6 +412,9 @@ impl Owner {
     }
 
     fn due(&self) -> Instant {
+        if !self.lists.is_empty() {
+            return Instant::now();
+        }
         let mut due = self.next_second.min(self.next_batch);
         if self.hosts.has_more_to_refresh() {
             return Instant::now();
@@ -414,6 +433,7 @@ impl Owner {
         if self.retry.is_some_and(|at| at <= now) {
             self.must_write();
         }
+        self.lists.step(&self.cluster);
         if self.next_batch <= now {
             self.collect(now);
         }
@@ -446,6 +466,7 @@ impl Owner {
             tracing::info!("{server}: {lines} more lines like those above were left out");
         }
         self.sampler.sample(now, &self.plane, &self.cluster);
+        self.tell_all_exceptions();
     }
 
     /// Asks for the lost hosts, in turn if there are many: each question is a frame to everybody on the link.

@@ -1,36 +1,38 @@
 //! The server element's agent, `necp se`.
 //!
 //! ```text
-//!   signals ──► Control ──orders──► Peer (one task per network element) ◄──index── health (one task)
-//!                  ▲                  │
-//!                  └────standing──────┘   then: drain (kernel's socket tables), VIPs away, lock released
+//!   signals ──► Control ──► Client (one task per network element) ◄──index── health (one task)
+//!   socket ───► Agent ────────┘
+//!                                then: drain (kernel's socket tables), VIPs away, lock released
 //! ```
 
+mod agent;
+pub mod ctl;
 pub mod drain;
 pub mod health;
 pub mod lock;
-mod peer;
+pub mod protocol;
 pub mod settings;
 pub mod vip;
+pub mod words;
 
 use std::collections::BTreeSet;
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
-use tokio::task::JoinSet;
 use tokio::time::{sleep_until, timeout};
 
 pub use settings::{Args, Settings};
 
+use agent::Agent;
 use drain::{Drain, Step};
 use lock::HostLock;
-use peer::{Order, Peer, Standing};
 use vip::Vips;
 
-use crate::necp::service::TCP;
+use super::admin::AdminSocket;
+use crate::client::{Client, NeError};
 use crate::secret::Identity;
 
 /// How long STOP may go unacknowledged before the drain begins without it.
@@ -117,27 +119,21 @@ pub async fn serve(settings: Settings, control: &Control) -> anyhow::Result<()> 
     let numbers = Identity::numbers_beside(&settings.lock);
     let identity = settings.key_file.as_deref().map(|file| Identity::open(file, &numbers)).transpose()?;
     let vips = Vips::establish(&settings.vips, &vip::state_path(&settings.lock)).await?;
-    let (health, interval) = (settings.health.clone(), settings.health_interval);
-    let health = health.watch(interval, settings.health_timeout).await;
-    let (orders, receiver) = watch::channel(Order::Serve);
-    let settings = Arc::new(settings);
-    let mut peers = JoinSet::new();
-    let mut standings = Vec::new();
-    for ne in &settings.nes {
-        let (peer, standing) =
-            Peer::new(ne.clone(), Arc::clone(&settings), identity.clone(), (health.clone(), receiver.clone()));
-        peers.spawn(peer.run());
-        standings.push(standing);
-    }
-    drop((receiver, health));
+    let socket = AdminSocket::bind(&settings.socket).with_context(|| {
+        format!("cannot listen on the agent's socket {} (another place: `--socket PATH`)", settings.socket.display())
+    })?;
+    let health = settings.health.clone().watch(settings.health_interval, settings.health_timeout).await;
+    let (agent, client) = Agent::join(&settings, identity, health)?;
+    let socket = tokio::spawn(socket.serve(agent.answers()));
     control.asked(Asked::Drain).await;
     tokio::select! {
-        () = leave_in_peace(&settings, &orders, &mut standings) => {}
+        () = leave_in_peace(&settings, &client) => {}
         () = control.asked(Asked::Abort) => {}
     }
-    orders.send_replace(Order::Leave);
-    let closed = timeout(CLOSE_WAIT, async { while peers.join_next().await.is_some() {} }).await;
-    if closed.is_err() {
+    socket.abort();
+    // The error is that it was aborted.
+    let _ = socket.await;
+    if timeout(CLOSE_WAIT, client.leave()).await.is_err() {
         tracing::warn!("a session did not close in time; dropped");
     }
     if let Some(vips) = vips {
@@ -147,24 +143,14 @@ pub async fn serve(settings: Settings, control: &Control) -> anyhow::Result<()> 
 }
 
 /// STOP everywhere, then wait for the connections of what was served.
-async fn leave_in_peace(
-    settings: &Settings,
-    orders: &watch::Sender<Order>,
-    standings: &mut [watch::Receiver<Standing>],
-) {
+async fn leave_in_peace(settings: &Settings, client: &Client) {
     let began = Instant::now();
-    orders.send_replace(Order::Drain);
-    let stopped = async {
-        for standing in standings.iter_mut() {
-            // An element that is away cannot be told; a task that is gone has nothing more to say.
-            let _ = standing.wait_for(|now| *now != Standing::Serving).await;
-        }
-    };
-    if timeout(STOP_WAIT, stopped).await.is_err() {
+    // An element that is away cannot be told; one that has refused has said so.
+    let answers = client.drain(STOP_WAIT).await;
+    if answers.failures().any(|(_, error)| matches!(error, NeError::Timeout(_))) {
         tracing::warn!("STOP was not acknowledged everywhere within {} s; going on", STOP_WAIT.as_secs());
     }
-    let offers = settings.offers.iter().map(|offer| offer.key());
-    let ports: BTreeSet<u16> = offers.filter(|key| key.protocol() == TCP).map(|key| key.port()).collect();
+    let ports = settings.tcp_ports();
     if !ports.is_empty() {
         drain_connections(Drain::new(began, settings.drain), ports).await;
     }

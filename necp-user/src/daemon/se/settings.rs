@@ -1,5 +1,6 @@
 //! What the agent is told: the command line, a file with the same keys, and what the two make together.
 
+use std::collections::BTreeSet;
 use std::net::{IpAddr, Ipv4Addr};
 use std::path::PathBuf;
 use std::str::FromStr;
@@ -12,6 +13,7 @@ use thiserror::Error;
 use super::health::HealthSource;
 use crate::client::{HealthIndex, NeAddress};
 use crate::config::strict::{self, FileError, Text};
+use crate::necp::service::TCP;
 use crate::necp::{ServiceKey, ServiceUnit};
 
 /// Where the lock is unless told otherwise.
@@ -61,8 +63,12 @@ pub struct Args {
     /// The lock that keeps a second agent from this host [default: /run/necp/se.lock]
     #[arg(long, value_name = "PATH")]
     pub lock: Option<PathBuf>,
-    /// A TOML file with the same keys (ne, serve, health, source, keepalive, retry_max, drain, vips, key_file, lock, ...); the
-    /// command line wins
+    /// The socket that `necp except`, `drain`, `resume` and `health` speak to [default: beside the lock,
+    /// /run/necp/se.sock]
+    #[arg(long, value_name = "PATH")]
+    pub socket: Option<PathBuf>,
+    /// A TOML file with the same keys (ne, serve, health, source, keepalive, retry_max, drain, vips, key_file, lock,
+    /// ...); the command line wins
     #[arg(long, value_name = "FILE")]
     pub config: Option<PathBuf>,
 }
@@ -80,6 +86,9 @@ Examples:
 
   From a file (ne = [\"10.0.0.1\"], serve = [\"tcp/80=l2\"], health = \"load\", vips = [\"192.0.2.10\"]):
     necp se --config /etc/necp/se.toml
+
+While it runs, `necp except`, `necp drain`, `necp resume`, `necp health` and `necp status --agent` speak to it over its
+socket. What they changed ends with it.
 
 SIGTERM and SIGINT: STOP everywhere, wait for the connections of the served ports to end (at most --drain), leave.
 A second signal: leave at once.";
@@ -100,6 +109,7 @@ struct File {
     vips: Vec<Text<Ipv4Addr>>,
     key_file: Option<PathBuf>,
     lock: Option<PathBuf>,
+    socket: Option<PathBuf>,
 }
 
 /// All that the agent needs to know.
@@ -129,6 +139,8 @@ pub struct Settings {
     pub key_file: Option<PathBuf>,
     /// The lock file; the file of sequence numbers is beside it.
     pub lock: PathBuf,
+    /// The agent's socket.
+    pub socket: PathBuf,
 }
 
 /// Why the agent cannot start as it was told to.
@@ -187,6 +199,7 @@ impl Settings {
         let time = |name, first: Option<Seconds>, second: Option<Seconds>, default, range| {
             in_range(name, first.or(second).map_or(default, |Seconds(value)| value), range)
         };
+        let lock = args.lock.or(file.lock).unwrap_or_else(|| LOCK.into());
         let this = Self {
             nes: list(args.ne, file.ne),
             offers: list(args.serve, file.serve).into_iter().map(|Offer(unit)| unit).collect(),
@@ -207,11 +220,18 @@ impl Settings {
             retry_max: time("--retry-max", args.retry_max, file.retry_max, 256.0, (1.0, 86_400.0))?,
             drain: time("--drain", args.drain, file.drain, 30.0, (0.0, 604_800.0))?,
             vips: list(args.vip, file.vips),
+            socket: args.socket.or(file.socket).unwrap_or_else(|| lock.with_extension("sock")),
+            lock,
             key_file: args.key_file.or(file.key_file),
-            lock: args.lock.or(file.lock).unwrap_or_else(|| LOCK.into()),
         };
         this.check()?;
         Ok(this)
+    }
+
+    /// The TCP ports that are served.
+    pub fn tcp_ports(&self) -> BTreeSet<u16> {
+        let keys = self.offers.iter().map(ServiceUnit::key);
+        keys.filter(|key| key.protocol() == TCP).map(ServiceKey::port).collect()
     }
 
     fn check(&self) -> Result<(), SettingsError> {
@@ -258,6 +278,14 @@ impl Seconds {
         } else {
             Err("a time is a number of seconds, such as 5 or 0.5")
         }
+    }
+}
+
+impl Seconds {
+    /// The same as a duration; what is too long for one is the longest.
+    #[must_use]
+    pub fn duration(self) -> Duration {
+        Duration::try_from_secs_f64(self.0).unwrap_or(Duration::from_secs(u32::MAX.into()))
     }
 }
 

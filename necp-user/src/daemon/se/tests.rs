@@ -5,9 +5,11 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use tempfile::TempDir;
+use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::task::JoinHandle;
 
 use super::health::HealthSource;
+use super::protocol::{AgentStatus, NeAnswer};
 use super::settings::Offer;
 use super::*;
 use crate::client::fake_ne::{Manner, Ne};
@@ -39,6 +41,7 @@ impl Agent {
             vips: Vec::new(),
             key_file: None,
             lock: directory.path().join("se.lock"),
+            socket: directory.path().join("se.sock"),
         };
         change(&mut settings, directory.path());
         let control = Control::new();
@@ -54,6 +57,40 @@ impl Agent {
         let begun = Instant::now();
         tokio::time::timeout(time, self.task).await.expect("in time").expect("no panic").expect("no error");
         begun.elapsed()
+    }
+}
+
+impl Agent {
+    /// Says a line to its socket, and returns what it answers.
+    async fn say(&self, line: &str) -> serde_json::Value {
+        let path = self.directory.path().join("se.sock");
+        let mut stream = tokio::net::UnixStream::connect(path).await.expect("it listens");
+        stream.write_all(format!("{line}\n").as_bytes()).await.expect("written");
+        let mut answer = String::new();
+        let reading = tokio::io::BufReader::new(stream).read_line(&mut answer).await;
+        assert!(reading.expect("an answer") > 0);
+        serde_json::from_str(&answer).expect("JSON")
+    }
+
+    /// The results that a command had, in the order of the elements.
+    async fn tell(&self, line: &str) -> Vec<String> {
+        let mut answer = self.say(line).await;
+        let answers: Vec<NeAnswer> = serde_json::from_value(answer["answers"].take()).expect(line);
+        answers.into_iter().map(|answer| format!("{:?}", answer.result)).collect()
+    }
+
+    /// Waits until this holds for its status.
+    async fn wait_for(&self, what: &str, holds: impl Fn(&AgentStatus) -> bool) -> AgentStatus {
+        let begun = Instant::now();
+        loop {
+            let status = serde_json::from_value(self.say("{\"command\":\"status\"}").await["status"].take());
+            let status: AgentStatus = status.expect("a status");
+            if holds(&status) {
+                return status;
+            }
+            assert!(begun.elapsed() < SOON, "{what}: {status:?}");
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
     }
 }
 
@@ -267,4 +304,118 @@ fn an_element_that_comes_back_during_the_drain_is_told_to_stop() {
         drop(connection);
         agent.ends_within(SOON).await;
     });
+}
+
+/// One element that is there, and one that is not.
+async fn half_joined() -> (Ne, Agent) {
+    let free = Ne::start(0, Manner::Good).await;
+    let away = free.port;
+    free.end().await;
+    let mut ne = Ne::start(0, Manner::Good).await;
+    let agent = Agent::start(&[ne.port, away], &["tcp/8090=l2"], |_, _| {});
+    ne.joined().await;
+    assert_eq!(ne.operations().await, [start("tcp/8090=l2")]);
+    agent.wait_for("it serves", |status| status.nes[0].state == "serving").await;
+    (ne, agent)
+}
+
+#[tokio::test]
+async fn commands_reach_the_element_that_is_there_and_name_the_one_that_is_not() {
+    let (mut ne, agent) = half_joined().await;
+    let add = r#"{"command":"except-add","src":"203.0.113.9/24","dst":"198.51.100.7","port":"tcp/80","ttl":300,"scope":"global"}"#;
+    assert_eq!(agent.tell(add).await, ["Accepted", "Away"]);
+    let [Operation::Except(exception)] = ne.operations().await[..] else { panic!("an exception") };
+    assert_eq!(exception.flows.to_string(), "203.0.113.0/24 -> 198.51.100.7/32 tcp/80");
+    assert_eq!((exception.ttl, exception.scope), (300, crate::necp::Scope::Global));
+
+    let list = agent.say(r#"{"command":"except-list","dst":"198.51.100.7"}"#).await;
+    let entry = serde_json::json!({"installer": "127.0.0.1", "scope": "global", "src": "203.0.113.0/24",
+        "dst": "198.51.100.7", "port": "tcp/80"});
+    assert_eq!((&list["answers"][0]["entries"][0], &list["answers"][1]["result"]), (&entry, &"away".into()), "{list}");
+    let none = agent.say(r#"{"command":"except-list","scope":"local"}"#).await;
+    assert_eq!(none["answers"][0]["entries"], serde_json::json!([]));
+    let status = agent.wait_for("counted", |status| status.exceptions.global == 1).await;
+    assert_eq!((status.nes[1].state.as_str(), status.nes[1].why.is_some()), ("away", true));
+
+    assert_eq!(agent.tell(r#"{"command":"except-del","dst":"198.51.100.7"}"#).await, ["Accepted", "Away"]);
+    assert_eq!(agent.tell(r#"{"command":"except-reset"}"#).await, ["Accepted", "Away"]);
+    let all = agent.say(r#"{"command":"except-list"}"#).await;
+    assert_eq!(all["answers"][0]["entries"], serde_json::json!([]));
+    agent.control.abort();
+    agent.ends_within(SOON).await;
+}
+
+#[tokio::test]
+async fn drained_and_resumed_by_command() {
+    let (mut ne, agent) = half_joined().await;
+    assert_eq!(agent.tell(r#"{"command":"drain"}"#).await, ["Accepted", "Away"]);
+    assert_eq!(ne.operations().await, [stop("tcp/8090")]);
+    let status = agent.wait_for("drained", |status| status.nes[0].state == "drained").await;
+    assert!(!status.serving && status.connections == Some(0));
+    assert_eq!(agent.tell(r#"{"command":"resume"}"#).await, ["Accepted", "Away"]);
+    assert_eq!(ne.operations().await, [start("tcp/8090=l2")]);
+    assert!(agent.wait_for("serving", |status| status.nes[0].state == "serving").await.serving);
+    agent.control.drain();
+    assert_eq!(ne.operations().await, [stop("tcp/8090")]);
+    agent.ends_within(SOON).await;
+}
+
+#[tokio::test]
+async fn health_is_overridden_and_given_back() {
+    let (mut ne, agent) = half_joined().await;
+    ne.health(100).await;
+    let health = agent.say(r#"{"command":"health","set":40}"#).await;
+    let expected = serde_json::json!({"index": 40, "source": "constant:100", "source_index": 100, "overridden": true});
+    assert_eq!(health["health"], expected);
+    ne.health(40).await;
+    assert!(agent.say(r#"{"command":"health","set":101}"#).await["error"].is_string());
+    assert_eq!(agent.say(r#"{"command":"health"}"#).await["health"], expected, "as it was");
+    assert_eq!(agent.say(r#"{"command":"health","set":"auto"}"#).await["health"]["overridden"], false);
+    ne.health(100).await;
+    agent.control.abort();
+    agent.ends_within(SOON).await;
+}
+
+#[tokio::test]
+async fn rubbish_on_the_socket_is_answered_and_harms_nobody() {
+    let (mut ne, agent) = half_joined().await;
+    for line in [
+        "",
+        "status",
+        "{}",
+        "[]",
+        r#"{"command":"stop"}"#,
+        r#"{"command":"status","x":1,"command":"drain"}"#,
+        r#"{"command":"except-add","sorce":"any"}"#,
+        r#"{"command":"except-add","src":"2001:db8::/32"}"#,
+        r#"{"command":"except-add","port":"tcp/0"}"#,
+        r#"{"command":"except-add","ttl":-1}"#,
+        r#"{"command":"except-add","ttl":4294967296}"#,
+        r#"{"command":"health","set":256}"#,
+        r#"{"command":"health","set":"high"}"#,
+    ] {
+        let answer = agent.say(line).await;
+        assert!(
+            answer["error"].as_str().is_some_and(|error| error.contains("the commands are status")),
+            "{line}: {answer}"
+        );
+    }
+    let path = agent.directory.path().join("se.sock");
+    let mode = std::os::unix::fs::PermissionsExt::mode(&std::fs::metadata(&path).expect("a socket").permissions());
+    assert_eq!(mode & 0o777, 0o600);
+    for rubbish in [vec![b'x'; 60_000], vec![0xff; 5000], b"\xff\xfe\n".to_vec()] {
+        let mut stream = tokio::net::UnixStream::connect(&path).await.expect("it listens");
+        stream.write_all(&rubbish).await.expect("written");
+        let mut answer = Vec::new();
+        // An overlong line ends the connection, any other is answered and the next one is awaited.
+        stream.shutdown().await.expect("shut down");
+        stream.read_to_end(&mut answer).await.expect("an answer");
+        assert!(answer.starts_with(b"{\"error\":"), "{}", String::from_utf8_lossy(&answer));
+        assert!(answer.len() < 1000, "bounded");
+    }
+    assert!(ne.is_quiet_for(Duration::from_millis(50)).await, "nothing of it reached the element");
+    agent.control.drain();
+    assert_eq!(ne.operations().await, [stop("tcp/8090")]);
+    agent.ends_within(SOON).await;
+    assert!(!path.exists(), "the socket goes with the agent");
 }

@@ -4,7 +4,10 @@ use std::fmt::Write as _;
 
 use comfy_table::{CellAlignment, Table, presets};
 
-use super::{Farm, Status};
+use super::{Exceptions, Farm, Status};
+
+/// Servers named in the line of exceptions, those with the most.
+const SERVERS_SHOWN: usize = 5;
 
 /// All of it.
 pub fn tables(status: &Status) -> String {
@@ -38,6 +41,9 @@ fn head(status: &Status) -> String {
     );
     if status.pending_writes > 0 || status.failed_writes > 0 {
         let _ = writeln!(text, "map writes: {} pending, {} failed", status.pending_writes, status.failed_writes);
+    }
+    if status.exceptions > 0 {
+        let _ = writeln!(text, "exceptions: {} of at most {}", status.exceptions, status.max_exceptions);
     }
     text
 }
@@ -86,7 +92,24 @@ fn farm_text(farm: &Farm) -> String {
         }
     }
     finish(table, 4, &mut text);
+    text.push_str(&exceptions(farm));
     text
+}
+
+/// One line, of farms that have some.
+fn exceptions(farm: &Farm) -> String {
+    let Exceptions { local, global, masks, max_masks, max_by_server, by_server } = &farm.exceptions;
+    if by_server.is_empty() {
+        return String::new();
+    }
+    let shown = by_server.iter().take(SERVERS_SHOWN).map(|one| format!("{} {}", one.address, one.exceptions));
+    let more = by_server.len().saturating_sub(SERVERS_SHOWN);
+    let more = (more > 0).then(|| format!("{more} more"));
+    let servers: Vec<String> = shown.chain(more).collect();
+    let servers = servers.join(", ");
+    format!(
+        "  exceptions: {local} local, {global} global, {masks} of {max_masks} masks; by server (at most {max_by_server}): {servers}\n"
+    )
 }
 
 fn packets(status: &Status) -> String {
@@ -132,7 +155,7 @@ fn rejected(status: &Status) -> String {
     if seen.is_empty() { String::new() } else { format!("\nrejected by authentication: {}\n", seen.join(", ")) }
 }
 
-fn table(header: &[&str]) -> Table {
+pub(in crate::daemon) fn table(header: &[&str]) -> Table {
     let mut table = Table::new();
     table.load_preset(presets::NOTHING).set_header(header);
     for column in table.column_iter_mut() {
@@ -142,7 +165,7 @@ fn table(header: &[&str]) -> Table {
 }
 
 /// Adds the table to `text`; columns from `numbers` on are aligned to the right.
-fn finish(mut table: Table, numbers: usize, text: &mut String) {
+pub(in crate::daemon) fn finish(mut table: Table, numbers: usize, text: &mut String) {
     for column in table.column_iter_mut().skip(numbers) {
         column.set_cell_alignment(CellAlignment::Right);
     }
@@ -152,7 +175,7 @@ fn finish(mut table: Table, numbers: usize, text: &mut String) {
 }
 
 /// `3d 4h`, `4h 5m`, `5m 6s`, `6s`.
-fn duration(seconds: u64) -> String {
+pub(in crate::daemon) fn duration(seconds: u64) -> String {
     let (days, hours, minutes) = (seconds / 86_400, seconds / 3600 % 24, seconds / 60 % 60);
     match (days, hours, minutes) {
         (0, 0, 0) => format!("{seconds}s"),
@@ -184,7 +207,7 @@ fn bytes(bytes: u64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::daemon::status::{Interface, Packets, Rejected, Server, Service, Strangers};
+    use crate::daemon::status::{ExceptionsOf, Interface, Packets, Rejected, Server, Service, Strangers};
 
     pub fn sample() -> Status {
         let server = |address: [u8; 4], state: &str, health, slots: u32| Server {
@@ -236,7 +259,19 @@ mod tests {
                     },
                     Service { service: "udp/443".into(), slots: 251, servers: Vec::new() },
                 ],
+                exceptions: Exceptions {
+                    local: 20,
+                    global: 1,
+                    masks: 3,
+                    max_masks: 32,
+                    max_by_server: 65_536,
+                    by_server: (0..7)
+                        .map(|at| ExceptionsOf { address: [10, 0, 0, 11 + at].into(), exceptions: 6 - u32::from(at) })
+                        .collect(),
+                },
             }],
+            exceptions: 21,
+            max_exceptions: 1 << 20,
             packets: vec![
                 Packets { reason: "plain".into(), action: "transmit".into(), packets: 1000, per_second: 51_234.25 },
                 Packets { reason: "bad-tables".into(), action: "drop".into(), packets: 0, per_second: 0.0 },
@@ -256,6 +291,7 @@ mod tests {
         let expected = "\
 necp 0.1.0 pid 4711 up 3h 2m on eth0 (native), listening on 0.0.0.0:3262, 1 sessions, took over from an earlier daemon
 map writes: 1 pending, 7 failed
+exceptions: 21 of at most 1048576
 ALARM: farm web: most servers were lost at once
 
 farm web at 192.0.2.10, authenticated
@@ -263,6 +299,8 @@ farm web at 192.0.2.10, authenticated
   tcp/80   10.0.0.11  l2  up                    100    2510    251  100.0%       12      3.2      51234  1.2 MiB
   tcp/80   10.0.0.12  l2  lost, unreachable       -       0      0    0.0%       12      3.2      51234  1.2 MiB
   udp/443  no server  -   -                       -       -      -       -        -        -          -        -
+  exceptions: 20 local, 1 global, 3 of 32 masks; by server (at most 65536): \
+10.0.0.11 6, 10.0.0.12 5, 10.0.0.13 4, 10.0.0.14 3, 10.0.0.15 2, 2 more
 
 packets
   REASON  ACTION    PACKETS  PER SECOND

@@ -9,8 +9,9 @@ use necp_ebpf::verdict::{Action, REASONS, Reason};
 use super::{Owner, alarms};
 use crate::config::ne::Auth;
 use crate::control::cluster::Cluster;
+use crate::control::exceptions::MASKS;
 use crate::control::status::{ServerStatus, ServiceStatus};
-use crate::daemon::status::{Farm, Interface, Packets, Server, Service, Status};
+use crate::daemon::status::{Exceptions, ExceptionsOf, Farm, Interface, Packets, Server, Service, Status};
 use crate::plane::{Plane, PlaneError};
 
 /// The counters a second ago and now.
@@ -127,12 +128,14 @@ impl Owner {
         };
         let authenticated =
             |name: &str| self.config.farms.iter().any(|farm| farm.name == name && farm.auth != Auth::None);
-        let farms = cluster.farms.iter().map(|farm| Farm {
+        let farms = cluster.farms.iter().enumerate().map(|(index, farm)| Farm {
             name: farm.name.clone(),
             authenticated: authenticated(&farm.name),
             vips: farm.vips.clone(),
             services: farm.services.iter().map(service).collect(),
+            exceptions: self.exceptions(index),
         });
+        let exceptions = self.cluster.exception_counts();
         let interfaces = self.plane.ports().into_iter().map(|port| Interface {
             name: port.name,
             ifindex: port.ifindex,
@@ -153,12 +156,33 @@ impl Owner {
             sessions: self.open_sessions(),
             connections: self.door.connected(),
             farms: farms.collect(),
+            exceptions: exceptions.entries,
+            max_exceptions: exceptions.limit,
             packets: self.sampler.packets(),
             strangers: self.door.strangers(),
             rejected: self.door.rejected(),
             alarms: alarms(&in_alarm, failing),
             pending_writes: failing,
             failed_writes: self.failed_writes,
+        }
+    }
+    /// Those of one farm. Only servers with a session have any.
+    fn exceptions(&self, farm: usize) -> Exceptions {
+        let counts = self.cluster.farm_exceptions(farm);
+        let config = self.config.farms.get(farm);
+        let members = self.sessions.keys().filter(|server| config.is_some_and(|config| config.admits(**server)));
+        let mut by_server: Vec<ExceptionsOf> = members
+            .map(|server| ExceptionsOf { address: *server, exceptions: self.cluster.exceptions_of(*server) })
+            .filter(|one| one.exceptions > 0)
+            .collect();
+        by_server.sort_unstable_by_key(|one| (std::cmp::Reverse(one.exceptions), one.address));
+        Exceptions {
+            local: counts.local,
+            global: counts.global,
+            masks: counts.masks,
+            max_masks: MASKS as u32,
+            max_by_server: config.map_or(0, |config| config.max_exceptions),
+            by_server,
         }
     }
 }

@@ -36,6 +36,7 @@ fn the_command_line_alone_with_its_defaults() {
         [settings.health_interval, settings.health_timeout, settings.keepalive, settings.retry_max, settings.drain];
     assert_eq!(seconds.map(|time| time.as_secs()), [1, 2, 5, 256, 30]);
     assert_eq!((settings.source, settings.vips, settings.lock), (None, vec![], PathBuf::from("/run/necp/se.lock")));
+    assert_eq!(settings.socket, PathBuf::from("/run/necp/se.sock"));
 }
 
 const FILE: &str = "\
@@ -58,7 +59,7 @@ fn the_file_says_the_same() {
     assert_eq!((settings.health, settings.health_interval), (HealthSource::Load, Duration::from_millis(500)));
     assert_eq!((settings.source, settings.vips), (Some([10, 0, 0, 11].into()), vec![[192, 0, 2, 10].into()]));
     assert_eq!((settings.keepalive.as_secs(), settings.retry_max.as_secs(), settings.drain), (1, 8, Duration::ZERO));
-    assert_eq!(settings.lock, PathBuf::from("/run/x.lock"));
+    assert_eq!((settings.lock, settings.socket), (PathBuf::from("/run/x.lock"), PathBuf::from("/run/x.sock")));
 }
 
 #[test]

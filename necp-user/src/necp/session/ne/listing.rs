@@ -60,12 +60,13 @@ impl Listings {
         self.open.push_back(Open { token, request_id, state: State::Counting });
     }
 
-    pub(super) fn list(&mut self, token: Token, count: u32, link: &mut Link, events: &mut VecDeque<NeEvent>) {
-        let Some(open) = self.open.iter_mut().find(|open| open.token == token) else { return };
-        if matches!(open.state, State::Counting) {
-            open.state = State::Counted(count.min(MAX_UNITS));
-            self.pump(link, events);
-        }
+    /// Says whether it was awaited.
+    pub(super) fn list(&mut self, token: Token, count: u32, link: &mut Link, events: &mut VecDeque<NeEvent>) -> bool {
+        let counting = |open: &&mut Open| open.token == token && matches!(open.state, State::Counting);
+        let Some(open) = self.open.iter_mut().find(counting) else { return false };
+        open.state = State::Counted(count.min(MAX_UNITS));
+        self.pump(link, events);
+        true
     }
 
     pub(super) fn more(&mut self, token: Token, entries: &[Listed], link: &mut Link, events: &mut VecDeque<NeEvent>) {
@@ -87,7 +88,8 @@ impl Listings {
             let room = link.stream_room();
             match state {
                 State::Counting => return,
-                State::Counted(_) if room == 0 => return,
+                // There is room for the header, and a unit to be asked for.
+                State::Counted(_) if room < 2 => return,
                 State::Counted(count) => {
                     link.begin_stream(Opcode::EXCEPTION_RESP, *request_id, *count as usize);
                     *state = State::Listing { left: *count, asked: false };

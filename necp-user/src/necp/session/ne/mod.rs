@@ -248,8 +248,11 @@ impl NeSession {
     /// The header announces the number of units before the first is sent, and the draft knows no chaining of messages
     /// (§6.5), so the number holds whatever becomes of the list meanwhile: the caller makes up for entries that are gone
     /// when their turn comes by naming another one of the list again, for an entry named twice is one entry.
-    pub fn list(&mut self, token: Token, count: u32) {
-        self.listings.list(token, count, &mut self.link, &mut self.events);
+    ///
+    /// False if the token is not awaited: then the caller forgets the list, of which no more will be asked. When it is
+    /// begun, [`NeEvent::ListMore`] follows at once or when the peer has read what is before it.
+    pub fn list(&mut self, token: Token, count: u32) -> bool {
+        self.listings.list(token, count, &mut self.link, &mut self.events)
     }
 
     /// More of the list, at most as many as [`NeEvent::ListMore`] asked for; with none it asks again. A token that is not

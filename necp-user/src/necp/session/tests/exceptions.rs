@@ -108,7 +108,7 @@ fn serve(ne: &mut Ne, list: &mut List, failing: &[Flows]) {
                 list.own.clear();
                 ne.session.respond(token, &[]);
             }
-            NeEvent::Query { token, filter } => ne.session.list(token, list.query(token, filter)),
+            NeEvent::Query { token, filter } => _ = ne.session.list(token, list.query(token, filter)),
             NeEvent::ListMore { token, max } => ne.session.list_more(token, &list.more(token, max)),
             NeEvent::Notice(_) | NeEvent::Health(_) | NeEvent::Closed(_) => {}
         }
@@ -479,7 +479,7 @@ fn a_slow_caller_is_no_dead_peer() {
     pair.carry();
     let Some(NeEvent::Query { token, .. }) = pair.ne.poll_event() else { panic!("a query") };
     pair.pass(seconds(20));
-    pair.ne.list(token, 5_000);
+    assert!(pair.ne.list(token, 5_000));
     let mut got = 0;
     while got < 5_000 {
         pair.carry();
@@ -510,8 +510,8 @@ fn lists_are_answered_in_order() {
     tokens.reverse();
     for token in tokens {
         assert_eq!(ne.output(), [0; 0]);
-        ne.session.list(token, 1);
-        ne.session.list(token, 9);
+        assert!(ne.session.list(token, 1));
+        assert!(!ne.session.list(token, 9), "a query is answered once");
     }
     let mut sent = Vec::new();
     for _ in 0..20 {
@@ -525,7 +525,7 @@ fn lists_are_answered_in_order() {
                     ne.session.list_more(token, &[nth(7), nth(8)]);
                     ne.session.list_more(token, &[nth(9)]);
                 }
-                NeEvent::Query { token, .. } => ne.session.list(token, 1),
+                NeEvent::Query { token, .. } => _ = ne.session.list(token, 1),
                 other => panic!("{other:?}"),
             }
         }

@@ -105,7 +105,7 @@ impl Role for NeSession {
                     NeSession::respond(self, token, if fail { &[0, 2] } else { &[] });
                 }
                 NeEvent::Reset { token } => NeSession::respond(self, token, if fail { &[0] } else { &[] }),
-                NeEvent::Query { token, .. } => self.list(token, 3_000),
+                NeEvent::Query { token, .. } => _ = self.list(token, 3_000),
                 NeEvent::ListMore { token, max } => {
                     assert!((1..=MAX_BATCH).contains(&max));
                     self.list_more(token, &vec![entry(); if fail { max.div_ceil(2) } else { max }]);

@@ -135,7 +135,7 @@ impl Ne {
                         done.extend(operations.iter().copied());
                     }
                     NeEvent::Reset { token } => self.session.respond(*token, &[]),
-                    NeEvent::Query { token, .. } => self.session.list(*token, 0),
+                    NeEvent::Query { token, .. } => _ = self.session.list(*token, 0),
                     _ => {}
                 }
             }

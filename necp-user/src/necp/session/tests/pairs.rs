@@ -89,7 +89,7 @@ impl Pair {
                     self.list.own.clear();
                     self.ne.respond(token, &[]);
                 }
-                NeEvent::Query { token, filter } => self.ne.list(token, self.list.query(token, filter)),
+                NeEvent::Query { token, filter } => _ = self.ne.list(token, self.list.query(token, filter)),
                 NeEvent::ListMore { token, max } => {
                     let entries = self.list.more(token, max);
                     self.ne.list_more(token, &entries);
