@@ -218,12 +218,12 @@ impl Bed {
     fn list(&mut self, how: u8) {
         let sample = Listed { scope: Scope::Local, installer: Ipv4Addr::new(10, 0, 0, 11), flows: Flows::ALL };
         for token in std::mem::take(&mut self.queries) {
-            match how & 3 {
+            let _begun = match how & 3 {
                 0 => self.ne.list(token, 0),
                 1 => self.ne.list(token, u32::from(how >> 2)),
                 2 => self.ne.list(token, 3_000),
                 _ => self.ne.list(token, how.into()),
-            }
+            };
         }
         for (token, max) in std::mem::take(&mut self.wanted) {
             let count = max.min(1 + usize::from(how));

@@ -27,7 +27,7 @@ impl Seen {
                 }
                 NeEvent::Query { token, filter } => {
                     self.events.push(format!("{filter:?}"));
-                    ne.session.list(token, 0);
+                    let _ = ne.session.list(token, 0);
                 }
                 other => self.events.push(format!("{other:?}")),
             }
