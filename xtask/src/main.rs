@@ -3,6 +3,9 @@
 //! It depends on no other package of the workspace, so that it builds in seconds and can install what they need.
 
 mod apt;
+#[cfg(test)]
+mod conformance;
+mod fuzz;
 mod host;
 mod lint;
 mod report;
@@ -32,6 +35,7 @@ const EXAMPLES: &str = "Examples:
   cargo xtask load --iface eth0 --config ne.toml    attach the packet path only (root)
   cargo xtask test                                  every test, with a total (root)
   cargo xtask test --only unit session              unit tests whose name holds `session`
+  cargo xtask fuzz session --seconds 600            the session machines against any peer
   cargo xtask lint                                  formatting, clippy for host and BPF, architecture";
 
 #[derive(Subcommand)]
@@ -48,6 +52,8 @@ enum Task {
     Test(test::TestArgs),
     /// Check formatting, clippy for host and BPF code, and the architecture's invariants
     Lint,
+    /// Fuzz the protocol core: the decoder, and the sessions of both roles
+    Fuzz(fuzz::FuzzArgs),
     /// Measure the cost per packet of the packet path (root)
     Bench(run::BenchArgs),
 }
@@ -60,6 +66,7 @@ fn main() -> ExitCode {
         Task::Load(args) => run::load(&host, &args),
         Task::Unload(args) => run::unload(&host, &args),
         Task::Test(args) => test::test(&host, &args),
+        Task::Fuzz(args) => fuzz::fuzz(&host, &args),
         Task::Lint => lint::lint(&host),
         Task::Bench(args) => run::bench(&host, &args),
     });

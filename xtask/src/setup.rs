@@ -13,10 +13,12 @@ use crate::{
 /// The one toolchain; `rust-toolchain.toml` says the same.
 const TOOLCHAIN: &str = "1.95.0";
 const BPF_LINKER: &str = "0.10.3";
+const CARGO_FUZZ: &str = "0.13.2";
 const BPF_FS: &str = "/sys/fs/bpf";
 
-/// What the namespaces, the demonstration and the reader of the maps use: (program, Debian package).
-const PROGRAMS: [(&str, &str); 3] = [("ip", "iproute2"), ("nginx", "nginx"), ("bpftool", "bpftool")];
+/// What the namespaces, the demonstration, the reader of the maps and the dissector's tests use: (program, Debian package).
+const PROGRAMS: [(&str, &str); 5] =
+    [("ip", "iproute2"), ("nginx", "nginx"), ("bpftool", "bpftool"), ("tshark", "tshark"), ("python3", "python3")];
 
 /// `cargo xtask setup`: all of it.
 pub fn everything(host: &Host) -> Result<()> {
@@ -84,6 +86,20 @@ fn bpf_linker(host: &Host) -> Result<()> {
     let mut install = host.command("rustup");
     install.args(["run", TOOLCHAIN, "cargo", "install", "bpf-linker", "--version", BPF_LINKER, "--locked"]);
     host::execute(&mut install, "see cargo's message above; it needs the network and a C compiler")
+}
+
+/// What fuzzing takes, which only `cargo xtask fuzz` asks for.
+pub fn fuzz(host: &Host) -> Result<()> {
+    toolchain(host)?;
+    let wanted = format!("cargo-fuzz {CARGO_FUZZ}");
+    let found = host.which("cargo-fuzz").and_then(|fuzz| host.command(fuzz).args(["fuzz", "--version"]).output().ok());
+    if found.is_some_and(|version| String::from_utf8_lossy(&version.stdout).trim() == wanted) {
+        return Ok(());
+    }
+    say(format_args!("installing {wanted} (once; a minute)"));
+    let mut install = host.command("rustup");
+    install.args(["run", TOOLCHAIN, "cargo", "install", "cargo-fuzz", "--version", CARGO_FUZZ, "--locked"]);
+    host::execute(&mut install, "see cargo's message above; it needs the network and a C++ compiler")
 }
 
 fn bpf_file_system(host: &Host) -> Result<()> {

@@ -98,6 +98,16 @@ impl Display for Offence {
 
 /// Holds every rule against every Rust file of the tree.
 pub fn check(root: &Path) -> Result<Vec<Offence>> {
+    let sources = sources(root)?;
+    let tests: Vec<PathBuf> = sources.iter().flat_map(|(file, source)| test_modules(file, source)).collect();
+    let is_test =
+        |file: &Path| tests.iter().any(|module| file.starts_with(module) || file == module.with_extension("rs"));
+    let product = sources.iter().filter(|(file, _)| !is_test(file));
+    Ok(product.flat_map(|(file, source)| check_file(file, source)).collect())
+}
+
+/// Every Rust file of the tree, by its path from the workspace's root.
+pub fn sources(root: &Path) -> Result<Vec<(PathBuf, String)>> {
     let mut files = Vec::new();
     for package in ["necp-ebpf", "necp-user", "xtask", "tests"] {
         collect(&root.join(package), &mut files)?;
@@ -109,11 +119,7 @@ pub fn check(root: &Path) -> Result<Vec<Offence>> {
         let source = fs::read_to_string(&file).with_context(|| format!("cannot read {}", file.display()))?;
         sources.push((file.strip_prefix(root)?.to_owned(), source));
     }
-    let tests: Vec<PathBuf> = sources.iter().flat_map(|(file, source)| test_modules(file, source)).collect();
-    let is_test =
-        |file: &Path| tests.iter().any(|module| file.starts_with(module) || file == module.with_extension("rs"));
-    let product = sources.iter().filter(|(file, _)| !is_test(file));
-    Ok(product.flat_map(|(file, source)| check_file(file, source)).collect())
+    Ok(sources)
 }
 
 /// The modules with files of their own that a file declares for tests only, without the ending `.rs`.
@@ -123,7 +129,8 @@ fn test_modules(file: &Path, source: &str) -> Vec<PathBuf> {
         _ => file.with_extension(""),
     };
     let lines = source.lines().zip(source.lines().skip(1));
-    let declared = lines.filter(|(attribute, _)| attribute.trim() == "#[cfg(test)]").filter_map(|(_, line)| {
+    let for_tests = |attribute: &str| ["#[cfg(test)]", "#[cfg(any(test, fuzzing))]"].contains(&attribute.trim());
+    let declared = lines.filter(|(attribute, _)| for_tests(attribute)).filter_map(|(_, line)| {
         let name = line.trim().strip_suffix(';')?.rsplit_once("mod ")?.1;
         Some(dir.join(name))
     });
@@ -202,7 +209,7 @@ mod tests {
 
     #[test]
     fn modules_for_tests_are_known_by_their_declaration() {
-        let source = "#[cfg(test)]\nmod tests;\n#[cfg(test)]\npub(crate) mod bed;\nmod real;";
+        let source = "#[cfg(test)]\nmod tests;\n#[cfg(any(test, fuzzing))]\npub(crate) mod bed;\nmod real;";
         let paths = |file: &str| test_modules(Path::new(file), source);
         assert_eq!(paths("a/b.rs"), [Path::new("a/b/tests"), Path::new("a/b/bed")]);
         assert_eq!(paths("a/mod.rs"), [Path::new("a/tests"), Path::new("a/bed")]);

@@ -40,10 +40,14 @@
 
 pub mod auth;
 pub mod backoff;
+#[cfg(any(test, fuzzing))]
+pub mod chaos;
 pub mod error;
 pub mod message;
 pub mod service;
 pub mod session;
+#[cfg(test)]
+mod vectors;
 pub mod wire;
 
 pub use auth::{Access, Credentials, InitialNumbers, Key};

@@ -48,7 +48,7 @@ impl Exceptions {
         }
     }
 
-    #[cfg(test)]
+    #[cfg(any(test, fuzzing))]
     pub(super) fn held_bytes(&self) -> usize {
         let failed: usize = self.cut.values().map(|cut| cut.failed.len()).sum();
         (self.listed + MAX_BATCH) * size_of::<Listed>() + failed * size_of::<Flows>()
@@ -89,6 +89,10 @@ impl SeSession {
         unit: impl Fn(&T) -> Unit,
     ) -> RequestId {
         let id = self.next_id();
+        if self.link.closed().is_some() {
+            // Nothing follows `Closed`.
+            return id;
+        }
         if parts.len() == 0 {
             // A request must have units (§5.7.1); this one asks for nothing, and nothing is done.
             self.events.push_back(SeEvent::Excepted { id, failed: Vec::new() });

@@ -222,13 +222,13 @@ impl SeSession {
     }
 
     /// Offers services (§5.6.1), or changes their forwarding type for future flows; before [`SeEvent::Ready`] the
-    /// request waits. [`SeEvent::Acked`] follows.
+    /// request waits. [`SeEvent::Acked`] follows, unless [`SeEvent::Closed`] does.
     pub fn start(&mut self, services: &[ServiceUnit]) -> RequestId {
         let units = services.iter().map(ServiceUnit::unit).collect();
         self.request(Opcode::START, units)
     }
 
-    /// Takes services back for future flows (§5.6.3). [`SeEvent::Acked`] follows.
+    /// Takes services back for future flows (§5.6.3). [`SeEvent::Acked`] follows, unless [`SeEvent::Closed`] does.
     pub fn stop(&mut self, services: &[ServiceKey]) -> RequestId {
         let units = services.iter().map(|service| Operation::stop_unit(*service)).collect();
         self.request(Opcode::STOP, units)
@@ -278,7 +278,9 @@ impl SeSession {
 
     fn request(&mut self, opcode: Opcode, units: Vec<Unit>) -> RequestId {
         let id = self.next_id();
-        if units.is_empty() {
+        if self.link.closed().is_some() {
+            // Nothing follows `Closed`.
+        } else if units.is_empty() {
             // A request must have units (§5.6.1); this one asks for nothing, and nothing is done.
             self.events.push_back(SeEvent::Acked { id, failed: Vec::new() });
         } else {
@@ -293,6 +295,9 @@ impl SeSession {
     }
 
     fn enqueue(&mut self, id: RequestId, opcode: Opcode, units: Vec<Unit>) {
+        if self.link.closed().is_some() {
+            return;
+        }
         self.queue.push_back(Request { id, opcode, units, deadline: None, doubts: 0 });
         self.send_queued();
     }
@@ -662,8 +667,8 @@ impl SeSession {
     }
 
     /// Bytes held, for tests of the bound.
-    #[cfg(test)]
-    pub(super) fn held_bytes(&self) -> usize {
+    #[cfg(any(test, fuzzing))]
+    pub(in crate::necp) fn held_bytes(&self) -> usize {
         let body = match &self.body {
             Body::Queries(queries) => queries.units.capacity(),
             _ => 0,

@@ -7,6 +7,7 @@ mod ne;
 mod pairs;
 mod se;
 mod table;
+mod vectors;
 
 use std::time::{Duration, Instant};
 

@@ -1,0 +1,96 @@
+//! Bytes as a string of choices.
+
+use crate::necp::session::SessionConfig;
+use crate::necp::wire::{Flags, Header, Opcode, Unit, VERSION};
+
+/// What is left of a script; beyond its end everything is 0.
+pub(super) struct Script<'a> {
+    rest: &'a [u8],
+    /// Whether a very long message was made: one is enough, and dear.
+    long: bool,
+}
+
+/// Opcodes by frequency: what is defined more often than what is reserved.
+const OPCODES: [u8; 24] = [
+    0x01, 0x01, 0x03, 0x03, 0x04, 0x05, 0x05, 0x05, 0x07, 0x07, 0x07, 0x20, 0x20, 0x22, 0x22, 0x24, 0x26, 0x00, 0x02,
+    0x06, 0x08, 0x27, 0x09, 0xff,
+];
+/// Words that mean something in some field of some unit.
+const WORDS: [u32; 16] = [0, 1, 1, 2, 3, 6, 6, 17, 80, 81, 24, 0xcb00_7105, 100, 0x0001_0000, 300, u32::MAX];
+
+impl<'a> Script<'a> {
+    pub(super) fn new(rest: &'a [u8]) -> Self {
+        Self { rest, long: false }
+    }
+
+    pub(super) fn is_over(&self) -> bool {
+        self.rest.is_empty()
+    }
+
+    pub(super) fn byte(&mut self) -> u8 {
+        self.take(1).first().copied().unwrap_or(0)
+    }
+
+    pub(super) fn u32(&mut self) -> u32 {
+        self.take(4).iter().fold(0, |number, byte| number << 8 | u32::from(*byte))
+    }
+
+    /// The next `count` bytes, or as many as there are.
+    pub(super) fn take(&mut self, count: usize) -> &'a [u8] {
+        let (taken, rest) = self.rest.split_at(count.min(self.rest.len()));
+        self.rest = rest;
+        taken
+    }
+
+    /// Some bytes as they are.
+    pub(super) fn bytes(&mut self) -> &'a [u8] {
+        let count = self.byte();
+        self.take(count.into())
+    }
+
+    /// Units whose words are picked by the digits of one number each; once very many.
+    pub(super) fn units(&mut self) -> Vec<Unit> {
+        let count = self.byte();
+        let mut units = Vec::with_capacity(usize::from(count & 7));
+        for _ in 0..count & 7 {
+            let digits = self.u32();
+            units.push(Unit(std::array::from_fn(|at| WORDS[(digits >> (4 * at) & 15) as usize])));
+        }
+        if count == 0xff && !self.long && self.byte() == 0xff {
+            self.long = true;
+            return units.repeat(200);
+        }
+        units
+    }
+
+    /// A message, whole or not, well-formed or not.
+    pub(super) fn message(&mut self) -> Vec<u8> {
+        let (kind, form, id) = (self.byte(), self.byte(), self.byte());
+        let opcode = OPCODES.get(usize::from(kind % 32)).copied().unwrap_or_else(|| self.byte());
+        let flags = if form & 7 == 7 { Flags(self.u32() as u16) } else { Flags::BASIC_PAYLOAD };
+        let version = if form >> 3 & 7 == 7 { self.byte() } else { VERSION };
+        let length = match form >> 6 {
+            2 => Some(self.u32()),
+            3 => Some(self.byte().into()),
+            _ => None,
+        };
+        let units = self.units();
+        let payload_len = length.unwrap_or(units.len() as u32 * 32);
+        message(
+            &Header { flags, version, opcode: Opcode(opcode), request_id: id.into(), seq_num: 0, payload_len },
+            &units,
+        )
+    }
+}
+
+/// The usual limits, or such as are soon reached.
+pub(super) fn limits(tight: bool) -> SessionConfig {
+    let usual = SessionConfig::default();
+    if tight { SessionConfig { max_failed_units: 9, max_services: 3, ..usual } } else { usual }
+}
+
+pub(super) fn message(header: &Header, units: &[Unit]) -> Vec<u8> {
+    let mut bytes = header.encode().to_vec();
+    units.iter().for_each(|unit| bytes.extend(unit.encode()));
+    bytes
+}
