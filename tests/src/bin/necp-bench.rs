@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result, bail, ensure};
 use aya::{
     Ebpf, EbpfLoader, Pod, TestRun as _,
     maps::{Array, ProgramArray},
@@ -11,7 +11,10 @@ use aya::{
 use clap::Parser;
 use etherparse::PacketBuilder;
 use necp_ebpf::{
-    abi::{ACCEPTS, ALIVE, REACHABLE, Server, Service, UDP_CLASS},
+    abi::{
+        ACCEPTS, ALIVE, EXCEPTION_GLOBAL, Exception, ExceptionMask, ExceptionMasks, REACHABLE, Server, Service,
+        UDP_CLASS, exception_records,
+    },
     bench_flow,
     hash::service_bucket,
     host::View,
@@ -55,19 +58,34 @@ enum Case {
     Plain,
     Record,
     NotOurs,
-    Syn,
+    /// With this many exceptions, none of which is for the flow.
+    Syn(u32),
     Udp,
 }
 
+/// Different masks of the exceptions.
+const MASKS: u32 = 16;
+const EXCEPTIONS: u32 = 1_000_000;
+
 impl Case {
-    const ALL: [Self; 5] = [Self::Plain, Self::Record, Self::NotOurs, Self::Syn, Self::Udp];
+    const ALL: [Self; 7] = [
+        Self::Plain,
+        Self::Record,
+        Self::NotOurs,
+        Self::Syn(0),
+        Self::Syn(10 * MASKS),
+        Self::Syn(EXCEPTIONS),
+        Self::Udp,
+    ];
 
     fn name(self) -> &'static str {
         match self {
             Self::Plain => "plain slot, established TCP",
             Self::Record => "tracked slot, record hit",
             Self::NotOurs => "not ours, passed on",
-            Self::Syn => "plain slot, new flow (SYN)",
+            Self::Syn(0) => "plain slot, new flow (SYN)",
+            Self::Syn(EXCEPTIONS) => "SYN, 1,000,000 exceptions",
+            Self::Syn(_) => "SYN, 16 × 10 exceptions",
             Self::Udp => "UDP, record hit",
         }
     }
@@ -78,13 +96,13 @@ impl Case {
             Self::Plain => [Some(18), Some(26), Some(26)],
             Self::Record => [Some(28), Some(130), Some(240)],
             Self::NotOurs => [Some(12); 3],
-            Self::Syn | Self::Udp => [None; 3],
+            Self::Syn(_) | Self::Udp => [None; 3],
         }
     }
 
     fn expected(self) -> Reason {
         match self {
-            Self::Plain | Self::Syn => Reason::Plain,
+            Self::Plain | Self::Syn(_) => Reason::Plain,
             Self::Record | Self::Udp => Reason::Record,
             Self::NotOurs => Reason::NotOurs,
         }
@@ -114,7 +132,7 @@ impl Case {
         let mut frame = Vec::new();
         match self {
             Self::Udp => builder.udp(0x8000, 80).write(&mut frame, &[0; 22])?,
-            Self::Syn => builder.tcp(0x8000, 80, 1, 1000).syn().write(&mut frame, &[0; 10])?,
+            Self::Syn(_) => builder.tcp(0x8000, 80, 1, 1000).syn().write(&mut frame, &[0; 10])?,
             _ => builder.tcp(0x8000, 80, 1, 1000).ack(1).write(&mut frame, &[0; 10])?,
         }
         ensure!(frame.len() == 64, "the frame has {} bytes", frame.len());
@@ -124,7 +142,8 @@ impl Case {
 
 fn main() -> Result<()> {
     let args = Args::parse();
-    let kernel = Kernel::load(SLOTS, FLOW_BUCKETS).context("the benchmark needs root and a BPF file system")?;
+    let kernel = Kernel::load_with(SLOTS, FLOW_BUCKETS, exception_records(EXCEPTIONS))
+        .context("the benchmark needs root and a BPF file system")?;
     let verified = kernel.program()?.info()?.verified_instruction_count();
     if !args.json {
         println!("program: {} instructions verified", verified.map_or("?".into(), |n| n.to_string()));
@@ -216,6 +235,7 @@ fn prepare(view: View<'_>, case: Case, flows: u32) -> Result<()> {
             entry.word.store(0);
         }
     }
+    except(view, if let Case::Syn(exceptions) = case { exceptions } else { 0 })?;
     // The service tables of all cases have one entry, in the bucket of its own key.
     for protocol in [6, 17] {
         let key = Packet { protocol, ..packet(0) }.service_key();
@@ -241,6 +261,33 @@ fn prepare(view: View<'_>, case: Case, flows: u32) -> Result<()> {
     if case == Case::Record {
         set(SlotWord(SlotWord::plain(OWNER).0 | TRACKED));
     }
+    Ok(())
+}
+
+/// Makes so many exceptions, under [`MASKS`] masks in turn, for sources that no flow comes from.
+fn except(view: View<'_>, number: u32) -> Result<()> {
+    view.clear_exceptions();
+    let mut masks = ExceptionMasks { count: MASKS.min(number), ..ExceptionMasks::default() };
+    for (index, mask) in (0u8..).zip(masks.masks.iter_mut().take(masks.count as usize)) {
+        let source_len = 24 + 2 * (index >> 2);
+        *mask = ExceptionMask { source_len, protocol: index & 1, port: index >> 1 & 1, used: 1, ..*mask };
+    }
+    for (record, one) in (0..number).map(|n| (n, n / MASKS)) {
+        let mask = masks.masks[(record % MASKS) as usize];
+        let exception = Exception {
+            source: (0x0b00_0000 + (one << (32 - mask.source_len))).to_be_bytes(),
+            port: if mask.port == 1 { 80u16.to_be_bytes() } else { [0; 2] },
+            protocol: if mask.protocol == 1 { 6 } else { 0 },
+            mask: (record % MASKS) as u8,
+            state: EXCEPTION_GLOBAL,
+            ..Exception::default()
+        };
+        match view.set_exception(record, &exception) {
+            Ok(true) => {}
+            other => bail!("exception {record}: {other:?}"),
+        }
+    }
+    ensure!(view.set_exception_masks(0, &masks), "there is no farm 0");
     Ok(())
 }
 

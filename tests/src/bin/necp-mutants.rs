@@ -21,6 +21,8 @@ struct Mutant {
 }
 
 const STEER: &str = "necp-ebpf/src/steer.rs";
+const CHOICE: &str = "necp-ebpf/src/choice.rs";
+const EXCEPTIONS: &str = "necp-ebpf/src/exceptions.rs";
 const FLOWS: &str = "necp-ebpf/src/flows.rs";
 const SLOT: &str = "necp-ebpf/src/slot.rs";
 const COLLECT: &str = "necp-user/src/control/collect.rs";
@@ -126,7 +128,7 @@ const MUTANTS: &[Mutant] = &[
         rule: "who does not accept new flows gets none",
         test: HISTORIES,
         edits: &[(
-            STEER,
+            CHOICE,
             "let wanted = ALIVE | ACCEPTS | REACHABLE;",
             "let wanted = (ALIVE | ACCEPTS | REACHABLE) & !ACCEPTS;",
         )],
@@ -134,11 +136,52 @@ const MUTANTS: &[Mutant] = &[
     Mutant {
         rule: "UDP flows stay by their record",
         test: HISTORIES,
+        edits: &[
+            (
+                STEER,
+                "if record == FlowWord::EMPTY {\n            return None;",
+                "if record == record {\n            return None;",
+            ),
+            (
+                STEER,
+                "        let record = living.record;\n        if record != FlowWord::EMPTY {\n            return Ruling { server: record.server(), reason: Reason::Record, write: Write::Touch, forget: false };\n        }\n        // What",
+                "        let _ = living;\n        // What",
+            ),
+        ],
+    },
+    Mutant {
+        rule: "a global exception cuts a new flow through",
+        test: HISTORIES,
+        edits: &[(CHOICE, "if matches & GLOBAL != 0", "if false && matches & GLOBAL != 0")],
+    },
+    Mutant {
+        rule: "a local exception takes its installers out of the choice",
+        test: HISTORIES,
+        edits: &[(CHOICE, "matches != 0 && tables.excludes", "false && tables.excludes")],
+    },
+    Mutant {
+        rule: "every local exception of a flow counts",
+        test: HISTORIES,
+        edits: &[(EXCEPTIONS, "Some(_) => matches |= 1 << index", "Some(_) => matches = 1 << index")],
+    },
+    Mutant {
+        rule: "an exception for any port is for all",
+        test: HISTORIES,
+        edits: &[(EXCEPTIONS, "(self.byte(3) & 1).wrapping_neg() & 0xffff", "0xffff")],
+    },
+    Mutant {
+        rule: "an exception is not for established flows",
+        test: HISTORIES,
         edits: &[(
             STEER,
-            "        let record = living.record;\n        if record != FlowWord::EMPTY {\n            return Ruling { server: record.server(), reason: Reason::Record, write: Write::Touch, forget: false };\n        }\n        let write = if chosen",
-            "        let write = if chosen",
+            "return at.forward(owner, Reason::Plain, false);",
+            "return at.forward(at.choose().server(), Reason::Plain, false);",
         )],
+    },
+    Mutant {
+        rule: "what an exception cuts through is on record where all is",
+        test: HISTORIES,
+        edits: &[(STEER, "chosen.server() == DIRECT && !chosen.is_excepted()", "chosen.server() == DIRECT")],
     },
     Mutant {
         rule: "the old owner becomes the legacy",
@@ -240,8 +283,8 @@ const MUTANTS: &[Mutant] = &[
         edits: &[
             (
                 COLLECT,
-                "old.with_bits(COLLECTING, TRACKED)\n            } else if",
-                "old.with_bits(COLLECTING, 0)\n            } else if",
+                "old.with_bits(COLLECTING, TRACKED)\n            } else {",
+                "old.with_bits(COLLECTING, 0)\n            } else {",
             ),
             (
                 COLLECT,
@@ -264,8 +307,8 @@ const MUTANTS: &[Mutant] = &[
         test: SCHEDULES,
         edits: &[(
             FLOWS,
-            "words.word.compare_exchange(old.0, BUSY) != old.0",
-            "words.word.compare_exchange(old.0, value.0) != old.0",
+            "words.word.compare_exchange(old, BUSY) != old",
+            "words.word.compare_exchange(old, value.0) != old",
         )],
     },
     Mutant {
