@@ -91,6 +91,7 @@ async fn main() -> ExitCode {
     }
 }
 
+/// Joins, and serves until a signal ends it.
 pub async fn run(args: Args) -> Result<(), Box<dyn std::error::Error>> {
     let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
     let listener = listen(&args)?;

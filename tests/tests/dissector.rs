@@ -81,7 +81,9 @@ impl Pcap {
         // Twice over the file, so that a request knows its answer.
         tshark.arg("-2").arg("-r").arg(&file).arg("-X").arg(format!("lua_script:{}", script.display()));
         tshark.args(["-T", "fields", "-E", "separator=|", "-E", "aggregator=;"]);
-        names.iter().for_each(|name| drop(tshark.args(["-e", name])));
+        for name in names {
+            tshark.args(["-e", name]);
+        }
         let output = tshark.output().context("tshark did not start; `cargo xtask setup` installs it")?;
         let errors = String::from_utf8_lossy(&output.stderr);
         ensure!(output.status.success() && !errors.contains("Lua"), "tshark: {errors}");
