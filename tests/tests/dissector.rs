@@ -101,8 +101,8 @@ fn expected(vector: &Vector) -> [String; 3] {
     let joined = |texts: Vec<String>| texts.join(";");
     [
         text(&vector.says[0]),
-        joined(units.map(|says| text(says)).collect()),
-        joined(wrong.map(|says| text(says)).collect()),
+        joined(units.map(text).collect()),
+        joined(wrong.map(text).collect()),
     ]
 }
 
