@@ -99,11 +99,7 @@ fn expected(vector: &Vector) -> [String; 3] {
     let units = vector.says[1..].iter().filter(|says| !says.is_empty() && **says != "= credential");
     let wrong = vector.says.iter().filter(|says| says.starts_with('!'));
     let joined = |texts: Vec<String>| texts.join(";");
-    [
-        text(&vector.says[0]),
-        joined(units.map(text).collect()),
-        joined(wrong.map(text).collect()),
-    ]
+    [text(&vector.says[0]), joined(units.map(text).collect()), joined(wrong.map(text).collect())]
 }
 
 /// Every message, in a connection of its own, each in one segment and in segments of seven bytes.
