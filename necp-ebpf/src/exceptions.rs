@@ -13,7 +13,6 @@ use crate::{
         ExceptionMasks,
     },
     flows::opaque,
-    packet::Packet,
     tables::Tables,
     word::Word,
 };
@@ -83,18 +82,18 @@ impl ExceptionKey {
         }
     }
 
-    /// The key under which an exception with this mask would be that a packet matches.
+    /// The key under which an exception with this mask would be that a flow matches.
     #[inline(always)]
-    fn for_packet(packet: &Packet, farm: u32, index: u32, mask: MaskWord) -> Self {
-        let source = (packet.source & mask.source()) as u64;
-        let destination = (packet.destination & mask.destination()) as u64;
-        let port = packet.destination_port as u64 & mask.port();
-        let protocol = packet.protocol as u64 & mask.protocol();
+    fn for_flow(flow: Tuple, index: u32, mask: MaskWord) -> Self {
+        let source = (flow.source & mask.source()) as u64;
+        let destination = (flow.destination & mask.destination()) as u64;
+        let port = flow.port as u64 & mask.port();
+        let protocol = flow.protocol as u64 & mask.protocol();
         if cfg!(target_endian = "little") {
-            let rest = farm as u64 & 0xffff | port << 16 | protocol << 32 | (index as u64) << 40;
+            let rest = flow.farm as u64 & 0xffff | port << 16 | protocol << 32 | (index as u64) << 40;
             Self { addresses: source | destination << 32, rest }
         } else {
-            let rest = (farm as u64 & 0xffff) << 48 | port << 32 | protocol << 24 | (index as u64) << 16;
+            let rest = (flow.farm as u64 & 0xffff) << 48 | port << 32 | protocol << 24 | (index as u64) << 16;
             Self { addresses: source << 32 | destination, rest }
         }
     }
@@ -187,65 +186,96 @@ const fn netmask(length: u64) -> u32 {
     ((0xffff_ffff_u64 << (32u64.wrapping_sub(length) & 63)) as u32).to_be()
 }
 
-/// What exceptions say of a flow: nothing.
-pub const NOTHING: u32 = 0;
-/// What exceptions say of a flow: there are records that name installers.
-pub const LOCAL: u32 = 1;
-/// What exceptions say of a flow: it is to be cut through.
-pub const GLOBAL: u32 = 2;
+/// What exceptions look at in a flow.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Tuple {
+    /// [`Packet::source`](crate::packet::Packet::source).
+    pub source: u32,
+    /// [`Packet::destination`](crate::packet::Packet::destination).
+    pub destination: u32,
+    /// [`Packet::destination_port`](crate::packet::Packet::destination_port).
+    pub port: u16,
+    /// IP protocol.
+    pub protocol: u8,
+    /// Index of the farm.
+    pub farm: u32,
+}
 
-/// Records that name installers and that a flow matches, one more than their numbers each; 0: none. Those under the last
-/// masks, if there are more.
-pub type Records = [u32; RECORDS];
+/// In the answer of [`Tuple::matches`]: a global exception, the flow is to be cut through.
+pub const GLOBAL: u64 = 1 << EXCEPTION_MASKS;
 
-/// Local exceptions under different masks that count for one flow.
-pub const RECORDS: usize = 4;
-
-/// Looks a new flow up. `records` means something if it says [`LOCAL`].
-#[inline(always)]
-pub fn look_up<T: Tables>(tables: &T, packet: &Packet, farm: u32, records: &mut Records) -> u32 {
-    let Some(masks) = tables.exception_masks(farm) else { return NOTHING };
-    let header = masks.count.load();
-    let (count, zero) =
-        if cfg!(target_endian = "little") { (header as u32, header >> 32) } else { ((header >> 32) as u32, header) };
-    if count == 0 {
-        return NOTHING;
+impl Tuple {
+    /// As arguments of a function in the kernel.
+    #[inline(always)]
+    pub const fn to_words(self) -> [u64; 2] {
+        [
+            (self.source as u64) << 32 | self.destination as u64,
+            (self.farm as u64) << 32 | (self.protocol as u64) << 16 | self.port as u64,
+        ]
     }
-    // The header's reserved half is a zero of which the verifier knows nothing: else it would follow each number of records
-    // on its own.
-    *records = [zero as u32, (zero >> 1) as u32, (zero >> 2) as u32, (zero >> 3) as u32];
-    let mut excepted = zero as u32;
-    for index in Rounds::new(EXCEPTION_MASKS as u32) {
-        if index >= count {
-            break;
+
+    /// From [`to_words`](Self::to_words).
+    #[inline(always)]
+    pub const fn from_words([addresses, rest]: [u64; 2]) -> Self {
+        Self {
+            source: (addresses >> 32) as u32,
+            destination: addresses as u32,
+            port: rest as u16,
+            protocol: (rest >> 16) as u8,
+            farm: (rest >> 32) as u32,
         }
+    }
+
+    /// Looks a flow up under each mask of its farm: [`GLOBAL`], or a bit for each mask under which there is a local exception.
+    #[inline(always)]
+    pub fn matches<T: Tables>(self, tables: &T) -> u64 {
+        let Some(masks) = tables.exception_masks(self.farm) else { return 0 };
+        let count = count_of(masks.count.load());
+        let mut matches = 0;
+        for index in Rounds::new(EXCEPTION_MASKS as u32) {
+            if index >= count {
+                break;
+            }
+            match self.find(tables, masks, index) {
+                Some((_, EXCEPTION_GLOBAL)) => return GLOBAL,
+                Some(_) => matches |= 1 << index,
+                None => {}
+            }
+        }
+        matches
+    }
+
+    /// Whether a local exception under any of these masks names a host among its installers.
+    #[inline(always)]
+    pub fn excludes<T: Tables>(self, tables: &T, matches: u64, host: u16) -> bool {
+        // An empty place in a record is 0.
+        if host == 0 {
+            return false;
+        }
+        let Some(masks) = tables.exception_masks(self.farm) else { return false };
+        for index in Rounds::new(EXCEPTION_MASKS as u32) {
+            if matches >> index & 1 != 0
+                && let Some((record, _)) = self.find(tables, masks, index)
+                && tables.exception(record).is_some_and(|record| record.names(host))
+            {
+                return true;
+            }
+        }
+        false
+    }
+
+    /// The record of the exception with this mask: its index and state.
+    #[inline(always)]
+    fn find<T: Tables>(self, tables: &T, masks: &ExceptionMasksWords, index: u32) -> Option<(u32, u8)> {
         let mask = MaskWord(masks.masks[index as usize % EXCEPTION_MASKS].load());
-        if !mask.is_used() {
-            continue;
-        }
-        let key = ExceptionKey::for_packet(packet, farm, index, mask);
-        let Some((record, state)) = find(tables, key) else { continue };
-        if state == EXCEPTION_GLOBAL {
-            return GLOBAL;
-        }
-        excepted = LOCAL ^ zero as u32;
-        let [first, second, third, _] = *records;
-        *records = [record + 1, first, second, third];
+        if mask.is_used() { find(tables, ExceptionKey::for_flow(self, index, mask)) } else { None }
     }
-    excepted
 }
 
-/// Whether one of the records names a host.
+/// [`ExceptionMasks::count`], of its word.
 #[inline(always)]
-pub fn exclude<T: Tables>(tables: &T, records: &Records, host: u16) -> bool {
-    // An empty place in a record is 0.
-    let [a, b, c, d] = *records;
-    host != 0 && (names(tables, a, host) || names(tables, b, host) || names(tables, c, host) || names(tables, d, host))
-}
-
-#[inline(always)]
-fn names<T: Tables>(tables: &T, record: u32, host: u16) -> bool {
-    record != 0 && tables.exception(record - 1).is_some_and(|record| record.names(host))
+const fn count_of(header: u64) -> u32 {
+    if cfg!(target_endian = "little") { header as u32 } else { (header >> 32) as u32 }
 }
 
 /// A count of rounds that the compiler leaves as a loop: unrolled, they would need more stack than a BPF program has.

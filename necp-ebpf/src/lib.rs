@@ -28,6 +28,7 @@
 extern crate alloc;
 
 pub mod abi;
+pub mod choice;
 pub mod exceptions;
 pub mod flows;
 pub mod frame;

@@ -25,9 +25,6 @@ pub const COLLECTING: u64 = 2 << FLAGS_SHIFT;
 pub struct SlotWord(pub u64);
 
 impl SlotWord {
-    /// Bits that mean something; the others are 0.
-    pub const BITS: u32 = FLAGS_SHIFT + 2;
-
     /// A plain slot.
     #[inline(always)]
     pub const fn plain(owner: u32) -> Self {

@@ -9,21 +9,17 @@
 //! choice. A service that is opted out of tracking knows no flows, so each of its packets is a new one.
 
 use crate::{
-    abi::{ACCEPTS, ALIVE, ALWAYS_TRACKED, DIRECT, NONE, REACHABLE, Service, UNTRACKED},
-    exceptions::{self, Rounds},
-    flows::{FlowWord, Found, find, flow_key, insert, opaque},
-    hash::{flow_buckets, flow_hash, next_probe, service_bucket, slot_index},
+    abi::{ALWAYS_TRACKED, DIRECT, NONE, Service, UNTRACKED},
+    choice::{Chosen, NewFlow},
+    exceptions::Tuple,
+    flows::{FlowWord, Found, find, flow_key, insert},
+    hash::{flow_buckets, flow_hash, service_bucket, slot_index},
     packet::{Packet, protocol, tcp},
     slot::{SlotWord, TRACKED},
     tables::{NextHop, Tables},
     verdict::{Action, Reason},
     word::Word,
 };
-
-/// Slots that a new flow asks, its own first, for a server that takes it and that it may go to.
-pub const PROBES: u32 = 32;
-/// How many of them follow one another at random: in a table of a few slots that alone might miss one.
-const SCATTERED: u32 = 20;
 
 /// What is to become of a packet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -76,15 +72,9 @@ pub fn steer<T: Tables>(packet: &Packet, tables: &T) -> Decision {
     {
         return decision;
     }
-    let mut chosen = if tracking != 0 || packet.is_syn() { at.choose() } else { Chosen { server: owner, excepted: 0 } };
-    // The verifier would follow what comes now once for each answer that it knew already: the last bits of a slot are zeroes
-    // of which it knows nothing, and the flags are read anew.
-    let zero = (opaque(at.word.0) >> SlotWord::BITS) as u32;
-    (chosen.server, chosen.excepted) = (chosen.server ^ zero, chosen.excepted ^ zero);
-    let tracking = at.flags() & (ALWAYS_TRACKED | UNTRACKED);
-    let plain = tracking == 0 && SlotWord(opaque(at.word.0)).is_plain();
-    if tracking == UNTRACKED || plain && chosen.server == owner {
-        return at.forward(chosen.server, Reason::Plain, packet.is_syn());
+    let chosen = if tracking != 0 || packet.is_syn() { at.choose() } else { Chosen::new(owner, false) };
+    if tracking == UNTRACKED || plain && chosen.server() == owner {
+        return at.forward(chosen.server(), Reason::Plain, packet.is_syn());
     }
     at.tracked(chosen)
 }
@@ -117,14 +107,6 @@ struct Ruling {
     write: Write,
     /// The flow's candidate has had its day.
     forget: bool,
-}
-
-/// Where a new flow is to go.
-#[derive(Clone, Copy)]
-struct Chosen {
-    server: u32,
-    /// 1: an exception had a say in it, else 0.
-    excepted: u32,
 }
 
 /// What is to be written to the flow table.
@@ -170,7 +152,7 @@ impl<'a, T: Tables> At<'a, T> {
         let ruling = if self.flags() & ALWAYS_TRACKED != 0 {
             self.rule_always(&living, chosen)
         } else if self.packet.is_syn() {
-            self.rule_syn(&living, chosen.server)
+            self.rule_syn(&living, chosen.server())
         } else {
             self.rule(&living)
         };
@@ -203,12 +185,12 @@ impl<'a, T: Tables> At<'a, T> {
             return Ruling { server: record.server(), reason: Reason::Record, write: Write::Touch, forget: false };
         }
         // What an exception cuts through stays so, on record; what finds no server may find one with its next packet.
-        let write = if chosen.server == DIRECT && chosen.excepted == 0 {
+        let write = if chosen.server() == DIRECT && !chosen.is_excepted() {
             Write::Nothing
         } else {
-            Write::Record(FlowWord::record(chosen.server, self.packet.sequence, self.is_closing()))
+            Write::Record(FlowWord::record(chosen.server(), self.packet.sequence, self.is_closing()))
         };
-        Ruling { server: chosen.server, reason: Reason::New, write, forget: false }
+        Ruling { server: chosen.server(), reason: Reason::New, write, forget: false }
     }
 
     /// A TCP flow that wants to begin.
@@ -300,43 +282,22 @@ impl<'a, T: Tables> At<'a, T> {
         self.packet.flags & (tcp::FIN | tcp::RST) != 0
     }
 
-    /// The server of a new flow: the slot's owner, or the first of the probe sequence that takes new flows and wants this.
+    /// Where a new flow goes.
     #[inline(always)]
     fn choose(&self) -> Chosen {
-        let mut records = [0; exceptions::RECORDS];
-        let excepted = exceptions::look_up(self.tables, self.packet, self.service.farm, &mut records);
-        if excepted == exceptions::GLOBAL {
-            return Chosen { server: DIRECT, excepted: 1 };
-        }
-        let excepted = excepted ^ (opaque(self.word.0) >> SlotWord::BITS) as u32;
-        let mut server = self.word.owner();
-        let (size, mut hash) = (self.service.slots_size, self.hash);
-        let mut index = slot_index(hash, size);
-        for probe in Rounds::new(PROBES) {
-            if self.accepts(server)
-                && !(excepted != 0 && exceptions::exclude(self.tables, &records, self.tables.host_number(server)))
-            {
-                return Chosen { server, excepted };
-            }
-            // The first are scattered; the rest are neighbours, so that a small table is asked to its last slot.
-            if probe < SCATTERED {
-                hash = next_probe(hash);
-                index = slot_index(hash, size);
-            } else {
-                // A remainder, because a comparison would give the verifier another path to follow with each probe.
-                let Some(next) = (index + 1).checked_rem(size) else { break };
-                index = next;
-            }
-            let Some(slot) = self.tables.slot(self.service.slots_base.wrapping_add(index)) else { break };
-            server = SlotWord(slot.load()).owner();
-        }
-        Chosen { server: DIRECT, excepted }
-    }
-
-    #[inline(always)]
-    fn accepts(&self, server: u32) -> bool {
-        let wanted = ALIVE | ACCEPTS | REACHABLE;
-        server > DIRECT && self.tables.next_hop(server).is_some_and(|hop| hop.flags() & wanted == wanted)
+        self.tables.choose(NewFlow {
+            tuple: Tuple {
+                source: self.packet.source,
+                destination: self.packet.destination,
+                port: self.packet.destination_port,
+                protocol: self.packet.protocol,
+                farm: self.service.farm,
+            },
+            slots_base: self.service.slots_base,
+            slots_size: self.service.slots_size,
+            hash: self.hash,
+            owner: self.word.owner(),
+        })
     }
 
     #[inline(always)]

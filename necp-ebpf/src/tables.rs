@@ -2,7 +2,8 @@
 
 use crate::{
     abi::{ALIVE, REACHABLE, ServiceBucket},
-    exceptions::{ExceptionBucketWords, ExceptionMasksWords, ExceptionWords},
+    choice::{Chosen, NewFlow},
+    exceptions::{ExceptionBucketWords, ExceptionMasksWords, ExceptionWords, Tuple},
     flows::FlowBucketWords,
     word::Word,
 };
@@ -31,6 +32,33 @@ pub trait Tables {
     fn exception_seed(&self) -> u64;
     /// What exceptions call the host of a server id; 0: nothing.
     fn host_number(&self, server: u32) -> u16;
+
+    // In the kernel each of these is a function of its own, which the verifier follows once.
+
+    /// [`NewFlow::choose`] on these tables.
+    #[inline(always)]
+    fn choose(&self, flow: NewFlow) -> Chosen
+    where
+        Self: Sized,
+    {
+        flow.choose(self)
+    }
+    /// [`Tuple::matches`] on these tables.
+    #[inline(always)]
+    fn matches(&self, flow: Tuple) -> u64
+    where
+        Self: Sized,
+    {
+        flow.matches(self)
+    }
+    /// [`Tuple::excludes`] on these tables.
+    #[inline(always)]
+    fn excludes(&self, flow: Tuple, matches: u64, host: u16) -> bool
+    where
+        Self: Sized,
+    {
+        flow.excludes(self, matches, host)
+    }
 }
 
 /// The first word of a [`Server`](crate::abi::Server), read at once: MAC address, flags, port.

@@ -10,7 +10,8 @@ use necp_ebpf::{
         FlowBucket, Layout, MAX_FARMS, MAX_PORTS, MAX_SERVERS, Port, SERVICE_BUCKETS, Server, ServerStats,
         ServiceBucket, Slot, exception_buckets, exception_records,
     },
-    exceptions::{ExceptionBucketWords, ExceptionMasksWords, ExceptionWords},
+    choice::{Chosen, NewFlow},
+    exceptions::{ExceptionBucketWords, ExceptionMasksWords, ExceptionWords, Tuple},
     flows::FlowBucketWords,
     steer::Decision,
     tables::{NextHop, Tables},
@@ -181,4 +182,45 @@ impl Tables for Maps {
         // SAFETY: an aligned field of a record that is valid for as long as the map is.
         SERVERS.get_ptr(server).map_or(0, |server| unsafe { (&raw const (*server).host).read_volatile() })
     }
+
+    #[inline(always)]
+    fn choose(&self, flow: NewFlow) -> Chosen {
+        let [a, b, c, d, e] = flow.to_words();
+        Chosen(choose_server(a, b, c, d, e))
+    }
+
+    #[inline(always)]
+    fn matches(&self, flow: Tuple) -> u64 {
+        let [a, b] = flow.to_words();
+        match_exceptions(a, b)
+    }
+
+    #[inline(always)]
+    fn excludes(&self, flow: Tuple, matches: u64, host: u16) -> bool {
+        let [a, b] = flow.to_words();
+        exclude_host(a, b, matches, host as u64) != 0
+    }
+}
+
+// Global functions of scalars: the verifier follows each of them once, whoever calls it and from wherever.
+
+/// [`NewFlow::choose`].
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn choose_server(a: u64, b: u64, c: u64, d: u64, e: u64) -> u64 {
+    NewFlow::from_words([a, b, c, d, e]).choose(&Maps).0
+}
+
+/// [`Tuple::matches`].
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn match_exceptions(a: u64, b: u64) -> u64 {
+    Tuple::from_words([a, b]).matches(&Maps)
+}
+
+/// [`Tuple::excludes`].
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn exclude_host(a: u64, b: u64, matches: u64, host: u64) -> u64 {
+    Tuple::from_words([a, b]).excludes(&Maps, matches, host as u16) as u64
 }

@@ -125,17 +125,37 @@ fn masks() -> Vec<Case> {
             None => case.frame(F.syn(1000), Fate::To(OWNER, Reason::Plain)),
         });
     }
-    // Every mask has a record that excludes somebody, the last one the owner.
+    // Every mask has a record that excludes somebody, one of them the owner.
+    for owner in [1, 5, 28, 32] {
+        let mut setup = Setup::owned_by(OTHER).slot_of(F, SlotWord::plain(OWNER));
+        for length in 1..=32u32 {
+            let bits = u32::from_be_bytes(F.source) >> (32 - length) << (32 - length);
+            let server = if length == owner { OWNER } else { 100 + length };
+            setup = setup.local([(bits.to_be_bytes(), length as u8), ANY], 0, 0, &[server]);
+        }
+        let name = format!("a local exception under each of 32 masks, number {owner} names the owner");
+        cases.push(
+            Case::new(name, "all that match count", setup)
+                .frame(F.syn(1000), Fate::To(OTHER, Reason::New))
+                .leaves(candidate(OTHER, 1000)),
+        );
+    }
+    // All there are: eight installers under each of 32 masks.
     let mut setup = Setup::owned_by(OTHER).slot_of(F, SlotWord::plain(OWNER));
     for length in 1..=32u32 {
         let bits = u32::from_be_bytes(F.source) >> (32 - length) << (32 - length);
-        let server = if length == 32 { OWNER } else { 100 + length };
-        setup = setup.local([(bits.to_be_bytes(), length as u8), ANY], 0, 0, &[server]);
+        let mut installers: [u32; 8] = core::array::from_fn(|place| 100 + 8 * length + place as u32);
+        match length {
+            1 => installers[7] = OWNER,
+            32 => installers[0] = OTHER,
+            _ => {}
+        }
+        setup = setup.local([(bits.to_be_bytes(), length as u8), ANY], 0, 0, &installers);
     }
     cases.push(
-        Case::new("a local exception under each of 32 masks", "all that match count", setup)
-            .frame(F.syn(1000), Fate::To(OTHER, Reason::New))
-            .leaves(candidate(OTHER, 1000)),
+        Case::new("eight installers under each of 32 masks", "none is left: cut through", setup)
+            .frame(F.syn(1000), DIRECTLY)
+            .leaves(candidate(DIRECT, 1000)),
     );
     cases
 }
