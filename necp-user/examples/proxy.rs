@@ -91,6 +91,7 @@ async fn main() -> ExitCode {
     }
 }
 
+/// Joins, and serves until a signal ends it.
 pub async fn run(args: Args) -> Result<(), Box<dyn std::error::Error>> {
     let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
     let listener = listen(&args)?;
@@ -245,7 +246,13 @@ async fn converse(client: &mut TcpStream, server: &mut TcpStream) -> Option<Stri
         let _ = to_client.shutdown().await;
         Ok(is_forbidden(&head[..length]).then(|| "HTTP status 403".to_owned()))
     };
-    match tokio::try_join!(async { Ok(up.await) }, down) {
+    match tokio::try_join!(
+        async {
+            up.await;
+            Ok(())
+        },
+        down
+    ) {
         Ok(((), refusal)) => refusal,
         Err(error) => is_refusal(&error).then(|| error.to_string()),
     }

@@ -206,6 +206,14 @@ impl Hand {
         self.stream.write_all(bytes)
     }
 
+    /// Waits until something has come, and leaves it there.
+    ///
+    /// # Errors
+    /// If nothing comes within ten seconds.
+    pub fn wait_for_bytes(&self) -> io::Result<()> {
+        self.stream.peek(&mut [0]).map(|_| ())
+    }
+
     /// The next message; `None` at the end of the connection.
     ///
     /// # Errors

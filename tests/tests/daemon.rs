@@ -9,6 +9,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, ensure};
+use necp_ebpf::abi::LAYOUT_VERSION;
 use necp_tests::{
     conversation::{Conversation, all_answer},
     daemon::{NetworkElement, necp_binary},
@@ -176,7 +177,7 @@ fn bpftool_prints_records_with_field_names() -> Result<()> {
         let value = |entry: &Value| entry["formatted"]["value"].clone();
         Ok(entries.iter().map(value).collect())
     };
-    assert_eq!(dump("layout")?[0]["version"], 1);
+    assert_eq!(dump("layout")?[0]["version"], LAYOUT_VERSION);
     let ports = dump("ports")?;
     assert_eq!(numbers(&ports[0]["mac"]), link::mac(line.bed().ne(), "eth0")?.map(u64::from));
     assert_eq!(ports[0]["mtu"], 1500);

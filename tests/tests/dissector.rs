@@ -81,7 +81,9 @@ impl Pcap {
         // Twice over the file, so that a request knows its answer.
         tshark.arg("-2").arg("-r").arg(&file).arg("-X").arg(format!("lua_script:{}", script.display()));
         tshark.args(["-T", "fields", "-E", "separator=|", "-E", "aggregator=;"]);
-        names.iter().for_each(|name| drop(tshark.args(["-e", name])));
+        for name in names {
+            tshark.args(["-e", name]);
+        }
         let output = tshark.output().context("tshark did not start; `cargo xtask setup` installs it")?;
         let errors = String::from_utf8_lossy(&output.stderr);
         ensure!(output.status.success() && !errors.contains("Lua"), "tshark: {errors}");
@@ -97,11 +99,7 @@ fn expected(vector: &Vector) -> [String; 3] {
     let units = vector.says[1..].iter().filter(|says| !says.is_empty() && **says != "= credential");
     let wrong = vector.says.iter().filter(|says| says.starts_with('!'));
     let joined = |texts: Vec<String>| texts.join(";");
-    [
-        text(&vector.says[0]),
-        joined(units.map(|says| text(says)).collect()),
-        joined(wrong.map(|says| text(says)).collect()),
-    ]
+    [text(&vector.says[0]), joined(units.map(text).collect()), joined(wrong.map(text).collect())]
 }
 
 /// Every message, in a connection of its own, each in one segment and in segments of seven bytes.

@@ -137,6 +137,7 @@ fn a_reader_of_a_long_list_that_stops_holds_up_nobody() -> Result<()> {
     // 6.4 MB, more than sockets hold, and not one byte is read for a while.
     let query = Message { flags: BASIC_PAYLOAD, opcode: opcode::EXCEPTION_QUERY, request_id: 7, units: vec![ALL] };
     two.send(&query.bytes())?;
+    two.wait_for_bytes()?;
     let mut slowest = Duration::ZERO;
     for round in 0..40 {
         let began = Instant::now();

@@ -89,6 +89,6 @@ fn a_key_file_that_others_can_read_is_refused() -> Result<()> {
     let config = top(1.0) + &farm("web", VIP, &["10.0.0.0/24"], &format!("tcp_md5 = {path:?}"));
     let error = Line::start(bed, &config).err().context("it started")?;
     let error = format!("{error:#}");
-    ensure!(error.contains("mode 644") && error.contains("chmod 600"), "{error}");
+    ensure!(error.contains("mode is 644") && error.contains("chmod 600"), "{error}");
     Ok(())
 }

@@ -40,7 +40,7 @@ pub enum CloseReason {
     #[error("a request went unanswered for {0:?}")]
     AnswerDeadline(Duration),
     /// The NE insists on authentication, and INIT came without it (§5.4.2).
-    #[error("the network element requires authentication, and the server sent INIT without it")]
+    #[error("the network element requires a key (--key-file FILE), and INIT came without authentication")]
     AuthRequired,
     /// The peer asks for authentication, and there is no key for its address (NE, §5.4.1).
     #[error("INIT asks for authentication, and there is no key for this address")]

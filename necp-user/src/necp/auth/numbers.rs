@@ -56,7 +56,7 @@ impl InitialNumbers {
 /// that the two directions' numbers do not mix, and a message that is sent back to its sender is not taken for a new one.
 #[must_use]
 pub fn apart_from(first: u64, theirs: u64) -> u64 {
-    if first.abs_diff(theirs) < 2 * MAX_GAP { first | 3 * MAX_GAP } else { first }
+    if first.abs_diff(theirs) < 2 * MAX_GAP { first | (3 * MAX_GAP) } else { first }
 }
 
 /// What a number says about its message.
