@@ -16,7 +16,7 @@ use crate::necp::{Flows, Scope};
 #[serde(try_from = "String", into = "String")]
 pub struct Prefix(pub Ipv4Net);
 
-/// A protocol and perhaps a destination port: `any`, `tcp`, `tcp/80`, `udp/53`, `icmp`, `47`.
+/// A protocol and perhaps a destination port: `any`, `tcp`, `tcp/80`, `udp/53`, `icmp`, `ip/47`.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct Ports {
@@ -45,8 +45,11 @@ pub enum WordError {
     #[error("`{0}` is IPv6; exceptions of this protocol are about IPv4 flows")]
     Ipv6(String),
     /// No protocol and port.
-    #[error("`{0}` is no protocol and port; write any, tcp, tcp/80, udp/53, icmp or a protocol number from 1 to 255")]
+    #[error("`{0}` is no protocol and port; write any, tcp, tcp/80, udp/53, icmp or ip/47")]
     Ports(String),
+    /// A number alone.
+    #[error("`{0}`: a port of TCP or of UDP? write tcp/{0} or udp/{0}; ip/{0} is IP protocol {0}")]
+    Number(String),
     /// No scope.
     #[error("`{0}` is no scope; write local (not to this server) or global (to no server of the farm)")]
     Scope(String),
@@ -114,13 +117,21 @@ impl FromStr for Ports {
             let all = !digits.is_empty() && digits.bytes().all(|byte| byte.is_ascii_digit());
             all.then(|| digits.parse::<u16>().ok()).flatten().filter(|number| *number != 0)
         };
+        // Most likely a port: nobody shall get an exception for the IP protocol of that number by mistake.
+        if number(text).is_some() {
+            return Err(WordError::Number(text.into()));
+        }
+        if let Some(digits) = text.strip_prefix("ip/") {
+            let protocol = number(digits).and_then(|number| u8::try_from(number).ok()).ok_or_else(wrong)?;
+            return Ok(Self { protocol, port: 0 });
+        }
         let (name, port) = text.split_once('/').map_or((text, None), |(name, port)| (name, Some(port)));
         let protocol = match name {
             "any" => 0,
             "tcp" => TCP,
             "udp" => UDP,
             "icmp" => ICMP,
-            digits => number(digits).and_then(|number| u8::try_from(number).ok()).ok_or_else(wrong)?,
+            _ => return Err(wrong()),
         };
         let port = match port {
             None => 0,
@@ -174,7 +185,7 @@ impl fmt::Display for Ports {
             (UDP, 0) => f.write_str("udp"),
             (TCP, port) => write!(f, "tcp/{port}"),
             (UDP, port) => write!(f, "udp/{port}"),
-            (other, _) => other.fmt(f),
+            (other, _) => write!(f, "ip/{other}"),
         }
     }
 }
@@ -224,9 +235,14 @@ mod tests {
         ] {
             assert_eq!(shown::<Prefix>(text), printed);
         }
-        for (text, printed) in
-            [("any", "any"), ("tcp", "tcp"), ("tcp/80", "tcp/80"), ("6/80", "tcp/80"), ("icmp", "icmp"), ("47", "47")]
-        {
+        for (text, printed) in [
+            ("any", "any"),
+            ("tcp", "tcp"),
+            ("tcp/80", "tcp/80"),
+            ("ip/6", "tcp"),
+            ("icmp", "icmp"),
+            ("ip/47", "ip/47"),
+        ] {
             assert_eq!(shown::<Ports>(text), printed);
         }
         for (text, seconds) in [("300", 300), ("5m", 300), ("2h", 7200), ("1d", 86_400), ("0", 0), ("never", 0)] {
@@ -243,11 +259,24 @@ mod tests {
             assert_eq!(text.parse::<Prefix>(), Err(WordError::Prefix(text.into())), "{text}");
         }
         assert_eq!("2001:db8::/32".parse::<Prefix>(), Err(WordError::Ipv6("2001:db8::/32".into())));
-        for text in
-            ["", "tcp/", "tcp/0", "tcp/65536", "tcp/+1", "any/80", "icmp/8", "0", "256", "80/tcp", "47/1", "TCP"]
-        {
+        for text in [
+            "",
+            "tcp/",
+            "tcp/0",
+            "tcp/65536",
+            "tcp/+1",
+            "any/80",
+            "icmp/8",
+            "0",
+            "ip/0",
+            "ip/256",
+            "80/tcp",
+            "47/1",
+            "TCP",
+        ] {
             assert_eq!(text.parse::<Ports>(), Err(WordError::Ports(text.into())), "{text}");
         }
+        assert_eq!("80".parse::<Ports>(), Err(WordError::Number("80".into())));
         for text in ["", "-1", "1w", "5 m", "4294967296", "100000d", "m"] {
             assert_eq!(text.parse::<Ttl>(), Err(WordError::Ttl(text.into())), "{text}");
         }
