@@ -46,14 +46,6 @@ impl Key {
         if bytes.len() < KEY_MIN { Err(KeyTooShort(bytes.len())) } else { Ok(Self(Arc::new(bytes))) }
     }
 
-    /// A key that is the content of a file, whose last byte is ignored if it is a newline.
-    pub fn of_file(mut bytes: Vec<u8>) -> Result<Self, KeyTooShort> {
-        if bytes.last() == Some(&b'\n') {
-            bytes.pop();
-        }
-        Self::new(bytes)
-    }
-
     /// Begins the credential of a message. `header` is as it is sent: with the flag set and the credential's length
     /// included.
     #[must_use]
