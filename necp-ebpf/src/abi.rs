@@ -36,6 +36,10 @@ pub mod names {
     pub const TX_PORTS: &str = "tx_ports";
     /// `DevMapHash`: the same interfaces, by the kernel's index of each.
     pub const TX_LINKS: &str = "tx_links";
+    /// `LruHashMap<FragmentKey, FragmentPlace>`: where the first parts of datagrams went.
+    pub const FRAGMENTS: &str = "fragments";
+    /// `ProgramArray`: the programs that an interface's own hands over to, see [`Stage`](super::Stage).
+    pub const STAGES: &str = "stages";
     /// `PerCpuArray<Allowance>`: one entry, how many ICMP errors may still be sent.
     pub const ALLOWANCE: &str = "allowance";
     /// `Array<Layout>`: one entry, what the other maps were created with.
@@ -53,7 +57,7 @@ pub mod names {
     /// Read-only global: 1 if some service has a [`REPLY`](super::REPLY) entry, else 0 and no packet is asked about it.
     pub const REPLIES: &str = "REPLIES";
     /// All maps that outlive the daemon, by name.
-    pub const PINNED: [&str; 14] = [
+    pub const PINNED: [&str; 16] = [
         SERVICES,
         SLOTS,
         SERVERS,
@@ -66,6 +70,8 @@ pub mod names {
         PORTS,
         TX_PORTS,
         TX_LINKS,
+        FRAGMENTS,
+        STAGES,
         ALLOWANCE,
         LAYOUT,
     ];
@@ -146,6 +152,8 @@ pub struct Service {
 /// In [`Service::state`]: one of the VIPs whose servers' replies from this port may pass here (layer 3). `address` is its number
 /// among those of the port, from 0 on in the host's order; `slots_base` is the VIP, as it stands in a header; the rest is 0.
 pub const REPLY: u8 = 2;
+/// In [`Service::state`]: `address` is a VIP, whatever the protocol and port, which are 0 like the rest.
+pub const VIP: u8 = 3;
 /// VIPs of one protocol and port whose servers may ask for layer 3: a reply looks at each of them.
 pub const REPLY_VIPS: u32 = 16;
 /// In [`Service::id`]: records of this service count against the quota of flows that show no beginning.
@@ -259,6 +267,39 @@ pub struct Allowance {
     pub left: u64,
 }
 
+/// A program that another one hands a frame over to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stage {
+    /// What comes seldom.
+    Rare,
+    /// What of it has ports.
+    Ports,
+}
+
+/// Entries of [`names::STAGES`].
+pub const MAX_STAGES: u32 = 2 * MAX_PORTS;
+
+impl Stage {
+    /// All of them.
+    pub const ALL: [Self; 2] = [Self::Rare, Self::Ports];
+
+    /// The program's name.
+    pub const fn program(self) -> &'static str {
+        match self {
+            Self::Rare => "necp_rare",
+            Self::Ports => "necp_ports",
+        }
+    }
+
+    /// Its place in [`names::STAGES`], for the interface with this index in [`names::PORTS`].
+    #[inline(always)]
+    pub const fn index(self, port: u32) -> u32 {
+        port * 2 + self as u32
+    }
+}
+
+/// Datagrams whose parts are on their way at once; the oldest are forgotten first.
+pub const MAX_FRAGMENTS: u32 = 16_384;
 /// ICMP errors that one CPU sends in a second, in the long run.
 pub const ICMP_RATE: u64 = 1000;
 /// ICMP errors that one CPU sends at once.

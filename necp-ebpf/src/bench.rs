@@ -34,7 +34,7 @@ mod bpf {
     #[unsafe(no_mangle)]
     static FLOW_NUMBERS: u32 = 0;
 
-    #[xdp]
+    #[xdp(frags)]
     #[inline(always)]
     fn wrapper(ctx: XdpContext) -> u32 {
         // SAFETY: the kernel's own bounds of the frame.

@@ -1,11 +1,19 @@
 //! Where the packet path runs: the interface that a frame came in by, and what can be done to a frame beside writing in it.
 
-use crate::{frame::Frame, verdict::Reason};
+use crate::{
+    frame::Frame,
+    rare::{FragmentKey, FragmentPlace},
+    verdict::Reason,
+};
 
 /// The kernel's interface, or a test's.
 pub trait Device {
     /// The frame as it is now.
     fn frame(&self) -> Frame;
+    /// Its length in bytes; what is in the frame's first buffer may be less.
+    fn length(&self) -> usize;
+    /// Where the datagram begins ([`skip_tags`](crate::rare::skip_tags)).
+    fn datagram_at(&self) -> usize;
     /// Room for this many bytes before the frame's first one; what stands in them means nothing.
     fn grow(&self, bytes: u32) -> bool;
     /// Takes this many bytes from the frame's end.
@@ -16,6 +24,14 @@ pub trait Device {
     fn port_mac(&self, index: u32) -> Option<[u8; 6]>;
     /// Whether one more ICMP error may be sent now; it counts as sent.
     fn may_tell(&self) -> bool;
+    /// Remembers from now on where a datagram's first part went.
+    fn remember(&self, key: &FragmentKey, place: FragmentPlace);
+    /// Where it went, if that was not long ago.
+    fn recall(&self, key: &FragmentKey) -> Option<FragmentPlace>;
+    /// Counts a packet of so many bytes for a server.
+    fn count(&self, server: u32, bytes: u64, begins: bool);
+    /// Counts a reply of a server.
+    fn count_reply(&self, server: u32);
     /// Which way the kernel would route a packet that came in by this interface.
     fn way(&self, packet: &Routed) -> Way;
 }

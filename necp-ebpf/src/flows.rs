@@ -438,7 +438,7 @@ fn count(mask: u64) -> u64 {
 
 /// Keeps the compiler from turning arithmetic back into branches.
 #[inline(always)]
-pub(crate) fn opaque(value: u64) -> u64 {
+pub fn opaque(value: u64) -> u64 {
     #[cfg(target_arch = "bpf")]
     {
         let mut value = value;

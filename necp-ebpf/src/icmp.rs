@@ -69,7 +69,7 @@ pub fn tell<D: Device>(device: &D, l3: usize, source: u32, error: Error) -> Endi
     let header = ((ip.vihl & 0xf) << 2) as usize;
     let quoted = header + QUOTED;
     // Opaque, or the compiler leaves out checks of single reads, and the verifier misses them.
-    let length = opaque(frame.len() as u64) as usize;
+    let length = opaque(device.length() as u64) as usize;
     if length < l3 + quoted || !may_be_told(&datagram.skip(header), ip) || !device.may_tell() {
         return untold;
     }

@@ -41,6 +41,7 @@ pub mod icmp;
 pub mod packet;
 pub mod parse;
 pub mod path;
+pub mod rare;
 pub mod rewrite;
 pub mod routed;
 pub mod slot;

@@ -1,6 +1,6 @@
 //! What the rest of the path needs to know of a packet.
 
-use crate::abi::REPLY;
+use crate::abi::{REPLY, VIP};
 
 /// TCP flag bits, as in byte 13 of the TCP header (RFC 9293 §3.1).
 pub mod tcp {
@@ -52,6 +52,18 @@ impl Packet {
         self.flags & (tcp::SYN | tcp::ACK | tcp::RST | tcp::FIN) == tcp::SYN
     }
 
+    /// The same flow, the other way.
+    #[inline(always)]
+    pub const fn turned_round(&self) -> Self {
+        Self {
+            source: self.destination,
+            destination: self.source,
+            source_port: self.destination_port,
+            destination_port: self.source_port,
+            ..*self
+        }
+    }
+
     /// The first eight bytes of the service entry that this packet would match.
     #[inline(always)]
     pub const fn service_key(&self) -> u64 {
@@ -63,6 +75,12 @@ impl Packet {
     pub const fn reply_key(&self, number: u32) -> u64 {
         entry_key(number, self.source_port, self.protocol, REPLY)
     }
+}
+
+/// The first eight bytes of the entry that says of an address that it is a VIP.
+#[inline(always)]
+pub const fn vip_key(address: u32) -> u64 {
+    entry_key(address, 0, 0, VIP)
 }
 
 /// The first eight bytes of a [`Service`](crate::abi::Service).

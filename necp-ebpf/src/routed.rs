@@ -11,11 +11,9 @@ use crate::{
     device::{Device, Ending, Out, Routed, Way},
     exceptions::Rounds,
     flows::{FlowWord, find, flow_key},
-    frame::Frame,
     hash::{flow_buckets, flow_hash, service_bucket},
     icmp::{self, Error},
     packet::Packet,
-    parse::parse,
     rewrite::{
         gre::{self, Outer},
         ipv4::{self, DONT_FRAGMENT},
@@ -69,19 +67,28 @@ pub fn send<D: Device, T: Tables>(device: &D, tables: &T, server: u32, reason: u
     }
 }
 
+/// A server's reply, sent on with the VIP's address.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Sent {
+    /// How it leaves.
+    pub ending: Ending,
+    /// Whose it is.
+    pub server: u32,
+    /// The VIP.
+    pub vip: u32,
+}
+
 /// Gives a server's reply the VIP's address and sends it on; `None` if it is none.
 #[inline(always)]
-pub fn reply<D: Device, T: Tables>(device: &D, tables: &T, l3: usize) -> Option<(Ending, u32)> {
-    let frame = device.frame();
-    let packet = parse(&frame).ok()?;
-    let (vip, server) = flow_of_reply(&packet, tables)?;
-    Some((send_reply(device, &frame, tables, l3, vip, server), server))
+pub fn reply<D: Device, T: Tables>(device: &D, tables: &T, packet: &Packet, l3: usize) -> Option<Sent> {
+    let (vip, server) = flow_of_reply(Reply::of(packet, true), tables)?;
+    Some(Sent { ending: send_reply(device, tables, l3, vip, server), server, vip })
 }
 
 /// The VIP and the server of the flow that a packet from a server belongs to.
 #[inline(always)]
-fn flow_of_reply<T: Tables>(packet: &Packet, tables: &T) -> Option<(u32, u32)> {
-    let reply = Reply::of(packet);
+pub(crate) fn flow_of_reply<T: Tables>(reply: Reply, tables: &T) -> Option<(u32, u32)> {
+    let packet = reply.turned_round(0).turned_round();
     for number in Rounds::new(REPLY_VIPS) {
         let key = packet.reply_key(number);
         let vip = find_entry(key, tables.service_bucket(service_bucket(key))?)?.slots_base;
@@ -98,14 +105,18 @@ fn flow_of_reply<T: Tables>(packet: &Packet, tables: &T) -> Option<(u32, u32)> {
 pub struct Reply {
     /// Source and destination address.
     addresses: u64,
-    /// Ports, protocol, TCP flags, and whether there is a payload.
+    /// Ports, protocol, TCP flags, whether there is a payload, and [`COUNTS`].
     rest: u64,
 }
 
+/// Bit of [`Reply`]: it keeps its flow's record young.
+const COUNTS: u32 = 1;
+
 impl Reply {
+    /// `counts`: it keeps its flow's record young; else it is only quoted.
     #[inline(always)]
-    fn of(packet: &Packet) -> Self {
-        let data = (packet.payload != 0) as u64;
+    pub(crate) fn of(packet: &Packet, counts: bool) -> Self {
+        let data = (packet.payload != 0) as u64 | (counts as u64) << COUNTS;
         Self {
             addresses: (packet.source as u64) << 32 | packet.destination as u64,
             rest: (packet.source_port as u64) << 48
@@ -138,7 +149,7 @@ impl Reply {
             destination_port: (self.rest >> 48) as u16,
             protocol: (self.rest >> 16) as u8,
             flags: (self.rest >> 8) as u8,
-            payload: self.rest as u8 as u16,
+            payload: self.rest as u16 & 1,
             sequence: 0,
         }
     }
@@ -153,7 +164,9 @@ impl Reply {
         let source = (self.addresses >> 32) as u32;
         let ours = |word: FlowWord| word != FlowWord::EMPTY && is_layer_3_at(tables, word.server(), source);
         if ours(found.record.value) {
-            found.touch(&packet);
+            if self.rest >> COUNTS & 1 != 0 {
+                found.touch(&packet);
+            }
             return found.record.value.server();
         }
         // A SYN is answered while there is only a candidate.
@@ -167,14 +180,18 @@ fn is_layer_3_at<T: Tables>(tables: &T, server: u32, address: u32) -> bool {
         && tables.far_end(server).is_some_and(|end| end.address == address)
 }
 
+/// Sends what a server sent, at `l3`, with the VIP in the server's place. Others' (routers') addresses stay.
 #[inline(always)]
-fn send_reply<D: Device, T: Tables>(device: &D, frame: &Frame, tables: &T, l3: usize, vip: u32, server: u32) -> Ending {
+pub(crate) fn send_reply<D: Device, T: Tables>(device: &D, tables: &T, l3: usize, vip: u32, server: u32) -> Ending {
+    let frame = device.frame();
     let datagram = frame.skip(l3);
     let (Some(ip), Some(end)) = (datagram.header::<Ipv4Hdr>(0), tables.far_end(server)) else {
         return Ending::drop(Reason::BadTables);
     };
+    let source = u32::from_ne_bytes(ip.src_addr);
+    let source = if source == end.address { vip } else { source };
     let routed = Routed {
-        source: vip,
+        source,
         destination: u32::from_ne_bytes(ip.dst_addr),
         protocol: ip.proto,
         tos: ip.tos,
@@ -188,7 +205,8 @@ fn send_reply<D: Device, T: Tables>(device: &D, frame: &Frame, tables: &T, l3: u
         Way::TooBig(mtu) if whole => return icmp::tell(device, l3, end.source, Error::TooBig(mtu)),
         way => way,
     };
-    if !l3::translate(&datagram, End::Source, vip) {
+    device.count_reply(server);
+    if !l3::translate(&datagram, End::Source, source) {
         return Ending::drop(Reason::BadTables);
     }
     let Way::Out { link, to, from } = way else { return Ending::new(Reason::ReplyRouted, Out::Pass) };

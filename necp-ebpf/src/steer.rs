@@ -14,7 +14,7 @@ use crate::{
     exceptions::Tuple,
     flows::{FlowWord, Found, find, flow_key, insert},
     hash::{flow_buckets, flow_hash, service_bucket, slot_index},
-    packet::{Packet, protocol, tcp},
+    packet::{Packet, protocol, tcp, vip_key},
     slot::{SlotWord, TRACKED},
     tables::{NextHop, Tables},
     verdict::{Action, Reason},
@@ -79,6 +79,39 @@ pub fn steer<T: Tables>(packet: &Packet, tables: &T) -> Decision {
         return at.forward(chosen.server(), Reason::Plain, packet.is_syn());
     }
     at.tracked(chosen)
+}
+
+/// The living server that has a packet's flow, and the way there; for errors about flows, which leave no trace.
+#[inline(always)]
+pub fn whose<T: Tables>(packet: &Packet, tables: &T) -> Option<(u32, NextHop)> {
+    let service = find_service(packet, tables)?;
+    let hash = flow_hash(packet, service.seed);
+    let slot = tables.slot(service.slots_base.wrapping_add(slot_index(hash, service.slots_size)))?;
+    let at = At { packet, tables, service, hash, slot, word: SlotWord(slot.load()) };
+    let tracking = at.flags() & (ALWAYS_TRACKED | UNTRACKED);
+    let mut server = at.word.owner();
+    if tracking != UNTRACKED && (tracking != 0 || !at.word.is_plain()) {
+        let found = find(tables, flow_buckets(hash, tables.flow_mask()), flow_key(packet, service.id));
+        let (record, candidate) = (at.if_alive(found.record.value), at.if_alive(found.candidate.value));
+        if record != FlowWord::EMPTY {
+            server = record.server();
+        } else if candidate != FlowWord::EMPTY {
+            server = candidate.server();
+        } else if at.living(at.word.legacy()) {
+            server = at.word.legacy();
+        }
+    }
+    if server <= DIRECT {
+        return None;
+    }
+    Some((server, tables.next_hop(server)?))
+}
+
+/// Whether an address is a VIP.
+#[inline(always)]
+pub(crate) fn is_vip<T: Tables>(address: u32, tables: &T) -> bool {
+    let key = vip_key(address);
+    tables.service_bucket(service_bucket(key)).is_some_and(|bucket| find_entry(key, bucket).is_some())
 }
 
 /// The service that a packet is for.

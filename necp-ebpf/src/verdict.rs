@@ -8,7 +8,7 @@ pub enum Reason {
     NotIpv4 = 0,
     /// Its headers do not add up.
     Malformed = 1,
-    /// A fragment: its ports cannot be known, or its siblings would be lost.
+    /// A fragment of something that is not ours.
     Fragment = 2,
     /// No service for its destination.
     NotOurs = 3,
@@ -52,6 +52,14 @@ pub enum Reason {
     Reply = 22,
     /// The same, but the packet path knows no way: the kernel routes it.
     ReplyRouted = 23,
+    /// A later fragment, sent where the first one went.
+    Part = 24,
+    /// A later fragment to a VIP, whose first one is not known: nobody could put it together.
+    StrayPart = 25,
+    /// ICMP, but no error about a flow of ours.
+    Icmp = 26,
+    /// An ICMP error, sent to the server that has the flow which it quotes.
+    Quoted = 27,
 }
 
 /// What becomes of a packet.
@@ -70,7 +78,7 @@ pub enum Action {
 }
 
 /// How many reasons there are.
-pub const REASONS: u32 = 24;
+pub const REASONS: u32 = 28;
 
 impl Reason {
     /// All of them, in the order of their numbers.
@@ -99,7 +107,17 @@ impl Reason {
         Self::Fragmenting,
         Self::Reply,
         Self::ReplyRouted,
+        Self::Part,
+        Self::StrayPart,
+        Self::Icmp,
+        Self::Quoted,
     ];
+
+    /// The fast path leaves what it finds so to the program for what comes seldom.
+    #[inline(always)]
+    pub const fn is_rare(self) -> bool {
+        matches!(self, Self::NotIpv4 | Self::Malformed | Self::Fragment | Self::Icmp)
+    }
 
     /// The one action of each.
     #[inline(always)]
@@ -111,7 +129,8 @@ impl Reason {
             | Self::NotOurs
             | Self::OtherHost
             | Self::NoServer
-            | Self::Direct => Action::Pass,
+            | Self::Direct
+            | Self::Icmp => Action::Pass,
             Self::Plain
             | Self::Record
             | Self::Adopted
@@ -121,10 +140,12 @@ impl Reason {
             | Self::NewUnrecorded
             | Self::Repeated
             | Self::Confirmed
-            | Self::Reply => Action::Transmit,
+            | Self::Reply
+            | Self::Part
+            | Self::Quoted => Action::Transmit,
             Self::TooBig | Self::Expired => Action::Answer,
             Self::Fragmenting | Self::ReplyRouted => Action::Route,
-            Self::NoNextHop | Self::BadTables | Self::Untold => Action::Drop,
+            Self::NoNextHop | Self::BadTables | Self::Untold | Self::StrayPart => Action::Drop,
         }
     }
 
@@ -155,6 +176,10 @@ impl Reason {
             Self::Fragmenting => "fragmenting",
             Self::Reply => "reply",
             Self::ReplyRouted => "reply-routed",
+            Self::Part => "part",
+            Self::StrayPart => "stray-part",
+            Self::Icmp => "icmp",
+            Self::Quoted => "quoted",
         }
     }
 }

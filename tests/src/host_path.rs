@@ -2,7 +2,7 @@
 
 use std::{
     cell::{Cell, RefCell},
-    collections::BTreeMap,
+    collections::{BTreeMap, HashMap},
 };
 
 use necp_ebpf::{
@@ -11,8 +11,9 @@ use necp_ebpf::{
     frame::Frame,
     host::{Owned, View},
     packet::Packet,
-    parse::{L2_LEN, parse},
+    parse::{L2_LEN, datagram, parse, ports},
     path::decide,
+    rare::{self, FragmentKey, FragmentPlace},
     rewrite::l2,
     routed,
     steer::Decision,
@@ -29,21 +30,37 @@ pub fn parse_bytes(frame: &[u8]) -> Result<Packet, Reason> {
     let mut bytes = frame.to_vec();
     let start = bytes.as_mut_ptr().expose_provenance();
     // SAFETY: the buffer outlives the frame, and nobody else touches it meanwhile.
-    parse(&unsafe { Frame::new(start, start + bytes.len()) })
+    let frame = unsafe { Frame::new(start, start + bytes.len()) };
+    parse(&frame).or_else(|reason| {
+        let l3 = rare::skip_tags(&frame);
+        if l3 == 0 {
+            return Err(reason);
+        }
+        let packet = frame.skip(l3);
+        let mut datagram = datagram(&packet, bytes.len() - l3)?;
+        ports(&packet, &mut datagram).map(|()| datagram.packet)
+    })
 }
 
 /// The host build with tables of its own, on the same two interfaces as [`Kernel`](crate::kernel::Kernel).
 pub struct HostPath {
     tables: Owned,
-    stats: BTreeMap<u32, ServerStats>,
+    world: World,
+}
+
+/// What frames leave behind beside the tables.
+#[derive(Default)]
+struct World {
+    stats: RefCell<BTreeMap<u32, ServerStats>>,
     allowance: Cell<u64>,
+    fragments: RefCell<HashMap<FragmentKey, FragmentPlace>>,
 }
 
 impl HostPath {
     /// With room for this many slots and flow buckets (a power of two).
     pub fn new(slots: usize, flow_buckets: usize) -> Self {
         let tables = Owned::new(slots, MAX_SERVERS as usize, flow_buckets);
-        Self { tables, stats: BTreeMap::new(), allowance: Cell::new(ICMP_BURST) }
+        Self { tables, world: World { allowance: Cell::new(ICMP_BURST), ..World::default() } }
     }
 
     /// The tables.
@@ -53,17 +70,22 @@ impl HostPath {
 
     /// What this server id got so far.
     pub fn stats(&self, server: u32) -> ServerStats {
-        self.stats.get(&server).copied().unwrap_or_default()
+        self.world.stats.borrow().get(&server).copied().unwrap_or_default()
     }
 
     /// From now on as many ICMP errors may be sent as at the beginning.
     pub fn rest(&mut self) {
-        self.allowance.set(ICMP_BURST);
+        self.world.allowance.set(ICMP_BURST);
+    }
+
+    /// Forgets where the first parts of datagrams went.
+    pub fn forget_fragments(&mut self) {
+        self.world.fragments.borrow_mut().clear();
     }
 
     /// Runs one frame.
     pub fn run(&mut self, frame: &[u8]) -> Outcome {
-        let device = Buffer::new(frame, &self.allowance);
+        let device = Buffer::new(frame, &self.world);
         let view = self.tables.view();
         let decision = decide(&device.frame(), OWN_MAC, &view);
         let ending = match decision.action() {
@@ -72,18 +94,18 @@ impl HostPath {
             }
             Action::Transmit => transmit(&device, decision),
             Action::Drop => Ending::drop(decision.reason),
+            _ if decision.reason.is_rare() => {
+                rare::handle(&device, &view).unwrap_or_else(|| rare::with_ports(&device, &view))
+            }
             _ => Ending::new(decision.reason, Out::Pass),
         };
-        let reply = if decision.reason == Reason::NotOurs { routed::reply(&device, &view, L2_LEN) } else { None };
-        let ending = reply.map_or(ending, |(ending, server)| {
-            self.stats.entry(server).or_default().replies += 1;
-            ending
-        });
+        let reply = match parse(&device.frame()) {
+            Ok(packet) if decision.reason == Reason::NotOurs => routed::reply(&device, &view, &packet, L2_LEN),
+            _ => None,
+        };
+        let ending = reply.map_or(ending, |sent| sent.ending);
         if decision.action() == Action::Transmit && matches!(ending.out(), Out::Port(_) | Out::Pass) {
-            let stats = self.stats.entry(decision.server).or_default();
-            stats.packets += 1;
-            stats.bytes += frame.len() as u64;
-            stats.flows += u64::from(decision.begins);
+            device.count(decision.server, frame.len() as u64, decision.begins);
         }
         let reason = Reason::ALL[ending.reason() as usize];
         let (verdict, reason) = match ending.out() {
@@ -115,13 +137,13 @@ struct Buffer<'a> {
     bytes: RefCell<Vec<u8>>,
     start: Cell<usize>,
     end: Cell<usize>,
-    allowance: &'a Cell<u64>,
+    world: &'a World,
 }
 
 impl<'a> Buffer<'a> {
-    fn new(frame: &[u8], allowance: &'a Cell<u64>) -> Self {
+    fn new(frame: &[u8], world: &'a World) -> Self {
         let bytes = [&[0; HEADROOM][..], frame].concat();
-        Self { end: Cell::new(bytes.len()), bytes: RefCell::new(bytes), start: Cell::new(HEADROOM), allowance }
+        Self { end: Cell::new(bytes.len()), bytes: RefCell::new(bytes), start: Cell::new(HEADROOM), world }
     }
 
     fn into_bytes(self) -> Vec<u8> {
@@ -134,6 +156,34 @@ impl Device for Buffer<'_> {
         let base = self.bytes.borrow_mut().as_mut_ptr().expose_provenance();
         // SAFETY: the buffer outlives the frame, is never moved, and nobody else touches it meanwhile.
         unsafe { Frame::new(base + self.start.get(), base + self.end.get()) }
+    }
+
+    fn length(&self) -> usize {
+        self.end.get() - self.start.get()
+    }
+
+    fn datagram_at(&self) -> usize {
+        rare::skip_tags(&self.frame())
+    }
+
+    fn remember(&self, key: &FragmentKey, place: FragmentPlace) {
+        self.world.fragments.borrow_mut().insert(*key, place);
+    }
+
+    fn recall(&self, key: &FragmentKey) -> Option<FragmentPlace> {
+        self.world.fragments.borrow().get(key).copied()
+    }
+
+    fn count(&self, server: u32, bytes: u64, begins: bool) {
+        let mut all = self.world.stats.borrow_mut();
+        let stats = all.entry(server).or_default();
+        stats.packets += 1;
+        stats.bytes += bytes;
+        stats.flows += u64::from(begins);
+    }
+
+    fn count_reply(&self, server: u32) {
+        self.world.stats.borrow_mut().entry(server).or_default().replies += 1;
     }
 
     fn grow(&self, bytes: u32) -> bool {
@@ -161,8 +211,8 @@ impl Device for Buffer<'_> {
     }
 
     fn may_tell(&self) -> bool {
-        let left = self.allowance.get();
-        self.allowance.set(left.saturating_sub(1));
+        let left = self.world.allowance.get();
+        self.world.allowance.set(left.saturating_sub(1));
         left > 0
     }
 

@@ -19,7 +19,7 @@ use necp_ebpf::{
     host::View,
     verdict::{REASONS, Reason},
 };
-use necp_user::plane::{AttachMode, PROGRAM, Plane, PlaneConfig};
+use necp_user::plane::{AttachMode, PROGRAM, Plane, PlaneConfig, enter_stages};
 
 /// The program's verdicts, from `linux/bpf.h`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -87,7 +87,8 @@ impl Kernel {
             replies: true,
         };
         let plane = Plane::open(&config)?;
-        let program = load_program(&pin, &plane.layout())?;
+        let mut program = load_program(&pin, &plane.layout())?;
+        enter_stages(&mut program, &pin, 0)?;
         let mut kernel = Self { plane: Some(plane), program, pin };
         kernel.enter_ports()?;
         Ok(kernel)
@@ -134,6 +135,17 @@ impl Kernel {
             aya::maps::PerCpuValues::try_from(vec![full; aya::util::nr_cpus().map_err(|(_, error)| error)?])?,
             0,
         )?)
+    }
+
+    /// Forgets where the first parts of datagrams went.
+    ///
+    /// # Errors
+    /// If the map cannot be written.
+    pub fn forget_fragments(&self) -> Result<()> {
+        type Fragments = aya::maps::HashMap<MapData, [u32; 3], [u64; 2]>;
+        let mut fragments = Fragments::try_from(open(&self.pin, names::FRAGMENTS)?)?;
+        let keys = fragments.keys().collect::<Result<Vec<_>, _>>()?;
+        Ok(keys.iter().try_for_each(|key| fragments.remove(key))?)
     }
 
     /// Runs the program once on a frame.

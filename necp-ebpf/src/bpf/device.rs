@@ -2,12 +2,16 @@
 
 use aya_ebpf::{
     bindings::{BPF_FIB_LKUP_RET_FRAG_NEEDED, BPF_FIB_LKUP_RET_SUCCESS, bpf_fib_lookup as KernelLookup, xdp_md},
-    helpers::{bpf_fib_lookup, bpf_ktime_get_coarse_ns, bpf_xdp_adjust_head, bpf_xdp_adjust_tail},
+    helpers::{
+        bpf_fib_lookup, bpf_ktime_get_coarse_ns, bpf_xdp_adjust_head, bpf_xdp_adjust_tail, bpf_xdp_get_buff_len,
+    },
 };
 use necp_ebpf::{
     abi::{ICMP_BURST, ICMP_RATE},
     device::{Device, Routed, Way},
+    flows::opaque,
     frame::Frame,
+    rare::{FRAGMENT_TIME, FragmentKey, FragmentPlace, skip_tags},
 };
 
 use super::maps;
@@ -45,6 +49,18 @@ impl Device for Interface {
     fn frame(&self) -> Frame {
         // SAFETY: the kernel's own bounds of the frame.
         unsafe { Frame::new((*self.0).data as usize, (*self.0).data_end as usize) }
+    }
+
+    #[inline(always)]
+    fn length(&self) -> usize {
+        // SAFETY: the context is valid.
+        unsafe { bpf_xdp_get_buff_len(self.0) as usize }
+    }
+
+    #[inline(always)]
+    fn datagram_at(&self) -> usize {
+        // The verifier wants to see a bound, which the compiler knows already: at most two tags.
+        (opaque(datagram_at(self.0)) & 0x1f) as usize
     }
 
     #[inline(always)]
@@ -89,6 +105,31 @@ impl Device for Interface {
     }
 
     #[inline(always)]
+    fn remember(&self, key: &FragmentKey, place: FragmentPlace) {
+        // SAFETY: a helper without arguments.
+        let at = unsafe { bpf_ktime_get_coarse_ns() };
+        maps::set_fragment(key, &FragmentPlace { at, ..place });
+    }
+
+    #[inline(always)]
+    fn recall(&self, key: &FragmentKey) -> Option<FragmentPlace> {
+        let place = maps::fragment(key)?;
+        // SAFETY: a helper without arguments.
+        let now = unsafe { bpf_ktime_get_coarse_ns() };
+        (now.wrapping_sub(place.at) <= FRAGMENT_TIME).then_some(place)
+    }
+
+    #[inline(always)]
+    fn count(&self, server: u32, bytes: u64, begins: bool) {
+        maps::count_for(server, bytes, begins);
+    }
+
+    #[inline(always)]
+    fn count_reply(&self, server: u32) {
+        maps::count_reply(server);
+    }
+
+    #[inline(always)]
     fn way(&self, packet: &Routed) -> Way {
         let mut lookup = Lookup([0; 16]);
         let [high, low] = packet.length.to_ne_bytes();
@@ -119,4 +160,11 @@ impl Device for Interface {
             _ => Way::Kernel,
         }
     }
+}
+
+/// [`skip_tags`]: a function, because the verifier follows all that comes after it once, not once for each number of tags.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn datagram_at(ctx: *mut xdp_md) -> u64 {
+    skip_tags(&Interface(ctx).frame()) as u64
 }

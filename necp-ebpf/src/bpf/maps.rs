@@ -1,18 +1,20 @@
 //! The maps, and [`Tables`] on them. Names and capacities stand in [`abi`](necp_ebpf::abi).
 
 use aya_ebpf::{
-    btf_maps::{Array, DevMap, DevMapHash, PerCpuArray},
+    btf_maps::{Array, DevMap, DevMapHash, LruHashMap, PerCpuArray, ProgramArray},
     macros::btf_map,
+    programs::XdpContext,
 };
 use necp_ebpf::{
     abi::{
         Allowance, DEFAULT_EXCEPTIONS, DEFAULT_FLOW_BUCKETS, DEFAULT_SLOTS, Exception, ExceptionBucket, ExceptionMasks,
-        FlowBucket, Layout, MAX_FARMS, MAX_PORTS, MAX_SERVERS, Port, SERVICE_BUCKETS, Server, ServerStats,
-        ServiceBucket, Slot, exception_buckets, exception_records,
+        FlowBucket, Layout, MAX_FARMS, MAX_FRAGMENTS, MAX_PORTS, MAX_SERVERS, MAX_STAGES, Port, SERVICE_BUCKETS,
+        Server, ServerStats, ServiceBucket, Slot, Stage, exception_buckets, exception_records,
     },
     choice::{Chosen, NewFlow},
     exceptions::{ExceptionBucketWords, ExceptionMasksWords, ExceptionWords, Tuple},
     flows::{FlowBucketWords, FlowWord, insert_into},
+    rare::{FragmentKey, FragmentPlace},
     routed::Reply,
     tables::{FarEnd, NextHop, Tables},
     verdict::REASONS,
@@ -50,6 +52,10 @@ static PORTS: Array<Port, { MAX_PORTS as usize }> = Array::new();
 static TX_PORTS: DevMap<{ MAX_PORTS as usize }> = DevMap::new();
 #[btf_map(name = "tx_links")]
 static TX_LINKS: DevMapHash<{ MAX_PORTS as usize }> = DevMapHash::new();
+#[btf_map(name = "fragments")]
+static FRAGMENTS: LruHashMap<FragmentKey, FragmentPlace, { MAX_FRAGMENTS as usize }> = LruHashMap::new();
+#[btf_map(name = "stages")]
+static STAGES: ProgramArray<{ MAX_STAGES as usize }> = ProgramArray::new();
 #[btf_map(name = "allowance")]
 static ALLOWANCE: PerCpuArray<Allowance, 1> = PerCpuArray::new();
 #[btf_map(name = "layout")]
@@ -78,10 +84,10 @@ pub(super) fn own_port() -> (u32, [u8; 6]) {
     (index, [a, b, c, d, e, f])
 }
 
-/// The MAC address of another interface.
+/// The MAC address of another interface, if there is one.
 #[inline(always)]
 pub(super) fn port_mac(index: u32) -> Option<[u8; 6]> {
-    PORTS.get(index).map(|port| port.mac)
+    PORTS.get(index).filter(|port| port.ifindex != 0).map(|port| port.mac)
 }
 
 /// Sends the packet out by another interface.
@@ -108,6 +114,27 @@ pub(super) fn redirect_to_link(link: u32) -> Option<u32> {
 pub(super) fn expects_replies() -> bool {
     // SAFETY: initialised and never written while the program is loaded.
     unsafe { (&raw const REPLIES).read_volatile() != 0 }
+}
+
+/// Hands the frame to another program; returns only if it is not there.
+#[inline(always)]
+pub(super) fn leave_to(ctx: &XdpContext, stage: Stage) {
+    // SAFETY: nothing here needs to be dropped.
+    unsafe { STAGES.tail_call(ctx, stage.index(own_port().0)) };
+}
+
+/// Where a datagram's first part went, and when.
+#[inline(always)]
+pub(super) fn fragment(key: &FragmentKey) -> Option<FragmentPlace> {
+    // SAFETY: entries are replaced as a whole, and none is written in place.
+    unsafe { FRAGMENTS.get(key).copied() }
+}
+
+/// Remembers it.
+#[inline(always)]
+pub(super) fn set_fragment(key: &FragmentKey, place: &FragmentPlace) {
+    // If there is no memory for it, the later parts are dropped and counted.
+    let _ = FRAGMENTS.insert(key, place, 0);
 }
 
 /// What this CPU may still tell senders.

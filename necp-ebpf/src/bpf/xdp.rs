@@ -10,11 +10,12 @@ use aya_ebpf::{
 };
 use aya_log_ebpf::error;
 use necp_ebpf::{
-    abi::{GRE, LAYER_3},
+    abi::{GRE, LAYER_3, Stage},
     device::{Device, Ending, Out},
     frame::Frame,
-    parse::L2_LEN,
+    parse::{L2_LEN, parse},
     path::decide,
+    rare,
     rewrite::l2,
     routed,
     steer::Decision,
@@ -27,7 +28,7 @@ use super::{
 };
 
 /// On every interface, natively where the driver can.
-#[xdp]
+#[xdp(frags)]
 #[inline(always)]
 fn necp(ctx: XdpContext) -> u32 {
     let frame = Interface(ctx.ctx).frame();
@@ -42,8 +43,32 @@ fn necp(ctx: XdpContext) -> u32 {
             finish(decision.reason, XDP_DROP)
         }
         _ if decision.reason == Reason::NotOurs && maps::expects_replies() => end(&ctx, Ending(take_reply(ctx.ctx))),
-        _ => finish(decision.reason, XDP_PASS),
+        _ => {
+            if decision.reason.is_rare() {
+                maps::leave_to(&ctx, Stage::Rare);
+            }
+            finish(decision.reason, XDP_PASS)
+        }
     }
+}
+
+/// What the fast path leaves.
+#[xdp(frags)]
+#[inline(always)]
+fn necp_rare(ctx: XdpContext) -> u32 {
+    if let Some(ending) = rare::handle(&Interface(ctx.ctx), &Maps) {
+        return end(&ctx, ending);
+    }
+    maps::leave_to(&ctx, Stage::Ports);
+    finish(Reason::Malformed, XDP_PASS)
+}
+
+/// What it leaves: datagrams with ports, in tagged frames, in parts, or in several buffers.
+#[xdp(frags)]
+#[inline(always)]
+fn necp_ports(ctx: XdpContext) -> u32 {
+    let ending = rare::with_ports(&Interface(ctx.ctx), &Maps);
+    end(&ctx, ending)
 }
 
 #[inline(always)]
@@ -51,10 +76,11 @@ fn transmit(ctx: &XdpContext, frame: &Frame, decision: Decision, own_index: u32,
     let length = frame.len() as u64;
     if matches!(decision.next_hop.forwarding(), GRE | LAYER_3) {
         let ending = Ending(send_routed(ctx.ctx, decision.server, decision.reason as u32, L2_LEN as u32));
-        if matches!(ending.out(), Out::Port(_) | Out::Pass) {
+        let verdict = end(ctx, ending);
+        if verdict != XDP_DROP && matches!(ending.out(), Out::Port(_) | Out::Pass) {
             maps::count_for(decision.server, length, decision.begins);
         }
-        return end(ctx, ending);
+        return verdict;
     }
     let index = decision.next_hop.port() as u32;
     let (verdict, source) =
@@ -103,11 +129,10 @@ extern "C" fn send_routed(ctx: *mut xdp_md, server: u32, reason: u32, l3: u32) -
 #[unsafe(no_mangle)]
 #[inline(never)]
 extern "C" fn take_reply(ctx: *mut xdp_md) -> u64 {
-    match routed::reply(&Interface(ctx), &Maps, L2_LEN) {
-        Some((ending, server)) => {
-            maps::count_reply(server);
-            ending.0
-        }
-        None => Ending::new(Reason::NotOurs, Out::Pass).0,
-    }
+    let device = Interface(ctx);
+    let sent = match parse(&device.frame()) {
+        Ok(packet) => routed::reply(&device, &Maps, &packet, L2_LEN),
+        Err(_) => None,
+    };
+    sent.map_or(Ending::new(Reason::NotOurs, Out::Pass), |sent| sent.ending).0
 }

@@ -24,6 +24,9 @@ pub enum End {
 const TCP_CHECKSUM: usize = 16;
 /// Where UDP's does.
 const UDP_CHECKSUM: usize = offset_of!(UdpHdr, check);
+const ICMP_LEN: usize = 8;
+/// Where ICMP's checksum stands in its header (RFC 792).
+const ICMP_CHECKSUM: usize = 2;
 /// The fragment offset; only the first fragment has a transport header.
 const OFFSET: u16 = 0x1fff;
 
@@ -47,6 +50,44 @@ pub fn translate(datagram: &Frame, end: End, new: u32) -> bool {
         protocol::UDP if first => mend_udp(&transport, UDP_CHECKSUM, old, new),
         _ => true,
     }
+}
+
+/// In the datagram that an ICMP error quotes: `end` gets another address, and every checksum that covers it is mended, the
+/// error's own too. `total` is the length of the error with its IPv4 header.
+#[inline(always)]
+pub fn translate_error(datagram: &Frame, total: u16, end: End, new: u32) -> bool {
+    let Some(outer) = datagram.header::<Ipv4Hdr>(0) else { return false };
+    let header = ((outer.vihl & 0xf) << 2) as usize;
+    let icmp = datagram.skip(header);
+    let inner = icmp.skip(ICMP_LEN);
+    let (Some(sum), Some(ip)) = (icmp.read::<u16>(ICMP_CHECKSUM), inner.header::<Ipv4Hdr>(0)) else { return false };
+    let (place, old) = match end {
+        End::Source => (offset_of!(Ipv4Hdr, src_addr), u32::from_ne_bytes(ip.src_addr)),
+        End::Destination => (offset_of!(Ipv4Hdr, dst_addr), u32::from_ne_bytes(ip.dst_addr)),
+    };
+    let (check, protocol) = (u16::from_ne_bytes(ip.check), ip.proto);
+    let inner_header = ((ip.vihl & 0xf) << 2) as usize;
+    let mended = mend(check, old, new);
+    let mut sum = mend(mend(sum, old, new), check as u32, mended as u32);
+    if !inner.write(place, new) || !inner.write(offset_of!(Ipv4Hdr, check), mended) {
+        return false;
+    }
+    let transport = inner.skip(inner_header);
+    // What is quoted may end before the checksum; behind the datagram there may be padding.
+    let quoted = (total as usize).saturating_sub(header + ICMP_LEN + inner_header);
+    let place = if protocol == protocol::TCP { TCP_CHECKSUM } else { UDP_CHECKSUM };
+    if matches!(protocol, protocol::TCP | protocol::UDP)
+        && quoted >= place + 2
+        && let Some(check) = transport.read::<u16>(place)
+        && (check != 0 || protocol == protocol::TCP)
+    {
+        let mended = mend(check, old, new);
+        sum = mend(sum, check as u32, mended as u32);
+        if !transport.write(place, mended) {
+            return false;
+        }
+    }
+    icmp.write(ICMP_CHECKSUM, sum)
 }
 
 #[inline(always)]

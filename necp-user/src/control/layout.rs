@@ -45,9 +45,9 @@ pub struct Frontend {
     pub entry: usize,
 }
 
-/// An entry of the service table that leads a server's reply to its VIP ([`abi::REPLY`]).
+/// An entry of the service table that is no service: an address is a VIP ([`abi::VIP`]), a reply's VIP ([`abi::REPLY`]).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Reply {
+pub struct Note {
     /// What stands there.
     pub service: abi::Service,
     /// Bucket of the service table.
@@ -74,8 +74,8 @@ pub struct Layout {
     pub services: Vec<PlacedService>,
     /// In the order of farms, services and VIPs.
     pub frontends: Vec<Frontend>,
-    /// For the services of farms that allow layer 3.
-    pub replies: Vec<Reply>,
+    /// What the packet path must know beside the services.
+    pub notes: Vec<Note>,
     /// Entries (bucket, entry) of services that are no longer configured.
     pub stale: Vec<(u32, usize)>,
     /// Farm index in the maps as found → index in the configuration.
@@ -219,44 +219,54 @@ impl Layout {
             ids.insert(id & !UDP_CLASS);
             self.frontends.push(Frontend { vip, service, id, bucket, entry });
         }
-        self.place_replies(config, &mut occupied)?;
+        self.place_notes(config, &mut occupied)?;
         let stale = existing.iter().map(|old| (old.bucket, old.entry)).filter(|place| !occupied.contains(place));
         self.stale = stale.collect();
         Ok(())
     }
 
     /// They mean nothing to flows, so they need not be where they were.
-    fn place_replies(
+    fn place_notes(
         &mut self,
         config: &ClusterConfig,
         occupied: &mut BTreeSet<(u32, usize)>,
     ) -> Result<(), ConfigError> {
-        let mut numbers: BTreeMap<ServiceKey, u32> = BTreeMap::new();
-        for frontend in &self.frontends {
+        let (mut vips, mut numbers) = (BTreeSet::new(), BTreeMap::<ServiceKey, u32>::new());
+        for frontend in self.frontends.clone() {
             let (vip, placed) = (frontend.vip, &self.services[frontend.service]);
-            if !config.farms[placed.farm].expects_replies() {
+            let (key, layer_3) = (placed.key, config.farms[placed.farm].expects_replies());
+            let full = ConfigError::BucketFull { vip, service: key };
+            if vips.insert(vip) {
+                let note = abi::Service { address: vip.octets(), state: abi::VIP, ..abi::Service::default() };
+                self.place_note(note, occupied).ok_or(full.clone())?;
+            }
+            if !layer_3 {
                 continue;
             }
-            let number = numbers.entry(placed.key).or_default();
+            let number = numbers.entry(key).or_default();
             if *number == abi::REPLY_VIPS {
-                return Err(ConfigError::TooManyReplies { service: placed.key });
+                return Err(ConfigError::TooManyReplies { service: key });
             }
-            let service = abi::Service {
+            let note = abi::Service {
                 address: number.to_ne_bytes(),
-                port: placed.key.port.to_be_bytes(),
-                protocol: placed.key.protocol,
+                port: key.port.to_be_bytes(),
+                protocol: key.protocol,
                 state: abi::REPLY,
                 slots_base: u32::from_ne_bytes(vip.octets()),
                 ..abi::Service::default()
             };
             *number += 1;
-            let bucket = service_bucket(first_word(&service));
-            let full = ConfigError::BucketFull { vip, service: placed.key };
-            let entry = free_entry(occupied, bucket).ok_or(full)?;
-            occupied.insert((bucket, entry));
-            self.replies.push(Reply { service, bucket, entry });
+            self.place_note(note, occupied).ok_or(full)?;
         }
         Ok(())
+    }
+
+    fn place_note(&mut self, service: abi::Service, occupied: &mut BTreeSet<(u32, usize)>) -> Option<()> {
+        let bucket = service_bucket(first_word(&service));
+        let entry = free_entry(occupied, bucket)?;
+        occupied.insert((bucket, entry));
+        self.notes.push(Note { service, bucket, entry });
+        Some(())
     }
 }
 

@@ -524,13 +524,13 @@ impl Cluster {
             service: self.layout.entry(&self.config, frontend),
             table: Some(frontend.service),
         });
-        let replies = self.layout.replies.iter().map(|reply| ServiceWrite {
-            bucket: reply.bucket,
-            entry: reply.entry,
-            service: reply.service,
+        let notes = self.layout.notes.iter().map(|note| ServiceWrite {
+            bucket: note.bucket,
+            entry: note.entry,
+            service: note.service,
             table: None,
         });
-        gone.chain(replies).chain(wanted).collect()
+        gone.chain(notes).chain(wanted).collect()
     }
 }
 

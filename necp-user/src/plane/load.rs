@@ -4,11 +4,11 @@ use std::{ffi::CString, fs, io, os::unix::ffi::OsStrExt as _, path::Path};
 
 use aya::{
     Ebpf, EbpfLoader,
-    maps::{Array, DevMap, MapData, xdp::DevMapHash},
+    maps::{Array, DevMap, MapData, ProgramArray, xdp::DevMapHash},
     programs::Xdp,
 };
 use aya_log::EbpfLogger;
-use necp_ebpf::abi::{DEFAULT_SLOTS, LAYOUT_VERSION, Layout, MAX_PORTS, Port, exception_buckets, names};
+use necp_ebpf::abi::{DEFAULT_SLOTS, LAYOUT_VERSION, Layout, MAX_PORTS, Port, Stage, exception_buckets, names};
 
 use super::{
     KernelLog, PROGRAM, PlaneConfig, PlaneError, PortInfo, attach,
@@ -112,6 +112,12 @@ pub(super) fn load_port(
         .try_into()
         .map_err(PlaneError::bpf("finding the program"))?;
     program.load().map_err(PlaneError::bpf("loading the program"))?;
+    enter_stages(&mut ebpf, &config.pin, index)?;
+    let program: &mut Xdp = ebpf
+        .program_mut(names::PROGRAM)
+        .expect("the embedded object has this program")
+        .try_into()
+        .map_err(PlaneError::bpf("finding the program"))?;
     let mode = attach::attach(program, &config.pin, name, ifindex, config.mode)?;
     let info = PortInfo { index: index as u8, name: name.into(), ifindex, mac, mtu, mode };
     Ok(LoadedPort { info, _program: ebpf, logger })
@@ -141,6 +147,26 @@ fn load_program(config: &PlaneConfig, layout: &Layout, index: u32, mac: [u8; 6])
         loader.map_pin_path(name, config.pin.join(name));
     }
     loader.load(PROGRAM).map_err(PlaneError::bpf("creating the maps"))
+}
+
+/// Loads the programs that the one of the interface with this index hands over to. Public to the tests' kernel.
+#[doc(hidden)]
+pub fn enter_stages(ebpf: &mut Ebpf, pin: &Path, index: u32) -> Result<(), PlaneError> {
+    let mut stages =
+        ProgramArray::try_from(open_map(pin, names::STAGES)?).map_err(PlaneError::bpf("opening the map `stages`"))?;
+    for stage in Stage::ALL {
+        let what = || format!("loading the program {}", stage.program());
+        let program: &mut Xdp = ebpf
+            .program_mut(stage.program())
+            .expect("the embedded object has this program")
+            .try_into()
+            .map_err(PlaneError::bpf(what()))?;
+        program.load().map_err(PlaneError::bpf(what()))?;
+        let descriptor = program.fd().map_err(PlaneError::bpf(what()))?;
+        let place = stage.index(index);
+        stages.set(place, descriptor, 0).map_err(PlaneError::bpf("writing the map `stages`"))?;
+    }
+    Ok(())
 }
 
 fn enter_port(pin: &Path, index: u32, port: &Port) -> Result<(), PlaneError> {

@@ -25,6 +25,8 @@ use log::Log;
 use necp_ebpf::{abi::Layout, host::View};
 
 pub use attach::{AttachMode, AttachedMode, attached, unload};
+#[doc(hidden)]
+pub use load::enter_stages;
 
 /// The kernel program, as `build.rs` left it.
 pub static PROGRAM: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/necp"));

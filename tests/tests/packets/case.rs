@@ -159,6 +159,8 @@ impl Bench {
     }
 
     pub fn install(&mut self, setup: &Setup) {
+        self.kernel.forget_fragments().expect("the map can be emptied");
+        self.host.forget_fragments();
         setup.install(self.kernel.view());
         setup.install(self.host.view());
     }

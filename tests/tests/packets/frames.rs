@@ -32,7 +32,7 @@ impl Flow {
     }
 
     /// What this server replies to it.
-    pub const fn from_server(self, server: [u8; 4]) -> Self {
+    pub const fn replied_by(self, server: [u8; 4]) -> Self {
         Self {
             source: server,
             source_port: self.port,
@@ -87,6 +87,8 @@ impl Flow {
 #[derive(Clone, Debug)]
 pub struct Spec {
     pub to_mac: [u8; 6],
+    /// VLAN tags (IEEE 802.1Q), the outermost first.
+    pub tags: Vec<[u8; 4]>,
     pub ether_type: u16,
     pub version: u8,
     pub ihl: Option<u8>,
@@ -115,6 +117,7 @@ impl Spec {
     fn new(flow: Flow) -> Self {
         Self {
             to_mac: OWN_MAC,
+            tags: Vec::new(),
             ether_type: 0x0800,
             version: 4,
             ihl: None,
@@ -145,7 +148,7 @@ impl Spec {
     /// Its bytes.
     pub fn build(&self) -> Vec<u8> {
         let transport = self.transport();
-        let mut frame = [&self.to_mac[..], &CLIENT_MAC, &self.ether_type.to_be_bytes()].concat();
+        let mut frame = [&self.to_mac[..], &CLIENT_MAC, &self.tags.concat(), &self.ether_type.to_be_bytes()].concat();
         frame.extend(self.ip_header(transport.len()));
         frame.extend(transport);
         frame.resize(frame.len() + self.padding, 0);

@@ -9,6 +9,7 @@ use crate::{
 };
 
 const MALFORMED: Fate = Fate::Pass(Reason::Malformed);
+const STRAY: Fate = Fate::Drop(Reason::StrayPart);
 const PLAIN: Fate = Fate::To(OWNER, Reason::Plain);
 
 fn quic() -> Flow {
@@ -30,8 +31,8 @@ fn ethernet() -> Vec<Case> {
     let ether_types = [
         ("ARP", 0x0806, "RFC 826"),
         ("IPv6", 0x86dd, "RFC 8200: not yet ours"),
-        ("VLAN tag", 0x8100, "IEEE 802.1Q: not yet parsed, so not touched"),
-        ("QinQ tag", 0x88a8, "IEEE 802.1ad: not yet parsed, so not touched"),
+        ("VLAN tag around nothing", 0x8100, "IEEE 802.1Q: the type is behind it"),
+        ("QinQ tag around nothing", 0x88a8, "IEEE 802.1ad: the type is behind it"),
         ("802.3 length", 46, "IEEE 802.3: a length, no type"),
         ("IPv4's type with its bytes swapped", 0x0008, "RFC 894"),
         ("type 0xffff", 0xffff, "RFC 1701: reserved"),
@@ -132,7 +133,6 @@ fn ipv4() -> Vec<Case> {
         ("port 0", WEB_FLOW.on(6, 0)),
         ("UDP to a TCP service", WEB_FLOW.on(17, 80)),
         ("TCP to a UDP service", WEB_FLOW.on(6, QUIC)),
-        ("ICMP to the VIP", WEB_FLOW.on(1, 80)),
         ("GRE to the VIP", WEB_FLOW.on(47, 80)),
         ("SCTP to the VIP, a service's port in its first bytes", WEB_FLOW.on(132, 80)),
         ("protocol 0", WEB_FLOW.on(0, 80)),
@@ -148,7 +148,9 @@ fn ipv4() -> Vec<Case> {
         ));
     }
     let bare = Spec { total: Some(20), cut: Some(34), ..WEB_FLOW.on(1, 80).udp(b"") };
-    cases.push(one("ICMP without a byte", "RFC 792: nothing of it is read", bare, not_ours));
+    let icmp = Fate::Pass(Reason::Icmp);
+    cases.push(one("ICMP without a byte", "RFC 792: it quotes nothing", bare, icmp));
+    cases.push(one("ICMP echo to the VIP", "RFC 792: the host's own to answer", WEB_FLOW.on(1, 80).data(1), icmp));
     cases
 }
 
@@ -185,12 +187,11 @@ fn fragments() -> Vec<Case> {
         ("do not fragment", 0x4000, PLAIN),
         ("may be fragmented, is not", 0x0000, PLAIN),
         ("the reserved bit", 0x8000, PLAIN),
-        ("first fragment", 0x2000, Fate::Pass(Reason::Fragment)),
-        ("first fragment with DF", 0x6000, Fate::Pass(Reason::Fragment)),
-        ("middle fragment", 0x2010, Fate::Pass(Reason::Fragment)),
-        ("last fragment", 0x0010, Fate::Pass(Reason::Fragment)),
-        ("the smallest offset", 0x0001, Fate::Pass(Reason::Fragment)),
-        ("the largest offset", 0x1fff, Fate::Pass(Reason::Fragment)),
+        ("first fragment", 0x2000, PLAIN),
+        ("first fragment with DF", 0x6000, PLAIN),
+        ("middle fragment", 0x2010, STRAY),
+        ("last fragment", 0x0010, STRAY),
+        ("the largest offset", 0x1fff, STRAY),
     ];
     let mut cases = Vec::new();
     for (name, bits, fate) in table {
@@ -198,8 +199,21 @@ fn fragments() -> Vec<Case> {
         cases.push(one(format!("TCP: {name}"), why, WEB_FLOW.data(1).with(|f| f.fragment = bits), fate));
         cases.push(one(format!("UDP: {name}"), why, quic().udp(b"hello").with(|f| f.fragment = bits), fate));
     }
-    let tiny = Spec { total: Some(28), cut: Some(42), fragment: 0x2000, ..WEB_FLOW.ack(1) };
-    cases.push(one("tiny first fragment", "RFC 1858 §3", tiny, Fate::Pass(Reason::Fragment)));
+    let second = |flow: Flow| flow.data(1).with(|f| f.fragment = 0x0001);
+    cases.push(one("TCP: a part that begins in the header", "RFC 1858 §3.2.2", second(WEB_FLOW), MALFORMED));
+    cases.push(one("UDP: a part that begins where the header ends", "RFC 768", second(quic()), STRAY));
+    for payload in 0..20 {
+        let spec = WEB_FLOW.ack(1);
+        let tiny = Spec { total: Some(20 + payload), cut: Some(34 + payload as usize), fragment: 0x2000, ..spec };
+        let why = "RFC 1858 §3: a first part without the whole header";
+        cases.push(one(format!("first fragment with {payload} bytes of TCP"), why, tiny, MALFORMED));
+    }
+    for payload in 0..8 {
+        let spec = quic().udp(b"");
+        let tiny = Spec { total: Some(20 + payload), cut: Some(34 + payload as usize), fragment: 0x2000, ..spec };
+        let why = "RFC 768: a first part without the whole header";
+        cases.push(one(format!("first fragment with {payload} bytes of UDP"), why, tiny, MALFORMED));
+    }
     cases
 }
 

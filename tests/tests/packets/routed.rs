@@ -172,12 +172,12 @@ fn sum_of_zero() -> Spec {
 fn replies() -> Vec<Case> {
     let why = "a reply of a flow on record leaves with the VIP's address";
     let flow = ALWAYS_FLOW;
-    let reply = flow.from_server(address(TRANSLATED));
+    let reply = flow.replied_by(address(TRANSLATED));
     let on = || Setup::owned_by(TRANSLATED);
     let left = |spec: &Spec| becomes(Verdict::Pass, Reason::ReplyRouted, reply_bytes(spec));
     let syn_ack = reply.tcp(0x12, 9, b"");
     let told = |spec: &Spec| error(spec, OWN_ADDRESS, [11, 0], 0, Reason::Expired);
-    let dns = DNS_FLOW.from_server(address(TRANSLATED)).udp(b"!");
+    let dns = DNS_FLOW.replied_by(address(TRANSLATED)).udp(b"!");
     let alone = "it belongs to no flow on record";
     vec![
         Case::new("reply, data", why, on().record(flow, TRANSLATED, 0)).frame(reply.data(1), left(&reply.data(1))),
@@ -198,11 +198,11 @@ fn replies() -> Vec<Case> {
             .frame(reply.data(1).with(|spec| spec.ttl = 1), told(&reply.data(1).with(|spec| spec.ttl = 1))),
         Case::new("to a client of the server itself", alone, on()).frame(reply.data(1), Fate::Pass(Reason::NotOurs)),
         Case::new("from another server", alone, on().record(flow, TRANSLATED, 0))
-            .frame(flow.from_server(address(OTHER)).data(1), Fate::Pass(Reason::NotOurs)),
+            .frame(flow.replied_by(address(OTHER)).data(1), Fate::Pass(Reason::NotOurs)),
         Case::new("from a server that has the flow by layer 2", alone, on().record(flow, OTHER, 0))
-            .frame(flow.from_server(address(OTHER)).data(1), Fate::Pass(Reason::NotOurs)),
+            .frame(flow.replied_by(address(OTHER)).data(1), Fate::Pass(Reason::NotOurs)),
         Case::new("from a server that has the flow by GRE", alone, on().record(flow, TUNNEL, 0))
-            .frame(flow.from_server(address(TUNNEL)).data(1), Fate::Pass(Reason::NotOurs)),
+            .frame(flow.replied_by(address(TUNNEL)).data(1), Fate::Pass(Reason::NotOurs)),
         Case::new("from another port", alone, on().record(flow, TRANSLATED, 0))
             .frame(Flow { source_port: 81, ..reply }.data(1), Fate::Pass(Reason::NotOurs)),
         Case::new("to another port", alone, on().record(flow, TRANSLATED, 0))
@@ -210,7 +210,7 @@ fn replies() -> Vec<Case> {
         Case::new("by another protocol", alone, on().record(flow, TRANSLATED, 0))
             .frame(Flow { protocol: UDP, ..reply }.udp(b"?"), Fate::Pass(Reason::NotOurs)),
         Case::new("a server's ping", alone, on().record(flow, TRANSLATED, 0))
-            .frame(Flow { protocol: ICMP, ..reply }.udp(b"?"), Fate::Pass(Reason::NotOurs)),
+            .frame(Flow { protocol: ICMP, ..reply }.udp(b"?"), Fate::Pass(Reason::Icmp)),
     ]
 }
 
@@ -236,39 +236,39 @@ fn mixed() -> Vec<Case> {
     ]
 }
 
-fn becomes(verdict: Verdict, reason: Reason, bytes: Vec<u8>) -> Fate {
+pub fn becomes(verdict: Verdict, reason: Reason, bytes: Vec<u8>) -> Fate {
     Fate::Becomes(verdict, reason, bytes.leak())
 }
 
-fn gre(spec: &Spec, server: u32, reason: Reason) -> Fate {
+pub fn gre(spec: &Spec, server: u32, reason: Reason) -> Fate {
     let (verdict, from) = if server == REMOTE_TUNNEL { (Verdict::Redirect, OTHER_MAC) } else { (Verdict::Tx, OWN_MAC) };
     becomes(verdict, reason, gre_bytes(spec, server, mac(server), from))
 }
 
 /// The frame inside GRE, from this host's address to the server's, written out from RFC 791 and RFC 2784.
-fn gre_bytes(spec: &Spec, server: u32, to: [u8; 6], from: [u8; 6]) -> Vec<u8> {
-    let inner = spec.clone().with(|spec| spec.ttl -= 1).build().split_off(14);
+pub fn gre_bytes(spec: &Spec, server: u32, to: [u8; 6], from: [u8; 6]) -> Vec<u8> {
+    let inner = spec.clone().with(|spec| spec.ttl -= 1).build().split_off(14 + 4 * spec.tags.len());
     let total = u16::from_be_bytes([inner[2], inner[3]]) + 24;
     let mut outer = vec![0x45, spec.tos];
     outer.extend(total.to_be_bytes());
-    // Identification and whether it may be fragmented are the datagram's own.
-    outer.extend(&inner[4..8]);
+    // Identification and whether it may be fragmented are the datagram's own; it is whole, whatever is inside.
+    outer.extend([inner[4], inner[5], inner[6] & 0x40, 0]);
     outer.extend([64, 47, 0, 0]);
     outer.extend(OWN_ADDRESS);
     outer.extend(address(server));
     let sum = checksum(&outer);
     outer[10..12].copy_from_slice(&sum.to_be_bytes());
-    [&to[..], &from, &[0x08, 0x00], &outer, &[0, 0, 0x08, 0x00], &inner].concat()
+    [&to[..], &from, &spec.tags.concat(), &[0x08, 0x00], &outer, &[0, 0, 0x08, 0x00], &inner].concat()
 }
 
 /// The frame as if it had been sent to this address in the first place.
-fn translated_bytes(spec: &Spec, to: [u8; 4], ttl: u8, to_mac: [u8; 6], from: [u8; 6]) -> Vec<u8> {
+pub fn translated_bytes(spec: &Spec, to: [u8; 4], ttl: u8, to_mac: [u8; 6], from: [u8; 6]) -> Vec<u8> {
     let spec = spec.clone().with(|spec| (spec.flow.destination, spec.ttl) = (to, ttl));
     with_macs(all_ones_for_zero(&spec, spec.build()), to_mac, from)
 }
 
 /// The frame as if the VIP had sent it; the kernel counts the hop.
-fn reply_bytes(spec: &Spec) -> Vec<u8> {
+pub fn reply_bytes(spec: &Spec) -> Vec<u8> {
     let spec = spec.clone().with(|spec| spec.flow.source = VIP);
     all_ones_for_zero(&spec, spec.build())
 }

@@ -4,7 +4,7 @@ use necp_ebpf::{
     abi::{
         ACCEPTS, ALIVE, ALWAYS_TRACKED, DIRECT, EXCEPTION_GLOBAL, EXCEPTION_INSTALLERS, EXCEPTION_LOCAL, Exception,
         ExceptionMask, ExceptionMasks, FLOWS_PER_BUCKET, FORWARDING_SHIFT, GRE, LAYER_2, LAYER_3, REACHABLE, REPLY,
-        SERVICES_PER_BUCKET, Server, Service, UDP_CLASS, UNTRACKED,
+        SERVICES_PER_BUCKET, Server, Service, UDP_CLASS, UNTRACKED, VIP as VIP_STATE,
     },
     flows::{FlowWord, flow_key},
     hash::{flow_buckets, flow_hash, service_bucket, slot_index},
@@ -96,6 +96,7 @@ impl Setup {
             service(2, udp, DNS, ALWAYS_TRACKED),
             service(3, udp, QUIC, UNTRACKED),
             service(4, tcp, ALWAYS, ALWAYS_TRACKED),
+            Service { address: VIP, state: VIP_STATE, ..Service::default() },
             reply(0, tcp, ALWAYS),
             reply(0, udp, DNS),
         ];

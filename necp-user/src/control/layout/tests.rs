@@ -105,3 +105,46 @@ fn what_finds_no_room_is_an_error() {
     crowded.farms[0].services.pop();
     assert!(Layout::new(&crowded, &[]).is_ok());
 }
+
+#[test]
+fn every_vip_is_noted_and_replies_find_those_of_their_port() {
+    let mut layer_3 = farm("b", 2);
+    layer_3.forwarding.push(crate::control::config::Forwarding::Layer3);
+    layer_3.vips.push(Ipv4Addr::new(192, 0, 2, 3));
+    let mut config = config(vec![farm("a", 1), layer_3]);
+    let layout = Layout::new(&config, &[]).unwrap();
+    let find = |key: u64| layout.notes.iter().find(|note| first_word(&note.service) == key);
+    for last in 1..=3 {
+        let key = necp_ebpf::packet::vip_key(u32::from_ne_bytes([192, 0, 2, last]));
+        assert_eq!(find(key).map(|note| note.bucket), Some(service_bucket(key)), "192.0.2.{last}");
+    }
+    let reply = necp_ebpf::packet::Packet { source_port: 80_u16.to_be(), protocol: 6, ..Default::default() };
+    let vips: Vec<_> = (0..3).map(|number| find(reply.reply_key(number)).map(|note| note.service.slots_base)).collect();
+    assert_eq!(
+        vips,
+        [2, 3].map(|last| Some(u32::from_ne_bytes([192, 0, 2, last]))).into_iter().chain([None]).collect::<Vec<_>>()
+    );
+    assert_eq!(
+        layout.services.iter().map(|service| service.flags).collect::<Vec<_>>(),
+        [0, ALWAYS_TRACKED, ALWAYS_TRACKED, ALWAYS_TRACKED]
+    );
+
+    // Notes of an earlier daemon that are of no use any more go.
+    let existing: Vec<_> = layout
+        .notes
+        .iter()
+        .map(|note| Existing { bucket: note.bucket, entry: note.entry, service: note.service })
+        .collect();
+    config.farms.pop();
+    let after = Layout::new(&config, &existing).unwrap();
+    assert_eq!((after.notes.len(), after.stale.len()), (1, existing.len() - 1));
+}
+
+#[test]
+fn more_vips_of_a_port_than_a_reply_looks_at_are_refused() {
+    let mut many = farm("a", 1);
+    many.forwarding = vec![crate::control::config::Forwarding::Layer3];
+    many.vips = (1..=17).map(|last| Ipv4Addr::new(192, 0, 2, last)).collect();
+    let refused = Layout::new(&config(vec![many]), &[]);
+    assert_eq!(refused, Err(ConfigError::TooManyReplies { service: ServiceKey::new(6, 80) }));
+}
