@@ -141,6 +141,7 @@ impl Plane {
                 packets: sum.packets + cpu.packets,
                 bytes: sum.bytes + cpu.bytes,
                 flows: sum.flows + cpu.flows,
+                replies: sum.replies + cpu.replies,
             })
         };
         Ok(values.chunks_exact(servers.cpus).map(sum).collect())

@@ -35,7 +35,8 @@ fn join_all(bed: &mut Bed) -> Applied {
     for number in 0..SERVERS {
         bed.cluster.init(address(number), true, bed.now).expect("it may join");
         let [_, _, low, lower] = number.to_be_bytes();
-        bed.cluster.host_reachable(address(number), Hop { mac: [2, 0, 0, 0, low, lower], port: 1 }, bed.now);
+        let hop = Hop { mac: [2, 0, 0, 0, low, lower], ..hop(1) };
+        bed.cluster.host_reachable(address(number), hop, bed.now);
         start_all(bed, number);
     }
     bed.sync()
