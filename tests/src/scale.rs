@@ -1,11 +1,18 @@
 //! Many sessions in one network element: what they cost, and how soon they are back after a restart.
 
-use std::{fmt, fs, path::Path, thread, time::Duration};
+use std::{
+    fmt, fs,
+    os::unix::fs::PermissionsExt as _,
+    path::Path,
+    sync::atomic::{AtomicBool, Ordering},
+    thread,
+    time::{Duration, Instant},
+};
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result, anyhow, ensure};
 use necp_user::{
-    daemon::ne::limits::raise_open_files,
-    necp::{Forwarding, ServiceKey, ServiceUnit},
+    daemon::{ne::limits::raise_open_files, status::fetch},
+    necp::{Forwarding, Key, ServiceKey, ServiceUnit},
 };
 use serde_json::Value;
 
@@ -15,6 +22,9 @@ use crate::{
     swarm::{Members, Swarm},
     topology::{Topology, VIP},
 };
+
+/// The key of all sessions, if they have one.
+const KEY: &str = "of all ten thousand";
 
 /// What to measure.
 #[derive(Clone, Debug)]
@@ -27,6 +37,8 @@ pub struct Scale {
     pub watch: Duration,
     /// Time between two keepalives, both ways.
     pub keepalive: Duration,
+    /// Whether all of them prove themselves with a key.
+    pub keys: bool,
 }
 
 /// What was measured.
@@ -46,6 +58,8 @@ pub struct Figures {
     pub returned: Duration,
     /// Sessions that ended while they should not have.
     pub lost: u64,
+    /// The longest that `necp status` took while all of them joined, and while they came back.
+    pub status: Duration,
 }
 
 impl Scale {
@@ -57,7 +71,7 @@ impl Scale {
         raise_open_files(self.sessions)?;
         let _room = NeighbourRoom::for_hosts(self.sessions)?;
         let bed = Topology::builder().servers(1).build()?;
-        let config = self.config();
+        let config = self.config(bed.dir())?;
         let mut ne = NetworkElement::start(&bed, &config)?;
         let pid = ne.process().pid();
         // The first passes of the collector touch all tables.
@@ -70,10 +84,11 @@ impl Scale {
             count: self.sessions,
             offers: services.map(|service| ServiceUnit::new(Forwarding::L2, service)).collect(),
             keepalive: self.keepalive,
+            key: self.keys.then(|| Key::new(KEY.into())).transpose()?,
         };
         let patience = Duration::from_secs(120);
         let swarm = Swarm::start(bed.client(), &members)?;
-        let joined = swarm.wait_until_all_serve(patience)?;
+        let (joined, status) = while_asked(ne.socket(), || swarm.wait_until_all_serve(patience))?;
         // Slow start is over.
         thread::sleep(Duration::from_secs(15));
         let cpu = cpu_over(pid, self.watch)?;
@@ -86,7 +101,7 @@ impl Scale {
         drop(ne);
         thread::sleep(Duration::from_secs(1));
         let ne = NetworkElement::start(&bed, &config)?;
-        let returned = swarm.wait_until_all_serve(patience)?;
+        let (returned, later) = while_asked(ne.socket(), || swarm.wait_until_all_serve(patience))?;
         thread::sleep(Duration::from_secs(15));
         self.check_shares(&ne.status()?)?;
         Ok(Figures {
@@ -97,16 +112,25 @@ impl Scale {
             resident: after,
             returned,
             lost,
+            status: status.max(later),
         })
     }
 
-    fn config(&self) -> String {
+    fn config(&self, dir: &Path) -> Result<String> {
         let services: Vec<String> = (0..self.services).map(|at| format!("tcp/{}", 8000 + at)).collect();
-        format!(
+        let auth = if self.keys {
+            let file = dir.join("scale.key");
+            fs::write(&file, KEY)?;
+            fs::set_permissions(&file, fs::Permissions::from_mode(0o600))?;
+            format!("key_file = {file:?}")
+        } else {
+            "auth = \"none\"".into()
+        };
+        Ok(format!(
             "keepalive = {:?}\n[[farm]]\nname = \"wide\"\nvips = [\"{VIP}\"]\nservices = {services:?}\n\
-             forwarding = [\"l2\"]\nservers = [\"198.18.0.0/17\"]\nauth = \"none\"\n",
+             forwarding = [\"l2\"]\nservers = [\"198.18.0.0/17\"]\n{auth}\n",
             self.keepalive.as_secs_f64()
-        )
+        ))
     }
 
     /// All are up at full weight, and every slot is dealt out evenly.
@@ -136,8 +160,30 @@ impl fmt::Display for Figures {
         writeln!(f, "  memory per session                {:.1} KiB", self.memory as f64 / 1024.0)?;
         writeln!(f, "  resident in all                   {:.1} MiB", self.resident as f64 / 1_048_576.0)?;
         writeln!(f, "  sessions lost meanwhile           {}", self.lost)?;
-        write!(f, "  all served again after a restart  {:.1} s", self.returned.as_secs_f64())
+        writeln!(f, "  all served again after a restart  {:.1} s", self.returned.as_secs_f64())?;
+        write!(f, "  slowest status meanwhile          {:.0} ms", self.status.as_secs_f64() * 1000.0)
     }
+}
+
+/// Does something, while somebody asks for the status twice a second; the longest that this took.
+fn while_asked<T>(socket: &Path, work: impl FnOnce() -> Result<T>) -> Result<(T, Duration)> {
+    let done = AtomicBool::new(false);
+    thread::scope(|scope| {
+        let asker = scope.spawn(|| {
+            let mut slowest = Duration::ZERO;
+            while !done.load(Ordering::Relaxed) {
+                let began = Instant::now();
+                fetch(socket)?;
+                slowest = slowest.max(began.elapsed());
+                thread::sleep(Duration::from_millis(500));
+            }
+            anyhow::Ok(slowest)
+        });
+        let outcome = work();
+        done.store(true, Ordering::Relaxed);
+        let slowest = asker.join().map_err(|_| anyhow!("the asker panicked"))?;
+        Ok((outcome?, slowest?))
+    })
 }
 
 /// Resident memory of a process in bytes.

@@ -11,7 +11,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result};
-use necp_user::necp::{RequestId, SeEvent, SeSession, ServiceUnit, SessionConfig};
+use necp_user::necp::{Credentials, Key, RequestId, SeEvent, SeSession, ServiceUnit, SessionConfig};
 use tokio::{
     io::AsyncWriteExt as _,
     net::{TcpSocket, TcpStream},
@@ -41,6 +41,8 @@ pub struct Members {
     pub offers: Vec<ServiceUnit>,
     /// Time between two of their KEEPALIVEs.
     pub keepalive: Duration,
+    /// What all of them prove themselves with, if they do.
+    pub key: Option<Key>,
 }
 
 /// A running swarm; its connections are closed when it is dropped.
@@ -70,15 +72,16 @@ impl Swarm {
         let counts = Arc::new(Counts::default());
         let (shared, offers) = (Arc::clone(&counts), Arc::new(members.offers.clone()));
         let (first, count, keepalive) = (members.first, members.count, members.keepalive);
+        let key = members.key.clone();
         let task = ns.background(async move {
             let mut tasks = JoinSet::new();
             for index in first..first + count {
-                let (counts, offers) = (Arc::clone(&shared), Arc::clone(&offers));
+                let (counts, offers, key) = (Arc::clone(&shared), Arc::clone(&offers), key.clone());
                 tasks.spawn(async move {
                     let address = client_address(index);
                     loop {
                         if let Ok(Ok(stream)) = timeout(CONNECT, connect(address)).await {
-                            let mut member = Member::new(&counts, &offers, keepalive);
+                            let mut member = Member::new(&counts, &offers, keepalive, key.as_ref());
                             member.serve(stream).await;
                         }
                         sleep(RETRY).await;
@@ -140,10 +143,12 @@ struct Member<'a> {
 }
 
 impl<'a> Member<'a> {
-    fn new(counts: &'a Counts, offers: &'a [ServiceUnit], keepalive: Duration) -> Self {
+    fn new(counts: &'a Counts, offers: &'a [ServiceUnit], keepalive: Duration, key: Option<&Key>) -> Self {
         let config = SessionConfig { keepalive, jitter: keepalive / 5, ..SessionConfig::default() };
         let began = Instant::now();
-        let machine = SeSession::new(config, began, rand::random());
+        // The network element remembers no number of ours: any will do.
+        let credentials = key.map(|key| Credentials { key: key.clone(), first_seq_num: 1 });
+        let machine = SeSession::with_credentials(config, credentials, began, rand::random());
         Self { counts, offers, machine, began, start: None, serves: false }
     }
 

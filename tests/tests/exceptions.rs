@@ -4,6 +4,8 @@
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
+use aya::maps::{Array, Map, MapData};
+use necp_ebpf::abi::{ExceptionMasks, names};
 use necp_tests::{
     daemon::NetworkElement,
     hand::{BASIC_PAYLOAD, Hand, Message, Unit, opcode, start_unit},
@@ -122,6 +124,59 @@ fn an_exception_is_gone_within_a_second_of_its_expiry() -> Result<()> {
         assert!((ttl..ttl + 1.0).contains(&at.as_secs_f64()), "{ttl} s, and gone after {at:?}");
     }
     assert_eq!(ne.status()?["exceptions"], 1);
+    Ok(())
+}
+
+/// Masks that the packet path looks at for the first farm.
+fn masks(bed: &Topology) -> Result<u32> {
+    let map = Map::from_map_data(MapData::from_pin(bed.pins().join("ne").join(names::EXCEPTION_MASKS))?)?;
+    let masks: Array<MapData, Masks> = map.try_into()?;
+    Ok(masks.get(&0, 0)?.0.masks.iter().map(|mask| u32::from(mask.used)).sum())
+}
+
+#[repr(transparent)]
+#[derive(Clone, Copy)]
+struct Masks(ExceptionMasks);
+
+// SAFETY: plain old data without padding.
+unsafe impl aya::Pod for Masks {}
+
+/// How long a server's exceptions with a TTL of 2 s are in the packet path, while another server's million go.
+#[test]
+fn an_exception_leaves_the_packet_path_in_time_while_a_million_others_go() -> Result<()> {
+    const MANY: u32 = 1_000_000;
+    const AT_ONCE: u32 = 25_000;
+    let (bed, _ne, mut one, two) = start("max_exceptions = 1000000")?;
+    // Who does not wait for an answer answers no keepalives.
+    drop(two);
+    for from in (1..=MANY).step_by(AT_ONCE as usize) {
+        let units: Vec<Unit> = (from..from + AT_ONCE).map(|address| client(LOCAL, 0, address)).collect();
+        assert_eq!(one.except_add(&units)?, NONE);
+    }
+    assert_eq!(masks(&bed)?, 1);
+    let mut two = Hand::join(bed.server(1).ns(), NE)?;
+    let began = Instant::now();
+    // A mask of their own, which is gone with the last of them.
+    let units: Vec<Unit> = (1..=100).map(|net| [LOCAL, 2, net << 8, 24, 0, 0, 6, 7]).collect();
+    assert_eq!(two.except_add(&units)?, NONE);
+    assert_eq!(masks(&bed)?, 2);
+    std::thread::sleep(Duration::from_millis(1900).saturating_sub(began.elapsed()));
+    let reset_at = Instant::now();
+    let reset = Message { flags: 0, opcode: opcode::EXCEPTION_RESET, request_id: 7, units: Vec::new() };
+    one.send(&reset.bytes())?;
+    let mut left = 2;
+    while left == 2 {
+        left = masks(&bed)?;
+        assert!(began.elapsed() < SOON, "not gone after {:?}", began.elapsed());
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    let gone = began.elapsed();
+    let others_left = left;
+    while one.receive()?.expect("the acknowledgement").opcode != opcode::EXCEPTION_RESET_ACK {}
+    println!("TTL 2 s, and gone after {gone:?}; a million reset in {:?}", reset_at.elapsed());
+    assert_eq!(masks(&bed)?, 0);
+    assert_eq!(others_left, 1, "the million were still going");
+    assert!((2.0..3.0).contains(&gone.as_secs_f64()), "{gone:?}");
     Ok(())
 }
 

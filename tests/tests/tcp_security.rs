@@ -1,6 +1,6 @@
 //! TTL security and TCP-MD5 on real connections: what fits is served, what does not gets no answer at all.
 
-use std::{fs, os::unix::fs::PermissionsExt as _, path::PathBuf, time::Duration};
+use std::{fs, os::unix::fs::PermissionsExt as _, path::PathBuf, thread, time::Duration};
 
 use anyhow::{Context as _, Result, ensure};
 use necp_tests::{
@@ -79,6 +79,36 @@ fn only_those_who_sign_with_the_right_key_get_an_answer() -> Result<()> {
     line.start_agent(1, &OFFERS, &["--tcp-md5-file", other, "--ttl-security", "255"])?;
     (0..2).try_for_each(|index| line.wait_until_serving(index))?;
     line.expect_new_flows_at("signed", &["s1", "s2"])
+}
+
+#[test]
+fn a_new_key_is_for_new_connections_after_sighup() -> Result<()> {
+    let bed = Topology::builder().servers(1).build()?;
+    let (file, old) = (key(&bed, "key", "the first secret")?, key(&bed, "old", "the first secret")?);
+    let (path, old) = (file.to_str().context("path")?.to_owned(), old.to_str().context("path")?.to_owned());
+    let config = top(0.3) + &farm("web", VIP, &["10.0.0.0/24"], &format!("tcp_md5 = {path:?}"));
+    let mut line = Line::start(bed, &config)?;
+    line.start_agent(0, &OFFERS, &["--keepalive", "0.3", "--tcp-md5-file", &old])?;
+    line.wait_until_serving(0)?;
+    let hang_up = |line: &mut Line, says: &str| {
+        line.ne().process().signal(libc::SIGHUP)?;
+        line.ne().process().wait_for_log(says, SOON)
+    };
+    // A file that others can read is not taken.
+    fs::write(&file, "the second secret")?;
+    fs::set_permissions(&file, fs::Permissions::from_mode(0o644))?;
+    hang_up(&mut line, "the key that was read before stays")?;
+    fs::set_permissions(&file, fs::Permissions::from_mode(0o600))?;
+    hang_up(&mut line, &format!("new keys in {path}"))?;
+    // What is open goes on, over more keepalives than may be missed.
+    thread::sleep(Duration::from_secs(2));
+    let row = line.row("tcp/7", 0)?.context("no row")?;
+    ensure!(row["state"] == "up", "{row}");
+    line.kill_agent(0);
+    line.wait_for_state(0, "lost")?;
+    gets_no_answer(&mut line, 0, &["--tcp-md5-file", &old])?;
+    line.start_agent(0, &OFFERS, &["--keepalive", "0.3", "--tcp-md5-file", &path])?;
+    line.wait_until_serving(0)
 }
 
 #[test]

@@ -134,7 +134,7 @@ pub struct Cluster {
     pub(super) host_numbers: HostNumbers,
     /// See [`Cluster::touches`].
     pub(super) touches: u64,
-    /// Sessions or hosts came or went: panics and deaths are to be reviewed before the next plan.
+    /// Sessions or offers came or went: whether there is a panic is to be reviewed before the next plan.
     pub(super) review: bool,
     notices: VecDeque<Notice>,
 }
@@ -336,6 +336,7 @@ impl Cluster {
         self.stop_offers(address, |other, offer| other != id && offer.key.service == service);
         self.touch_server(id, change);
         self.touch_host(address, change);
+        self.review = true;
         Ok(change)
     }
 
@@ -345,6 +346,7 @@ impl Cluster {
         let service = ServiceKey::new(protocol, port);
         self.stop_offers(address, |_, offer| offer.key.service == service);
         self.touch_host(address, change);
+        self.review = true;
         change
     }
 
@@ -411,18 +413,20 @@ impl Cluster {
         {
             host.gone = Some(now);
             self.touch_host(address, change);
-            self.review = true;
             self.forget_host(address);
         }
         change
     }
 
-    /// Hosts whose neighbour entries matter: those with a session or with an id that may have flows.
+    /// Hosts whose neighbour entries matter: those with a session or with an id that may have flows; in the order of their
+    /// addresses.
     pub fn hosts(&self) -> impl Iterator<Item = Ipv4Addr> + '_ {
-        let offers = self.offers.values().filter(|offer| offer.alive);
-        let used: BTreeSet<Ipv4Addr> = offers.map(|offer| offer.key.address).collect();
-        let matters = move |address: &Ipv4Addr, host: &Host| host.session == Session::Up || used.contains(address);
-        self.hosts.iter().filter(move |(address, host)| matters(address, host)).map(|(address, _)| *address)
+        let mut used = self.offers.alive().peekable();
+        let matters = move |(address, host): &(&Ipv4Addr, &Host)| {
+            while used.next_if(|used| used < *address).is_some() {}
+            host.session == Session::Up || used.peek() == Some(*address)
+        };
+        self.hosts.iter().filter(matters).map(|(address, _)| *address)
     }
 
     /// The id of an SE's offer, if it has one that is not dead.
@@ -441,9 +445,9 @@ impl Cluster {
         self.touches
     }
 
-    /// Ids of all offers, in order.
-    pub fn server_ids(&self) -> Vec<u32> {
-        self.offers.keys().copied().collect()
+    /// Ids of all offers are below this one.
+    pub fn ids_below(&self) -> u32 {
+        self.offers.keys().next_back().map_or(0, |last| last + 1)
     }
 
     /// The next thing to tell the operator.
@@ -515,13 +519,12 @@ impl Cluster {
         }
     }
 
-    /// New flows may go to this offer, as far as its SE is concerned.
-    pub(super) fn serves(&self, offer: &Offer) -> bool {
-        let address = &offer.key.address;
-        let up = || self.hosts.get(address).is_some_and(|host| host.session == Session::Up);
+    /// New flows may go to this offer, as far as its SE is concerned; `host` is its SE's.
+    pub(super) fn serves_on(&self, offer: &Offer, host: Option<&Host>) -> bool {
+        let up = host.is_some_and(|host| host.session == Session::Up);
         offer.alive
             && match offer.state {
-                OfferState::Started => up() || self.farms[offer.key.farm].kept.contains(address),
+                OfferState::Started => up || self.farms[offer.key.farm].kept.contains(&offer.key.address),
                 OfferState::Adopted { .. } => true,
                 OfferState::Stopped => false,
             }
@@ -529,11 +532,12 @@ impl Cluster {
 
     /// Its weight in the slot table; 0: it is not in it.
     pub(super) fn weight_of(&self, offer: &Offer, now: Instant) -> u32 {
-        let address = &offer.key.address;
-        if !self.serves(offer) || !self.hosts.get(address).is_some_and(|host| host.known) {
+        let address = offer.key.address;
+        let host = self.hosts.get(&address);
+        if !self.serves_on(offer, host) || !host.is_some_and(|host| host.known) {
             return 0;
         }
-        let capacity = self.config.farms[offer.key.farm].capacity_of(*address);
+        let capacity = self.config.farms[offer.key.farm].capacity_of(address);
         weight::weight(offer.health.level(), capacity, offer.joined, self.config.slow_start, now)
     }
 }

@@ -3,30 +3,43 @@
 use std::{collections::BTreeSet, net::Ipv4Addr, time::Instant};
 
 use super::{
-    cluster::{Change, Cluster, Notice, Offer, OfferState, Session},
+    cluster::{Change, Cluster, Host, Notice, Offer, OfferState, Session},
     weight,
 };
 
 /// Servers that must be lost at once before the network between is suspected.
 const PANIC: usize = 3;
 
+/// Hosts with something started in a farm.
+#[derive(Debug, Default)]
+struct StartedHosts {
+    /// How many have a session.
+    up: usize,
+    /// Which have lost it when, in the order of their addresses.
+    lost: Vec<(Ipv4Addr, Instant)>,
+}
+
 impl Cluster {
     /// Does what is due.
     pub fn tick(&mut self, now: Instant) -> Change {
         let change = self.begin();
-        self.ticked = now;
+        let before = std::mem::replace(&mut self.ticked, now);
         for address in self.exceptions.tick(now, change) {
             self.forget_host(address);
         }
-        self.review = false;
         self.expire_adopted(now, change);
-        self.raise_slow_starts(now);
-        self.review_panic(now, change);
-        self.review_deaths(now, change);
+        self.raise_slow_starts(before, now);
+        // Time alone makes no panic and ends none: only what comes and goes does.
+        if std::mem::take(&mut self.review) {
+            self.review_panic(now, change);
+        }
+        if self.review_deaths(now, change) {
+            self.review_panic(now, change);
+        }
         change
     }
 
-    /// When [`Cluster::tick`] will next have something to do, if nothing else happens.
+    /// When [`Cluster::tick`] will next have something to do for servers, if nothing else happens.
     pub fn next_deadline(&self) -> Option<Instant> {
         let adopted = |offer: &Offer| match offer.state {
             OfferState::Adopted { until } => Some(until),
@@ -35,11 +48,15 @@ impl Cluster {
         let step = |offer: &Offer| {
             offer.joined.and_then(|joined| weight::next_step(joined, self.config.slow_start, self.ticked))
         };
-        let may_panic = self.may_panic();
-        let death = |offer: &Offer| self.death_of(offer, &may_panic).map(|(at, _)| at);
-        let of = |offer: &Offer| [adopted(offer), step(offer), death(offer)];
+        let of = |offer: &Offer| [adopted(offer), step(offer)];
         let offers = self.offers.values().filter(|offer| offer.alive).flat_map(of).flatten();
-        offers.chain(self.exceptions.next_deadline(self.ticked)).min()
+        offers.chain(self.deaths().into_iter().map(|(_, at, _)| at)).min()
+    }
+
+    /// When [`Cluster::tick`] will next have something to do for exceptions: one ends, or those of a session that is over
+    /// are still to go.
+    pub fn next_expiry(&self) -> Option<Instant> {
+        self.exceptions.next_deadline(self.ticked)
     }
 
     fn expire_adopted(&mut self, now: Instant, change: Change) {
@@ -56,15 +73,18 @@ impl Cluster {
                 offer.state = OfferState::Started;
             }
             self.touch_host(address, change);
+            self.review = true;
             self.notice(Notice::AdoptedExpired { id, address });
         }
     }
 
-    fn raise_slow_starts(&mut self, now: Instant) {
+    /// `before` is when this was done last.
+    fn raise_slow_starts(&mut self, before: Instant, now: Instant) {
         let slow_start = self.config.slow_start;
         for offer in self.offers.values_mut() {
             if let Some(joined) = offer.joined {
-                self.services[offer.service].dirty = true;
+                self.services[offer.service].dirty |=
+                    weight::next_step(joined, slow_start, before).is_some_and(|at| at <= now);
                 if weight::next_step(joined, slow_start, now).is_none() {
                     offer.joined = None;
                 }
@@ -74,9 +94,12 @@ impl Cluster {
 
     /// At least three servers of a farm, and more than half of them, lost within one keepalive interval: the network between
     /// is the likelier fault, and they go on serving until enough of them are back.
-    pub(super) fn review_panic(&mut self, now: Instant, change: Change) {
-        for farm in 0..self.farms.len() {
-            let (up, lost) = self.started_hosts(farm);
+    fn review_panic(&mut self, now: Instant, change: Change) {
+        let none_lost = self.lost_hosts().next().is_none();
+        if none_lost && self.farms.iter().all(|farm| farm.kept.is_empty()) {
+            return;
+        }
+        for (farm, StartedHosts { up, lost }) in self.started_hosts().into_iter().enumerate() {
             let kept = &self.farms[farm].kept;
             let at_once = |since: Instant| since + self.config.keepalive >= now;
             let suspects: BTreeSet<Ipv4Addr> = lost
@@ -102,15 +125,11 @@ impl Cluster {
         }
     }
 
-    /// Gives up the flows of servers whose host is gone or that stayed away for too long.
-    pub(super) fn review_deaths(&mut self, now: Instant, change: Change) {
-        let may_panic = self.may_panic();
-        let due = |(&id, offer): (&u32, &Offer)| {
-            let (at, host_gone) = self.death_of(offer, &may_panic)?;
-            (at <= now).then_some((id, host_gone))
-        };
-        let dead: Vec<(u32, bool)> = self.offers.iter().filter_map(due).collect();
-        for (id, host_gone) in dead {
+    /// Gives up the flows of servers whose host is gone or that stayed away for too long; false if there are none.
+    fn review_deaths(&mut self, now: Instant, change: Change) -> bool {
+        let mut dead = self.deaths();
+        dead.retain(|&(_, at, _)| at <= now);
+        for &(id, _, host_gone) in &dead {
             let Some(offer) = self.offers.get_mut(id) else { continue };
             (offer.alive, offer.state) = (false, OfferState::Stopped);
             let (service, address) = (offer.service, offer.key.address);
@@ -119,60 +138,73 @@ impl Cluster {
             self.services[service].touch(change);
             self.notice(Notice::Died { id, address, host_gone });
         }
+        !dead.is_empty()
     }
 
-    /// When an offer dies, as things are, and whether because its host is gone.
-    /// `may_panic` is [`Self::may_panic`]'s.
-    fn death_of(&self, offer: &Offer, may_panic: &[bool]) -> Option<(Instant, bool)> {
-        let host = self.hosts.get(&offer.key.address)?;
-        let Session::Lost { since } = host.session else { return None };
-        if !offer.alive {
-            return None;
+    /// By id, when the offers of lost hosts die, as things are, and whether because their host is gone.
+    fn deaths(&self) -> Vec<(u32, Instant, bool)> {
+        let mut enough = None;
+        let mut deaths = Vec::new();
+        for (address, host, since) in self.lost_hosts() {
+            for id in self.offers.ids_of(address) {
+                let Some(offer) = self.offers.get(&id).filter(|offer| offer.alive) else { continue };
+                let (at, host_gone) = self.death_of(offer, host, since, &mut enough);
+                deaths.push((id, at, host_gone));
+            }
         }
+        deaths
+    }
+
+    /// `enough` is for [`Self::may_panic`], once it has been asked for.
+    fn death_of(&self, offer: &Offer, host: &Host, since: Instant, enough: &mut Option<Vec<bool>>) -> (Instant, bool) {
         let farm = offer.key.farm;
         let orphaned = since + self.config.farms[farm].orphan_time;
         let orphaned = match offer.state {
             OfferState::Adopted { until } => orphaned.max(until),
             OfferState::Started | OfferState::Stopped => orphaned,
         };
-        if self.farms[farm].kept.contains(&offer.key.address) {
-            return Some((orphaned, false));
-        }
-        let Some(gone) = host.gone else { return Some((orphaned, false)) };
+        let Some(gone) = host.gone.filter(|_| !self.farms[farm].kept.contains(&offer.key.address)) else {
+            return (orphaned, false);
+        };
         // Death is for good, so it waits until it is certain that this is not the beginning of a panic.
-        let certain = if may_panic[farm] { since + self.config.keepalive } else { since };
+        let may_panic = enough.get_or_insert_with(|| self.may_panic())[farm];
+        let certain = if may_panic { since + self.config.keepalive } else { since };
         let gone = gone.max(certain);
-        Some(if gone <= orphaned { (gone, true) } else { (orphaned, false) })
+        if gone <= orphaned { (gone, true) } else { (orphaned, false) }
     }
 
     /// By farm: whether it has enough servers for a panic.
     fn may_panic(&self) -> Vec<bool> {
-        let enough = |farm| {
-            let (up, lost) = self.started_hosts(farm);
-            up + lost.len() >= PANIC
-        };
-        (0..self.farms.len()).map(enough).collect()
+        self.started_hosts().iter().map(|farm| farm.up + farm.lost.len() >= PANIC).collect()
     }
 
-    /// Hosts with something started in a farm: how many have a session, and which have lost it when.
-    fn started_hosts(&self, farm: usize) -> (usize, Vec<(Ipv4Addr, Instant)>) {
-        let serving = |offer: &&Offer| offer.key.farm == farm && offer.alive && offer.state != OfferState::Stopped;
-        let offers = self.offers.values().filter(serving);
-        // An adopted offer whose SE is still away was not lost: it has not been seen yet.
-        let started: BTreeSet<(Ipv4Addr, bool)> =
-            offers.map(|offer| (offer.key.address, offer.state == OfferState::Started)).collect();
-        let (mut up, mut lost) = (BTreeSet::new(), BTreeSet::new());
-        for (address, started) in started {
-            match self.hosts.get(&address).map(|host| host.session) {
-                Some(Session::Up) => {
-                    up.insert(address);
+    fn lost_hosts(&self) -> impl Iterator<Item = (Ipv4Addr, &Host, Instant)> {
+        self.hosts.iter().filter_map(|(address, host)| match host.session {
+            Session::Lost { since } => Some((*address, host, since)),
+            Session::Up | Session::Absent => None,
+        })
+    }
+
+    /// By farm.
+    fn started_hosts(&self) -> Vec<StartedHosts> {
+        let mut farms: Vec<StartedHosts> = self.farms.iter().map(|_| StartedHosts::default()).collect();
+        for (address, host) in &self.hosts {
+            let offers = self.offers.ids_of(*address).into_iter().filter_map(|id| self.offers.get(&id));
+            let serving = offers.filter(|offer| offer.alive && offer.state != OfferState::Stopped);
+            // An adopted offer whose SE is still away was not lost: it has not been seen yet.
+            let serving = serving.map(|offer| (offer.key.farm, offer.state == OfferState::Started));
+            match host.session {
+                Session::Up => {
+                    let of: BTreeSet<usize> = serving.map(|(farm, _)| farm).collect();
+                    of.into_iter().for_each(|farm| farms[farm].up += 1);
                 }
-                Some(Session::Lost { since }) if started => {
-                    lost.insert((address, since));
+                Session::Lost { since } => {
+                    let of: BTreeSet<usize> = serving.filter(|(_, started)| *started).map(|(farm, _)| farm).collect();
+                    of.into_iter().for_each(|farm| farms[farm].lost.push((*address, since)));
                 }
-                Some(Session::Lost { .. } | Session::Absent) | None => {}
+                Session::Absent => {}
             }
         }
-        (up.len(), lost.into_iter().collect())
+        farms
     }
 }

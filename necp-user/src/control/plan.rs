@@ -419,7 +419,7 @@ impl Cluster {
         };
         let host = self.hosts.get(&offer.key.address);
         let hop = host.and_then(|host| host.hop);
-        let takes_flows = self.serves(offer)
+        let takes_flows = self.serves_on(offer, host)
             && offer.health.level() > 0
             && self.config.farms[offer.key.farm].capacity_of(offer.key.address) > 0;
         let flag = |set: bool, flag: u8| if set { flag } else { 0 };
@@ -445,8 +445,7 @@ impl Cluster {
 
     /// The slot table that a service should have.
     fn recompute(&mut self, index: usize, now: Instant) {
-        let offers = self.offers.iter().filter(|(_, offer)| offer.service == index);
-        let members = offers.map(|(&id, offer)| Member {
+        let members = self.offers.of_service(index).map(|(id, offer)| Member {
             id,
             identity: super::stable::identity(offer.key.address, offer.key.service.protocol, offer.key.service.port),
             weight: self.weight_of(offer, now),

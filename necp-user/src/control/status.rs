@@ -2,8 +2,10 @@
 
 use std::net::Ipv4Addr;
 
+use necp_ebpf::abi;
+
 use super::{
-    cluster::{Cluster, OfferState, Session},
+    cluster::{Cluster, Host, Offer, OfferState, Session},
     config::{Forwarding, ServiceKey},
     slots::Member,
 };
@@ -56,7 +58,7 @@ pub struct ServerStatus {
     pub reachable: bool,
     /// Its last health index, 0–100; none before the first answer.
     pub health: Option<u8>,
-    /// Its weight; 0 if it gets no new flows.
+    /// Its weight, in units of 1/[`ONE`](super::weight::ONE); 0 if it gets no new flows.
     pub weight: u32,
     /// Slots it owns.
     pub slots: u32,
@@ -121,30 +123,33 @@ impl Cluster {
     }
 
     fn server_statuses(&self, service: usize) -> Vec<ServerStatus> {
-        let mut slots = std::collections::BTreeMap::<u32, u32>::new();
+        let mut slots = vec![0_u32; self.config.servers.min(abi::MAX_SERVERS) as usize];
         for &owner in self.services[service].owners.iter() {
-            *slots.entry(owner).or_default() += 1;
+            if let Some(count) = slots.get_mut(owner as usize) {
+                *count += 1;
+            }
         }
-        let offers = self.offers.iter().filter(|(_, offer)| offer.service == service);
-        let mut servers: Vec<ServerStatus> = offers
-            .map(|(&id, offer)| ServerStatus {
+        let members = &self.services[service].members;
+        let status = |(id, offer): (u32, &Offer)| {
+            let host = self.hosts.get(&offer.key.address);
+            ServerStatus {
                 id,
                 address: offer.key.address,
                 forwarding: offer.key.forwarding,
-                state: self.server_state(id),
-                reachable: self.hosts.get(&offer.key.address).is_some_and(|host| host.reachable()),
+                state: self.server_state(id, offer, host),
+                reachable: host.is_some_and(Host::reachable),
                 health: offer.health.index(),
-                weight: weight_of(&self.services[service].members, id),
-                slots: slots.get(&id).copied().unwrap_or(0),
-            })
-            .collect();
-        servers.sort_by_key(|server| (server.address, server.id));
+                weight: weight_of(members, id),
+                slots: slots.get(id as usize).copied().unwrap_or(0),
+            }
+        };
+        let mut servers: Vec<ServerStatus> = self.offers.of_service(service).map(status).collect();
+        servers.sort_unstable_by_key(|server| (server.address, server.id));
         servers
     }
 
-    fn server_state(&self, id: u32) -> ServerState {
-        let offer = &self.offers[&id];
-        let up = self.hosts.get(&offer.key.address).is_some_and(|host| matches!(host.session, Session::Up));
+    fn server_state(&self, id: u32, offer: &Offer, host: Option<&Host>) -> ServerState {
+        let up = host.is_some_and(|host| host.session == Session::Up);
         match offer.state {
             _ if !offer.alive => ServerState::Dead,
             OfferState::Started if up => ServerState::Up,

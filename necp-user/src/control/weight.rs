@@ -11,6 +11,8 @@ const DEADBAND: u8 = 12;
 pub const CAPACITY_ONE: u32 = 1000;
 /// The largest capacity, in thousandths.
 pub const CAPACITY_MAX: u32 = 1_000_000;
+/// The weight of a server of capacity 1.0 with health 100 that is past its slow start.
+pub const ONE: u32 = 100 * CAPACITY_ONE;
 /// Steps of a slow start.
 const STEPS: u32 = 5;
 

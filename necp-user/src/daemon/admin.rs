@@ -6,6 +6,7 @@
 
 mod ask;
 
+use std::fmt;
 use std::io;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
@@ -18,7 +19,7 @@ use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::Semaphore;
 use tokio::time::timeout;
 
-pub use ask::{Unreachable, Who, ask};
+pub use ask::{Unreachable, Who, ask, ask_as};
 
 /// Longest request, in bytes.
 const REQUEST_MAX: u64 = 4096;
@@ -58,10 +59,10 @@ impl AdminSocket {
         Ok(Self { listener, path: path.into() })
     }
 
-    /// Serves until it is dropped; `answer` makes an answer of each line.
+    /// Serves until it is dropped; `answer` makes an answer of each line: JSON, in one line.
     pub async fn serve<F>(self, answer: impl Fn(String) -> F + Clone + Send + 'static)
     where
-        F: Future<Output = Value> + Send,
+        F: Future<Output: fmt::Display> + Send,
     {
         let places = Arc::new(Semaphore::new(CLIENTS));
         loop {
@@ -92,7 +93,10 @@ impl Drop for AdminSocket {
     }
 }
 
-async fn client<F: Future<Output = Value>>(stream: UnixStream, answer: impl Fn(String) -> F) -> io::Result<()> {
+async fn client<F>(stream: UnixStream, answer: impl Fn(String) -> F) -> io::Result<()>
+where
+    F: Future<Output: fmt::Display>,
+{
     let (reader, mut writer) = stream.into_split();
     let mut reader = BufReader::new(reader).take(REQUEST_MAX);
     let mut line = Vec::new();
@@ -162,7 +166,7 @@ mod tests {
         });
         let at = path.clone();
         let fetched = tokio::task::spawn_blocking(move || status::fetch(&at)).await.expect("no panic");
-        assert_eq!(fetched.expect("a status").1, sample());
+        assert_eq!(fetched.expect("a status"), sample());
 
         assert!(say(&path, "{\"command\":\"stop\"}\n").await.contains("unknown command `stop`; there is: status"));
         assert!(say(&path, "\u{0}\n").await.starts_with("{\"error\""));

@@ -18,7 +18,7 @@ pub mod lock;
 pub mod owner;
 pub mod vips;
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -34,7 +34,7 @@ use tokio::task::JoinSet;
 
 use self::hosts::Hosts;
 use self::input::Input;
-use self::keys::Keys;
+use self::keys::{Keys, Reloaded};
 use self::limits::Limits;
 use self::listener::{Door, Protections};
 use self::lock::InstanceLock;
@@ -176,21 +176,21 @@ async fn serve(config: NeConfig, keys: HashMap<PathBuf, Key>, leave: bool) -> an
     let _lock = InstanceLock::acquire(&config.pin)?;
     let admin = AdminSocket::bind(&config.socket)
         .with_context(|| format!("cannot listen on the admin socket {}", config.socket.display()))?;
-    let protections = Protections::read(&config)?;
+    let mut protections = Protections::read(&config)?;
     let keys = Keys::new(Arc::clone(&config), keys)?;
     let mut listeners = Vec::new();
     for address in &config.listen {
         let listener = listener::bind(*address, &protections).with_context(|| format!("cannot listen on {address}"))?;
-        listeners.push(listener);
+        listeners.push(Arc::new(listener));
     }
     let (mut owner, mut inputs, sender, mut changes, door) = start(&config, &keys).await?;
 
     let mut tasks = JoinSet::new();
     tasks.spawn(admin.serve(commands::answers(sender)));
-    tasks.spawn(follow_hangups(Arc::clone(&keys))?);
-    for listener in listeners {
-        tasks.spawn(Arc::clone(&door).serve(listener));
+    for listener in &listeners {
+        tasks.spawn(Arc::clone(&door).serve(Arc::clone(listener)));
     }
+    tasks.spawn(follow_hangups(move || [keys.reload(), protections.reload(&listeners)])?);
     tracing::info!("listening on {}", list(&config.listen));
     let leave = std::sync::atomic::AtomicBool::new(leave);
     let stop = async { leave.store(end.wait().await, std::sync::atomic::Ordering::Relaxed) };
@@ -232,7 +232,7 @@ async fn start(
     let hosts = Hosts::new(neighbours, ports.iter().cloned());
     let vips = if config.manage_vips {
         let all = config.farms.iter().flat_map(|farm| farm.vips.iter().copied());
-        let distinct: std::collections::BTreeSet<_> = all.collect();
+        let distinct: BTreeSet<_> = all.collect();
         Some(Vips::put(distinct.into_iter().collect(), &ports).await?)
     } else {
         None
@@ -293,14 +293,15 @@ impl End {
 }
 
 /// SIGHUP: the key files have changed.
-fn follow_hangups(keys: Arc<Keys>) -> anyhow::Result<impl Future<Output = ()> + use<>> {
+fn follow_hangups(mut reload: impl FnMut() -> [Reloaded; 2] + Send) -> anyhow::Result<impl Future<Output = ()> + Send> {
     let mut hangups = signal(SignalKind::hangup()).context("signals")?;
     Ok(async move {
         while hangups.recv().await.is_some() {
-            let keys::Reloaded { changed, failed } = keys.reload();
-            for error in &failed {
+            let reloaded = reload();
+            for error in reloaded.iter().flat_map(|one| &one.failed) {
                 tracing::error!("SIGHUP: {error}; the key that was read before stays");
             }
+            let changed: BTreeSet<_> = reloaded.iter().flat_map(|one| &one.changed).collect();
             let changed: Vec<_> = changed.iter().map(|path| path.display().to_string()).collect();
             tracing::info!(
                 "SIGHUP: key files read again, {}",

@@ -7,6 +7,7 @@
 mod client;
 pub mod render;
 
+use std::borrow::Cow;
 use std::net::Ipv4Addr;
 
 use serde::{Deserialize, Serialize};
@@ -134,14 +135,15 @@ pub struct Server {
     /// The server's address.
     pub address: Ipv4Addr,
     /// `l2`, `gre` or `l3`.
-    pub forwarding: String,
+    pub forwarding: Cow<'static, str>,
     /// `up`, `adopted`, `lost`, `kept`, `draining`, `stopped` or `dead`.
-    pub state: String,
+    pub state: Cow<'static, str>,
     /// Whether its next hop is known and answers.
     pub reachable: bool,
     /// Its last health index, 0 to 100; null before the first answer.
     pub health: Option<u8>,
-    /// Its weight; 0 if it gets no new flows.
+    /// Its weight, health × capacity × slow start, in units of 1/100,000: 100,000 is a server of capacity 1.0 with health 100
+    /// that is past its slow start. 0 if it gets no new flows.
     pub weight: u32,
     /// Slots that it owns.
     pub slots: u32,
@@ -172,9 +174,9 @@ pub struct Server {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Packets {
     /// The reason's name.
-    pub reason: String,
+    pub reason: Cow<'static, str>,
     /// `pass`, `transmit` or `drop`.
-    pub action: String,
+    pub action: Cow<'static, str>,
     /// So far.
     pub packets: u64,
     /// Per second.

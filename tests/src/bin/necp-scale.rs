@@ -11,7 +11,9 @@ use necp_tests::{process, scale::Scale};
 /// Every session is a server of its own address, on one link with the balancer, that starts its services and answers
 /// keepalives. Needs root.
 #[derive(Parser)]
-#[command(after_help = "Examples:\n  cargo xtask bench --sessions 10000\n  necp-scale --sessions 2000 --services 4")]
+#[command(
+    after_help = "Examples:\n  cargo xtask bench --sessions 10000\n  cargo xtask bench --sessions 10000 -- --services 4 --keys\n  necp-scale --sessions 2000 --services 4"
+)]
 struct Args {
     /// Sessions
     #[arg(long, default_value_t = 10_000)]
@@ -25,6 +27,9 @@ struct Args {
     /// Seconds between two keepalives
     #[arg(long, default_value_t = 5.0)]
     keepalive: f64,
+    /// All of them prove themselves with a key
+    #[arg(long)]
+    keys: bool,
 }
 
 fn main() -> Result<()> {
@@ -35,9 +40,11 @@ fn main() -> Result<()> {
         services: args.services,
         watch: Duration::from_secs(args.seconds),
         keepalive: Duration::from_secs_f64(args.keepalive),
+        keys: args.keys,
     };
     let figures = scale.run()?;
-    println!("{} sessions of {} service(s), keepalive {} s", args.sessions, args.services, args.keepalive);
+    let keys = if args.keys { ", with a key" } else { "" };
+    println!("{} sessions of {} service(s), keepalive {} s{keys}", args.sessions, args.services, args.keepalive);
     println!("{figures}");
     ensure!(figures.lost == 0, "sessions were lost without a cause");
     Ok(())

@@ -189,9 +189,8 @@ impl Bench {
 
     /// Whether both counted the same for every server since the last call.
     fn counted(&mut self) -> Result<Result<(), String>, String> {
-        let ids: Vec<u32> = (0..SERVERS).collect();
-        let kernel = self.kernel.plane().server_stats(&ids).map_err(|error| error.to_string())?;
-        let host: Vec<_> = ids.iter().map(|&id| self.host.stats(id)).collect();
+        let kernel = self.kernel.plane().server_stats(SERVERS).map_err(|error| error.to_string())?;
+        let host: Vec<_> = (0..SERVERS).map(|id| self.host.stats(id)).collect();
         let [kernel_before, host_before] = std::mem::replace(&mut self.stats, [kernel.clone(), host.clone()]);
         let since = |now: &[ServerStats], then: &[ServerStats]| -> Vec<[u64; 4]> {
             let pairs = now.iter().zip(then);

@@ -10,6 +10,8 @@ use super::{
     *,
 };
 
+mod capacity;
+
 const TCP: u8 = 6;
 
 #[test]
@@ -229,6 +231,59 @@ fn losses_far_apart_or_of_a_minority_are_no_panic() {
     assert_eq!(bed.cluster.poll_notice(), None, "three of seven");
     (1..=7).for_each(|number| bed.stop(number));
     assert_eq!(bed.cluster.poll_notice(), None, "stopped is not lost");
+}
+
+#[test]
+fn a_panic_takes_three_servers_more_than_half_and_one_keepalive() {
+    // Servers, how many of them are lost, seconds from one loss to the next; keepalives come every five.
+    for (servers, lost, apart, panics) in [
+        (3, 3, 0, true),
+        (4, 3, 0, true),
+        (5, 3, 0, true),
+        (6, 3, 0, false),
+        (6, 4, 0, true),
+        (4, 2, 0, false),
+        (3, 2, 0, false),
+        (1, 1, 0, false),
+        (9, 5, 0, true),
+        (10, 5, 0, false),
+        (9, 5, 1, true),
+        (9, 5, 2, false),
+    ] {
+        let case = format!("{lost} of {servers}, {apart} s apart");
+        let mut bed = Bed::new();
+        let ids: Vec<u32> = (1..=servers).map(|number| bed.serve(number)).collect();
+        let owners = |bed: &Bed| bed.slots(0).iter().map(|slot| slot.owner()).collect::<Vec<_>>();
+        let table = owners(&bed);
+        for number in 1..=lost {
+            bed.lose(number);
+            if number < lost {
+                bed.wait(apart);
+            }
+        }
+        let notice = panics.then_some(Notice::PanicBegan { farm: 0 });
+        assert_eq!(bed.cluster.poll_notice(), notice, "{case}");
+        assert_eq!(bed.cluster.snapshot().farms[0].alarm, panics, "{case}");
+        assert_eq!(owners(&bed) == table, panics, "{case}: the last table is kept");
+        assert_eq!(ids.iter().all(|&id| bed.accepts(id)), panics, "{case}");
+        // Time alone neither begins nor ends it.
+        bed.wait(100);
+        assert_eq!(bed.cluster.snapshot().farms[0].alarm, panics, "{case}, later");
+    }
+}
+
+#[test]
+fn kept_servers_that_stay_away_for_orphan_time_end_the_panic() {
+    let mut bed = Bed::new();
+    let ids: Vec<u32> = (1..=5).map(|number| bed.serve(number)).collect();
+    (1..=4).for_each(|number| bed.lose(number));
+    assert!(bed.cluster.snapshot().farms[0].alarm);
+    let orphaned = bed.cluster.next_deadline().expect("they cannot stay away for ever");
+    bed.now = orphaned;
+    bed.sync();
+    assert!(!bed.cluster.snapshot().farms[0].alarm, "there is nothing left to keep");
+    assert!(ids[..4].iter().all(|&id| !bed.cluster.is_alive(id)));
+    assert_eq!(bed.owned(ids[4]), 11);
 }
 
 #[test]

@@ -121,7 +121,7 @@ fn an_entry_ends_with_its_time_and_a_second_add_prolongs_it() {
     bed.cluster.except_add(se(1), &Exception { ttl: 3, ..global(clients()) }, bed.now).unwrap();
     bed.sync();
     let begun = bed.now;
-    let due = bed.cluster.next_deadline().expect("something expires");
+    let due = bed.cluster.next_expiry().expect("something expires");
     assert!(due >= begun + Duration::from_secs(3) && due <= begun + Duration::from_millis(3250), "{:?}", due - begun);
     bed.now = begun + Duration::from_millis(2990);
     bed.sync();
@@ -138,7 +138,7 @@ fn an_entry_ends_with_its_time_and_a_second_add_prolongs_it() {
     );
     bed.now = begun + Duration::from_millis(10_250);
     bed.sync();
-    assert_eq!((list(&bed, Filter::default(), 9).len(), bed.cluster.next_deadline()), (0, None));
+    assert_eq!((list(&bed, Filter::default(), 9).len(), bed.cluster.next_expiry()), (0, None));
     assert_no_exception_in_maps(&bed);
 }
 
@@ -254,13 +254,13 @@ fn a_reset_of_many_is_answered_when_the_last_is_gone_and_a_new_session_is_not_di
     assert_eq!(bed.connect(1), 0);
     let reset = bed.cluster.except_reset(se(1), bed.now);
     let applied = bed.sync();
-    assert_eq!((applied.outcome(reset), bed.cluster.next_deadline()), (None, Some(bed.now)));
+    assert_eq!((applied.outcome(reset), bed.cluster.next_expiry()), (None, Some(bed.now)));
     // The same flows again, while the old entry may still be there.
     let again = bed.cluster.except_add(se(1), &local(numbered(0)), bed.now).unwrap();
     let applied = bed.sync();
     assert_eq!((applied.outcome(reset), applied.outcome(again)), (None, Some(true)));
     assert_eq!(bed.sync().outcome(reset), Some(true));
-    assert_eq!((bed.cluster.exception_counts().entries, bed.cluster.next_deadline()), (1, None));
+    assert_eq!((bed.cluster.exception_counts().entries, bed.cluster.next_expiry()), (1, None));
     let left: Vec<abi::Exception> =
         (0..records).filter_map(|number| bed.view.exception_record(number)).filter(|one| one.state != 0).collect();
     assert_eq!(left.len(), 1, "{left:?}");
@@ -417,7 +417,7 @@ fn a_million_exceptions_take_little_room_and_leave_in_small_batches() {
     assert!(bytes / number as usize <= 200, "{} bytes an entry", bytes / number as usize);
     bed.lose(1);
     let (mut batches, mut longest) = (1, Duration::ZERO);
-    while bed.cluster.next_deadline().is_some_and(|at| at <= bed.now) {
+    while bed.cluster.next_expiry().is_some_and(|at| at <= bed.now) {
         let begun = Instant::now();
         bed.sync();
         (batches, longest) = (batches + 1, longest.max(begun.elapsed()));

@@ -1,11 +1,14 @@
 //! The other end of an admin socket, for the commands.
 
+use std::collections::HashMap;
 use std::fmt;
 use std::io::{self, BufRead as _, BufReader, Write as _};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use serde::Deserialize;
+use serde::de::DeserializeOwned;
 use serde_json::Value;
 
 /// Who is asked.
@@ -79,6 +82,21 @@ fn as_root(source: &io::Error) -> &'static str {
 /// # Errors
 /// See [`Unreachable`].
 pub fn ask(who: Who, socket: &Path, request: &Value, key: &str, patience: Duration) -> Result<Value, Unreachable> {
+    let mut answer: HashMap<String, Value> = ask_as(who, socket, request, patience)?;
+    let missing = || format!("there is no `{key}` in it");
+    answer.remove(key).ok_or_else(|| Unreachable::Answer { who, path: socket.into(), what: missing() })
+}
+
+/// As [`ask`], for the whole of an answer that is no error: of megabytes it makes what is wanted, and nothing else.
+///
+/// # Errors
+/// See [`Unreachable`].
+pub fn ask_as<T: DeserializeOwned>(
+    who: Who,
+    socket: &Path,
+    request: &Value,
+    patience: Duration,
+) -> Result<T, Unreachable> {
     let connect = |source| Unreachable::Connect { who, path: socket.into(), source };
     let failed = |what: &dyn fmt::Display| Unreachable::Answer { who, path: socket.into(), what: what.to_string() };
     let mut stream = UnixStream::connect(socket).map_err(connect)?;
@@ -86,10 +104,15 @@ pub fn ask(who: Who, socket: &Path, request: &Value, key: &str, patience: Durati
     stream.write_all(format!("{request}\n").as_bytes()).map_err(|error| failed(&error))?;
     let mut line = String::new();
     BufReader::new(stream).read_line(&mut line).map_err(|error| failed(&error))?;
-    let mut answer: Value = serde_json::from_str(&line).map_err(|error| failed(&error))?;
-    if let Some(error) = answer.get("error") {
-        let what = error.as_str().map_or_else(|| error.to_string(), str::to_owned);
-        return Err(Unreachable::Error { who, what });
+    if let Ok(Refusal { error }) = serde_json::from_str(&line) {
+        return Err(Unreachable::Error { who, what: error.as_str().map_or_else(|| error.to_string(), str::to_owned) });
     }
-    answer.get_mut(key).map(Value::take).ok_or_else(|| failed(&format_args!("there is no `{key}` in it")))
+    serde_json::from_str(&line).map_err(|error| failed(&error))
+}
+
+/// What the answer is if there is none.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Refusal {
+    error: Value,
 }

@@ -1,6 +1,6 @@
 //! Where the servers' hosts are: routes and neighbour entries, kept as the kernel has them, for the hosts that matter.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::net::Ipv4Addr;
 use std::time::{Duration, Instant};
 
@@ -83,7 +83,7 @@ impl Hosts {
     }
 
     /// Hosts that nobody asks for any more are forgotten.
-    pub fn keep(&mut self, wanted: &BTreeSet<Ipv4Addr>) {
+    pub fn keep(&mut self, wanted: &HashSet<Ipv4Addr>) {
         self.to_refresh.retain(|host| wanted.contains(host));
         self.routes.retain(|host, _| wanted.contains(host));
         self.by_next_hop.retain(|_, hosts| {

@@ -1,10 +1,13 @@
 //! The keys of all farms, as their files say; read at the start, and again on SIGHUP.
 
 use std::collections::HashMap;
+use std::io;
 use std::net::Ipv4Addr;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
+
+use ipnet::Ipv4Net;
 
 use crate::config::ne::{NeConfig, Proof};
 use crate::daemon::status::Rejected;
@@ -23,8 +26,26 @@ pub struct Keys {
 pub struct Reloaded {
     /// Files that hold another key than before.
     pub changed: Vec<PathBuf>,
-    /// Files that are wrong: the keys that they held before stay.
-    pub failed: Vec<KeyFileError>,
+    /// What is wrong: the keys that were there before stay.
+    pub failed: Vec<ReloadError>,
+}
+
+/// Why a key was not taken.
+#[derive(Debug, thiserror::Error)]
+pub enum ReloadError {
+    /// Its file is wrong.
+    #[error(transparent)]
+    File(#[from] KeyFileError),
+    /// The kernel does not take it.
+    #[error("the TCP-MD5 key of {net} in {} cannot be set: {source}", path.display())]
+    Socket {
+        /// Whose key.
+        net: Ipv4Net,
+        /// Its file.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
 }
 
 impl Keys {
@@ -62,7 +83,7 @@ impl Keys {
                         reloaded.changed.push(file.into());
                     }
                 }
-                Err(error) => reloaded.failed.push(error),
+                Err(error) => reloaded.failed.push(error.into()),
             }
         }
         reloaded

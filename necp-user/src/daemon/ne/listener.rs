@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::io;
 use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4};
 use std::num::NonZeroU8;
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -14,7 +15,7 @@ use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 
 use super::input::{Input, SessionId};
-use super::keys::{Keys, Tally};
+use super::keys::{Keys, ReloadError, Reloaded, Tally};
 use super::limits::Limits;
 use crate::config::ne::NeConfig;
 use crate::daemon::peer::{self, Ended, Patron};
@@ -74,7 +75,15 @@ struct Counts {
 #[derive(Debug, Default)]
 pub struct Protections {
     ttl_hops: Option<NonZeroU8>,
-    md5: Vec<(Ipv4Net, Md5Key)>,
+    md5: Vec<Md5>,
+}
+
+/// The key of some addresses, and its file.
+#[derive(Debug)]
+struct Md5 {
+    net: Ipv4Net,
+    path: PathBuf,
+    key: Md5Key,
 }
 
 impl Protections {
@@ -84,8 +93,32 @@ impl Protections {
     /// The first key file that cannot be used.
     pub fn read(config: &NeConfig) -> Result<Self, KeyFileError> {
         let files = config.farms.iter().flat_map(|farm| &farm.tcp_md5);
-        let md5 = files.map(|(net, path)| Ok((*net, Md5Key::read(path)?))).collect::<Result<_, _>>()?;
-        Ok(Self { ttl_hops: config.ttl_security, md5 })
+        let md5 = files.map(|(net, path)| Ok(Md5 { net: *net, path: path.clone(), key: Md5Key::read(path)? }));
+        Ok(Self { ttl_hops: config.ttl_security, md5: md5.collect::<Result<_, _>>()? })
+    }
+
+    /// Reads the key files of TCP-MD5 again. What `listeners` accept from now on has the new keys; what they have accepted
+    /// goes on with the old ones.
+    pub fn reload(&mut self, listeners: &[Arc<TcpListener>]) -> Reloaded {
+        let mut reloaded = Reloaded::default();
+        for Md5 { net, path, key } in &mut self.md5 {
+            let new = match Md5Key::read(path) {
+                Ok(new) if new == *key => continue,
+                Ok(new) => new,
+                Err(error) => {
+                    reloaded.failed.push(error.into());
+                    continue;
+                }
+            };
+            match listeners.iter().try_for_each(|listener| tcp_security::set_md5(&**listener, *net, &new)) {
+                Ok(()) => {
+                    *key = new;
+                    reloaded.changed.push(path.clone());
+                }
+                Err(source) => reloaded.failed.push(ReloadError::Socket { net: *net, path: path.clone(), source }),
+            }
+        }
+        reloaded
     }
 }
 
@@ -98,7 +131,7 @@ pub fn bind(address: SocketAddrV4, protections: &Protections) -> io::Result<TcpL
     if let Some(hops) = protections.ttl_hops {
         tcp_security::set_ttl_security(&socket, hops)?;
     }
-    for (net, key) in &protections.md5 {
+    for Md5 { net, key, .. } in &protections.md5 {
         tcp_security::set_md5(&socket, *net, key)?;
     }
     socket.set_reuseaddr(true)?;
@@ -122,7 +155,7 @@ impl Door {
     }
 
     /// Serves all who come, until it is dropped; then all its sessions are.
-    pub async fn serve(self: Arc<Self>, listener: TcpListener) {
+    pub async fn serve(self: Arc<Self>, listener: Arc<TcpListener>) {
         let mut sessions = JoinSet::new();
         loop {
             tokio::select! {

@@ -8,7 +8,7 @@ mod acks;
 mod exceptions;
 mod report;
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::net::Ipv4Addr;
 use std::ops::Bound;
 use std::sync::Arc;
@@ -91,8 +91,10 @@ pub struct Owner {
     urgent: bool,
     /// When what can wait may be written.
     next_write: Instant,
-    /// When time alone has something to be written, as of the last write.
+    /// When time alone has something to be written for servers, as of the last write.
     deadline: Option<Instant>,
+    /// The same for exceptions: it does not wait for [`Owner::next_write`].
+    expiry: Option<Instant>,
     /// Answers may be due.
     release: bool,
     failed_writes: u64,
@@ -145,6 +147,7 @@ impl Owner {
             urgent: true,
             next_write: now,
             deadline: None,
+            expiry: None,
             release: true,
             failed_writes: 0,
             retry: None,
@@ -183,6 +186,7 @@ impl Owner {
                 Some(change) = changes.next() => self.on_change(change),
                 () = sleep_until(due.into()) => {}
             }
+            self.mark_due(Instant::now());
             self.gather(inputs, changes).await;
             self.do_what_is_due().await;
             if self.dirty && (self.urgent || self.next_write <= Instant::now()) {
@@ -431,19 +435,23 @@ impl Owner {
             return Instant::now();
         }
         let write = if self.dirty { Some(self.next_write) } else { self.deadline.map(|at| at.max(self.next_write)) };
-        let times = [self.retry, self.refresh_at, write, self.acks.next()];
+        let times = [self.retry, self.refresh_at, write, self.expiry, self.acks.next()];
         for time in times.into_iter().flatten().chain(self.announcements.iter().copied()) {
             due = due.min(time);
         }
         due
     }
 
-    async fn do_what_is_due(&mut self) {
-        let now = Instant::now();
+    /// What time alone makes to be written.
+    fn mark_due(&mut self, now: Instant) {
         self.dirty |= self.deadline.is_some_and(|at| at <= now);
-        if self.retry.is_some_and(|at| at <= now) {
+        if [self.retry, self.expiry].into_iter().flatten().any(|at| at <= now) {
             self.must_write();
         }
+    }
+
+    async fn do_what_is_due(&mut self) {
+        let now = Instant::now();
         self.lists.step(&self.cluster);
         if self.next_batch <= now {
             self.collect(now);
@@ -469,7 +477,7 @@ impl Owner {
 
     fn once_a_second(&mut self, now: Instant) {
         self.plane.flush_logs();
-        let wanted: BTreeSet<Ipv4Addr> = self.cluster.hosts().collect();
+        let wanted: HashSet<Ipv4Addr> = self.cluster.hosts().collect();
         self.lost.retain(|host| wanted.contains(host) && !self.sessions.contains_key(host));
         self.hosts.keep(&wanted);
         self.probe_lost();
@@ -514,7 +522,10 @@ impl Owner {
         let applied = self.cluster.sync(&self.plane.view(), now);
         self.deadline = self.cluster.next_deadline();
         (self.dirty, self.urgent, self.release) = (false, false, true);
-        self.next_write = Instant::now() + (now.elapsed() * WAIT_FACTOR).min(WAIT_MAX);
+        let (ended, took) = (Instant::now(), now.elapsed());
+        self.next_write = ended + (took * WAIT_FACTOR).min(WAIT_MAX);
+        // If very many end at once, others have half of the time.
+        self.expiry = self.cluster.next_expiry().map(|at| at.max(ended + took));
         if let Some(error) = applied.errors.first() {
             if self.retry.is_none() {
                 tracing::error!(%error, "{} writes to the maps failed; they are retried", applied.errors.len());

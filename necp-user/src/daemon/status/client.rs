@@ -5,13 +5,15 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
+use serde::Deserialize;
+
 use super::{Status, render};
 use crate::config::ne::SOCKET;
-use crate::daemon::admin::{Unreachable, Who, ask};
+use crate::daemon::admin::{Unreachable, Who, ask_as};
 use crate::daemon::se::ctl;
 
-/// How long the daemon may take to answer.
-const PATIENCE: Duration = Duration::from_secs(5);
+/// How long the daemon may take to answer; after five seconds it says itself that it cannot.
+const PATIENCE: Duration = Duration::from_secs(8);
 
 /// `necp status`: farms, services and servers of the network element that runs on this host. On a host that has an agent
 /// (`necp se`) and no network element: the agent, its network elements, health and exceptions.
@@ -45,8 +47,9 @@ pub fn run(args: &Args) -> ExitCode {
         return ctl::status::run(&socket(ctl::SOCKET), args.json);
     }
     match fetch(&socket(SOCKET)) {
-        Ok((line, status)) => {
-            let text = if args.json { line } else { render::tables(&status) };
+        Ok(status) => {
+            let json = || serde_json::to_string_pretty(&status).unwrap_or_default();
+            let text = if args.json { json() } else { render::tables(&status) };
             // Who reads on a closed pipe has seen enough.
             let _ = writeln!(io::stdout(), "{}", text.trim_end());
             ExitCode::SUCCESS
@@ -58,17 +61,15 @@ pub fn run(args: &Args) -> ExitCode {
     }
 }
 
-/// The daemon's answer, as it came and as it is understood.
+/// What the daemon answers.
 ///
 /// # Errors
 /// See [`Unreachable`].
-pub fn fetch(socket: &Path) -> Result<(String, Status), Unreachable> {
-    let status = ask(Who::Ne, socket, &serde_json::json!({"command": "status"}), "status", PATIENCE)?;
-    let text = format!("{status:#}");
-    let status = serde_json::from_value(status).map_err(|error| Unreachable::Answer {
-        who: Who::Ne,
-        path: socket.into(),
-        what: error.to_string(),
-    })?;
-    Ok((text, status))
+pub fn fetch(socket: &Path) -> Result<Status, Unreachable> {
+    #[derive(Deserialize)]
+    struct Answer {
+        status: Status,
+    }
+    let answer: Answer = ask_as(Who::Ne, socket, &serde_json::json!({"command": "status"}), PATIENCE)?;
+    Ok(answer.status)
 }

@@ -5,6 +5,7 @@ use std::fmt::Write as _;
 use comfy_table::{CellAlignment, Table, presets};
 
 use super::{Exceptions, Farm, Status};
+use crate::control::weight::ONE;
 
 /// Servers named in the line of exceptions, those with the most.
 const SERVERS_SHOWN: usize = 5;
@@ -74,14 +75,14 @@ fn farm_text(farm: &Farm) -> String {
             table.add_row(row);
         }
         for server in &service.servers {
-            let state = if server.reachable { server.state.clone() } else { format!("{}, unreachable", server.state) };
+            let unreachable = if server.reachable { "" } else { ", unreachable" };
             table.add_row([
                 service.service.clone(),
                 server.address.to_string(),
-                server.forwarding.clone(),
-                state,
+                server.forwarding.to_string(),
+                format!("{}{unreachable}", server.state),
                 server.health.map_or_else(|| "-".into(), |health| health.to_string()),
-                server.weight.to_string(),
+                weight(server.weight),
                 server.slots.to_string(),
                 format!("{:.1}%", server.slots_percent),
                 server.flows_on_record.to_string(),
@@ -117,7 +118,7 @@ fn packets(status: &Status) -> String {
     let mut table = table(&["REASON", "ACTION", "PACKETS", "PER SECOND"]);
     for packets in status.packets.iter().filter(|packets| packets.packets > 0) {
         let numbers = [packets.packets.to_string(), rate(packets.per_second)];
-        table.add_row([packets.reason.clone(), packets.action.clone()].into_iter().chain(numbers));
+        table.add_row([packets.reason.to_string(), packets.action.to_string()].into_iter().chain(numbers));
     }
     finish(table, 2, &mut text);
     text
@@ -185,6 +186,12 @@ pub(in crate::daemon) fn duration(seconds: u64) -> String {
     }
 }
 
+/// `1.00`: health 100, capacity 1.0.
+fn weight(weight: u32) -> String {
+    let share = f64::from(weight) / f64::from(ONE);
+    if weight > 0 && share < 0.01 { "<0.01".into() } else { format!("{share:.2}") }
+}
+
 fn rate(rate: f64) -> String {
     if rate > 0.0 && rate < 10.0 { format!("{rate:.1}") } else { format!("{rate:.0}") }
 }
@@ -210,14 +217,14 @@ mod tests {
     use crate::daemon::status::{ExceptionsOf, Interface, Packets, Rejected, Server, Service, Strangers};
 
     pub fn sample() -> Status {
-        let server = |address: [u8; 4], state: &str, health, slots: u32| Server {
+        let server = |address: [u8; 4], state: &'static str, health, slots: u32| Server {
             id: 2 + slots,
             address: address.into(),
             forwarding: "l2".into(),
             state: state.into(),
             reachable: slots > 0,
             health,
-            weight: slots * 10,
+            weight: slots * 500,
             slots,
             slots_percent: f64::from(slots * 100 / 251),
             flows_on_record: 12,
@@ -298,8 +305,8 @@ ALARM: farm web: most servers were lost at once
 
 farm web at 192.0.2.10, authenticated
   SERVICE  SERVER     BY  STATE              HEALTH  WEIGHT  SLOTS   SHARE  RECORDS  FLOWS/S  PACKETS/S    BYTES
-  tcp/80   10.0.0.11  l2  up                    100    2510    251  100.0%       12      3.2      51234  1.2 MiB
-  tcp/80   10.0.0.12  l2  lost, unreachable       -       0      0    0.0%       12      3.2      51234  1.2 MiB
+  tcp/80   10.0.0.11  l2  up                    100    1.25    251  100.0%       12      3.2      51234  1.2 MiB
+  tcp/80   10.0.0.12  l2  lost, unreachable       -    0.00      0    0.0%       12      3.2      51234  1.2 MiB
   udp/443  no server  -   -                       -       -      -       -        -        -          -        -
   exceptions: 20 local, 1 global, 3 of 32 masks; by server (at most 65536): \
 10.0.0.11 6, 10.0.0.12 5, 10.0.0.13 4, 10.0.0.14 3, 10.0.0.15 2, 2 more
@@ -324,6 +331,10 @@ rejected by authentication: 2 wrong credential, 1 INIT sent again
 
     #[test]
     fn numbers_are_short() {
+        assert_eq!(
+            [0, 1, 999, 1000, 50_000, 100_000, 1000 * ONE].map(weight),
+            ["0.00", "<0.01", "<0.01", "0.01", "0.50", "1.00", "1000.00"]
+        );
         assert_eq!([0.0, 0.25, 9.94, 10.0, 1234.5].map(rate), ["0", "0.2", "9.9", "10", "1234"]);
         assert_eq!(
             [0, 1023, 1024, 1_048_575, u64::MAX].map(bytes),

@@ -25,7 +25,8 @@ pub(super) struct Sampler {
     at: Instant,
     seconds: f64,
     reasons: [[u64; REASONS as usize]; 2],
-    servers: HashMap<u32, [ServerStats; 2]>,
+    /// By server id.
+    servers: Vec<[ServerStats; 2]>,
     links: HashMap<u32, bool>,
     failing: bool,
 }
@@ -38,7 +39,7 @@ impl Sampler {
             at: now,
             seconds: 0.0,
             reasons: [[0; REASONS as usize]; 2],
-            servers: HashMap::new(),
+            servers: Vec::new(),
             links: HashMap::new(),
             failing: false,
         }
@@ -55,10 +56,8 @@ impl Sampler {
         match read(plane, cluster) {
             Ok((reasons, servers)) => {
                 self.reasons = [if first { reasons } else { self.reasons[1] }, reasons];
-                self.servers = servers
-                    .into_iter()
-                    .map(|(id, now)| (id, [self.servers.get(&id).map_or(now, |old| old[1]), now]))
-                    .collect();
+                let before = |id: usize, now| self.servers.get(id).map_or(now, |old| old[1]);
+                self.servers = servers.into_iter().enumerate().map(|(id, now)| [before(id, now), now]).collect();
                 self.seconds = now.duration_since(self.at).as_secs_f64().max(f64::MIN_POSITIVE);
                 self.at = now;
                 self.failing = false;
@@ -92,7 +91,7 @@ impl Sampler {
     }
 
     fn server(&self, server: &ServerStatus, table: u32, records: &BTreeMap<u32, u64>) -> Server {
-        let [old, new] = self.servers.get(&server.id).copied().unwrap_or_default();
+        let [old, new] = self.servers.get(server.id as usize).copied().unwrap_or_default();
         Server {
             id: server.id,
             address: server.address,
@@ -130,12 +129,11 @@ fn one_way_alarms(farm: &Farm) -> Vec<String> {
     farm.services.iter().flat_map(of_service).collect()
 }
 
-type Counters = ([u64; REASONS as usize], Vec<(u32, ServerStats)>);
+/// By reason, and by server id.
+type Counters = ([u64; REASONS as usize], Vec<ServerStats>);
 
 fn read(plane: &Plane, cluster: &Cluster) -> Result<Counters, PlaneError> {
-    let ids = cluster.server_ids();
-    let servers = plane.server_stats(&ids)?;
-    Ok((plane.reasons()?, ids.into_iter().zip(servers).collect()))
+    Ok((plane.reasons()?, plane.server_stats(cluster.ids_below())?))
 }
 
 impl Owner {
@@ -193,7 +191,9 @@ impl Owner {
     fn exceptions(&self, farm: usize) -> Exceptions {
         let counts = self.cluster.farm_exceptions(farm);
         let config = self.config.farms.get(farm);
+        let none = counts.local + counts.global == 0;
         let members = self.sessions.keys().filter(|server| config.is_some_and(|config| config.admits(**server)));
+        let members = members.filter(|_| !none);
         let mut by_server: Vec<ExceptionsOf> = members
             .map(|server| ExceptionsOf { address: *server, exceptions: self.cluster.exceptions_of(*server) })
             .filter(|one| one.exceptions > 0)
