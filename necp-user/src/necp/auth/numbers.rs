@@ -56,7 +56,13 @@ impl InitialNumbers {
 /// that the two directions' numbers do not mix, and a message that is sent back to its sender is not taken for a new one.
 #[must_use]
 pub fn apart_from(first: u64, theirs: u64) -> u64 {
-    if first.abs_diff(theirs) < 2 * MAX_GAP { first | (3 * MAX_GAP) } else { first }
+    if is_apart(first, theirs) { first } else { first | (3 * MAX_GAP) }
+}
+
+/// Whether the numbers that follow `first` and those that follow `theirs` do not mix.
+#[must_use]
+pub fn is_apart(first: u64, theirs: u64) -> bool {
+    first.abs_diff(theirs) >= 2 * MAX_GAP
 }
 
 /// What a number says about its message.

@@ -381,7 +381,7 @@ impl NeSession {
     /// A message whose credential and number are right.
     fn on_verified(&mut self, header: Header, restarted: bool) {
         self.body = Body::Skip;
-        if header.opcode == Opcode::INIT && header.version == VERSION {
+        if (header.opcode, header.version) == (Opcode::INIT, VERSION) {
             return self.on_init_unit(header);
         }
         let confirmed = matches!(self.state, State::Tentative { .. }) || restarted;
@@ -554,7 +554,7 @@ impl NeSession {
             {
                 return;
             }
-            State::AwaitInit { .. } | State::Tentative { .. } => (Some(secure.accept_init(theirs)), None),
+            State::AwaitInit { .. } | State::Tentative { .. } => (secure.accept_init(theirs), None),
             State::InitPending { .. } | State::Ready => {
                 self.restart = Some(theirs);
                 (secure.offer_restart(theirs), Some(Stamp::Number(theirs)))
