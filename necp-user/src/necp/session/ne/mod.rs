@@ -602,6 +602,10 @@ impl NeSession {
             return;
         }
         let moved = self.link.take_moved();
+        if moved && self.link.is_streaming() {
+            // A KEEPALIVE would come after the list, and count as unanswered before it came: that the peer reads is life enough.
+            return self.link.keepalive.postpone(self.link.now);
+        }
         let waits_for_caller = self.waits_for_caller() || self.listings.waits_for_caller();
         let excused = moved || waits_for_caller || self.waits_for_init();
         match self.link.keepalive.tick(self.link.now, excused) {
