@@ -135,7 +135,7 @@ fn ne_in(state: NeState) -> (Ne, u64) {
         NeState::AwaitInit | NeState::Tentative | NeState::Ready => return (ne, TO_NE),
         NeState::Pending => {
             ne.input(&signed(Opcode::KEEPALIVE, 2, TO_NE, &[]));
-            assert!(ne.session.wants_input() == false && ne.session.closed().is_none());
+            assert!(!ne.session.wants_input() && ne.session.closed().is_none());
         }
         NeState::Closed => {
             ne.session.close(CloseReason::ClosedByPeer);
