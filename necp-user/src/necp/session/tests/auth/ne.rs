@@ -233,6 +233,11 @@ fn a_second_recorded_init_cannot_make_reflections_fresh() {
     ne.input(&sent);
     assert!(ne.events().iter().all(is_harmless));
 
+    // The same in an open session, where the answer itself would have the next number.
+    let mut ne = Ne::confirmed();
+    ne.input(&init_of(TO_NE + 1, 7));
+    assert_eq!((ne.output(), ne.closed()), (Vec::new(), Some(CloseReason::NumbersExhausted)));
+
     // One that is far away is answered, and the demand stands.
     let mut ne = Ne::secured(SessionConfig::default(), &key());
     ne.input(&hex(INIT));
