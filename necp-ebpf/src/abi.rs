@@ -6,7 +6,7 @@
 //! are in network byte order unless a field says otherwise; everything else is in the host's.
 
 /// Raised whenever a record below, or what a field means, changes: pinned maps of another layout are never reused.
-pub const LAYOUT_VERSION: u32 = 2;
+pub const LAYOUT_VERSION: u32 = 3;
 
 /// Map and object names, as `bpftool` and the pin directory show them (at most 15 bytes, the kernel's limit).
 pub mod names {
@@ -34,6 +34,10 @@ pub mod names {
     pub const PORTS: &str = "ports";
     /// `DevMap`: the same interfaces, as targets of redirects.
     pub const TX_PORTS: &str = "tx_ports";
+    /// `DevMapHash`: the same interfaces, by the kernel's index of each.
+    pub const TX_LINKS: &str = "tx_links";
+    /// `PerCpuArray<Allowance>`: one entry, how many ICMP errors may still be sent.
+    pub const ALLOWANCE: &str = "allowance";
     /// `Array<Layout>`: one entry, what the other maps were created with.
     pub const LAYOUT: &str = "layout";
     /// Read-only global: index in [`PORTS`] of the interface this instance of the program runs on.
@@ -46,8 +50,10 @@ pub mod names {
     pub const EXCEPTION_BUCKET_MASK: &str = "EXCEPTION_BUCKET_MASK";
     /// Read-only global: seed of the exceptions' hash, a secret.
     pub const EXCEPTION_SEED: &str = "EXCEPTION_SEED";
+    /// Read-only global: 1 if some service has a [`REPLY`](super::REPLY) entry, else 0 and no packet is asked about it.
+    pub const REPLIES: &str = "REPLIES";
     /// All maps that outlive the daemon, by name.
-    pub const PINNED: [&str; 12] = [
+    pub const PINNED: [&str; 14] = [
         SERVICES,
         SLOTS,
         SERVERS,
@@ -59,6 +65,8 @@ pub mod names {
         SERVER_STATS,
         PORTS,
         TX_PORTS,
+        TX_LINKS,
+        ALLOWANCE,
         LAYOUT,
     ];
 }
@@ -119,7 +127,7 @@ pub struct Service {
     pub port: [u8; 2],
     /// IP protocol.
     pub protocol: u8,
-    /// 0: this entry is free. 1: valid.
+    /// 0: this entry is free. 1: valid. [`REPLY`]: it says something else, see there.
     pub state: u8,
     /// Index of the service's first slot in the map `slots`.
     pub slots_base: u32,
@@ -135,6 +143,11 @@ pub struct Service {
     pub farm: u32,
 }
 
+/// In [`Service::state`]: one of the VIPs whose servers' replies from this port may pass here (layer 3). `address` is its number
+/// among those of the port, from 0 on in the host's order; `slots_base` is the VIP, as it stands in a header; the rest is 0.
+pub const REPLY: u8 = 2;
+/// VIPs of one protocol and port whose servers may ask for layer 3: a reply looks at each of them.
+pub const REPLY_VIPS: u32 = 16;
 /// In [`Service::id`]: records of this service count against the quota of flows that show no beginning.
 pub const UDP_CLASS: u16 = 0x8000;
 /// In [`Service::flags`]: every flow is recorded, whatever its slot says (UDP and other protocols, layer 3).
@@ -168,7 +181,8 @@ pub struct Slot {
 pub struct Server {
     /// Next hop's MAC address.
     pub mac: [u8; 6],
-    /// [`ALIVE`], [`ACCEPTS`], [`REACHABLE`]. The first eight bytes are changed in one store.
+    /// [`ALIVE`], [`ACCEPTS`], [`REACHABLE`], and the forwarding type from bit [`FORWARDING_SHIFT`] on. The first eight bytes are
+    /// changed in one store.
     pub flags: u8,
     /// Index in [`names::PORTS`] of the interface that leads to the next hop.
     pub port: u8,
@@ -184,6 +198,12 @@ pub struct Server {
     pub forwarding: u8,
     /// Number of the SE, the same in all of its records; exceptions name it. 0: none names it.
     pub host: u16,
+    /// Source address of the outer header of GRE: this host's, IPv4 in its IPv6-mapped form.
+    pub source: [u8; 16],
+    /// Longest IP packet that gets to the server whole, in bytes, an outer header included. 0: not known.
+    pub mtu: u16,
+    /// 0.
+    pub reserved: [u8; 14],
 }
 
 /// In [`Server::flags`]: its host is not known to be gone, flows on record may go there.
@@ -192,6 +212,14 @@ pub const ALIVE: u8 = 1;
 pub const ACCEPTS: u8 = 2;
 /// In [`Server::flags`]: `mac` and `port` are known.
 pub const REACHABLE: u8 = 4;
+/// In [`Server::flags`]: from this bit on stands [`Server::forwarding`], so that one word says how a packet leaves. 0 is layer 2.
+pub const FORWARDING_SHIFT: u32 = 4;
+/// In [`Server::forwarding`].
+pub const LAYER_2: u8 = 1;
+/// In [`Server::forwarding`].
+pub const GRE: u8 = 2;
+/// In [`Server::forwarding`].
+pub const LAYER_3: u8 = 3;
 
 /// Per CPU and server id.
 #[repr(C, align(8))]
@@ -203,6 +231,8 @@ pub struct ServerStats {
     pub bytes: u64,
     /// New flows: first TCP SYNs, retransmitted ones too, and new records of other protocols.
     pub flows: u64,
+    /// Packets from it that were given the VIP's address (layer 3).
+    pub replies: u64,
 }
 
 /// One interface.
@@ -218,6 +248,21 @@ pub struct Port {
     /// Its MTU in bytes.
     pub mtu: u32,
 }
+
+/// ICMP errors that this CPU may still send.
+#[repr(C, align(8))]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Allowance {
+    /// When it was last reckoned up, in nanoseconds of the kernel's monotonic clock.
+    pub reckoned: u64,
+    /// How many.
+    pub left: u64,
+}
+
+/// ICMP errors that one CPU sends in a second, in the long run.
+pub const ICMP_RATE: u64 = 1000;
+/// ICMP errors that one CPU sends at once.
+pub const ICMP_BURST: u64 = 100;
 
 /// One entry of the flow table; see [`FlowWord`](crate::flows::FlowWord).
 #[repr(C, align(8))]
@@ -346,8 +391,9 @@ const _: () = {
     assert!(size_of::<Service>() == 32);
     assert!(size_of::<ServiceBucket>() == 128);
     assert!(size_of::<Slot>() == 8);
-    assert!(size_of::<Server>() == 32);
-    assert!(size_of::<ServerStats>() == 24);
+    assert!(size_of::<Server>() == 64);
+    assert!(size_of::<ServerStats>() == 32);
+    assert!(size_of::<Allowance>() == 16);
     assert!(size_of::<Port>() == 16);
     assert!(size_of::<Flow>() == 16);
     assert!(size_of::<FlowBucket>() == 64);

@@ -10,7 +10,7 @@ use crate::{
     abi::{Server, ServiceBucket},
     exceptions::{ExceptionBucketWords, ExceptionMasksWords, ExceptionWords},
     flows::FlowBucketWords,
-    tables::{NextHop, Tables},
+    tables::{FarEnd, NextHop, Tables},
     word::Word,
 };
 
@@ -182,6 +182,10 @@ impl Tables for View<'_> {
     fn host_number(&self, server: u32) -> u16 {
         // SAFETY: in bounds and aligned; one volatile read of a field.
         self.server_ptr(server).map_or(0, |server| unsafe { (&raw const (*server).host).read_volatile() })
+    }
+
+    fn far_end(&self, server: u32) -> Option<FarEnd> {
+        self.server(server).map(|server| FarEnd::of(&server))
     }
 }
 

@@ -29,16 +29,20 @@ extern crate alloc;
 
 pub mod abi;
 pub mod choice;
+pub mod decap;
+pub mod device;
 pub mod exceptions;
 pub mod flows;
 pub mod frame;
 pub mod hash;
 #[cfg(not(target_arch = "bpf"))]
 pub mod host;
+pub mod icmp;
 pub mod packet;
 pub mod parse;
 pub mod path;
 pub mod rewrite;
+pub mod routed;
 pub mod slot;
 pub mod steer;
 pub mod tables;

@@ -3,6 +3,7 @@
 
 #[cfg(target_arch = "bpf")]
 mod bpf {
+    mod device;
     mod maps;
     mod xdp;
 

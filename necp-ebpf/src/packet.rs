@@ -1,5 +1,7 @@
 //! What the rest of the path needs to know of a packet.
 
+use crate::abi::REPLY;
+
 /// TCP flag bits, as in byte 13 of the TCP header (RFC 9293 §3.1).
 pub mod tcp {
     /// No more data from the sender.
@@ -53,12 +55,24 @@ impl Packet {
     /// The first eight bytes of the service entry that this packet would match.
     #[inline(always)]
     pub const fn service_key(&self) -> u64 {
-        let (address, port, protocol) = (self.destination as u64, self.destination_port as u64, self.protocol as u64);
-        if cfg!(target_endian = "little") {
-            1 << 56 | protocol << 48 | port << 32 | address
-        } else {
-            address << 32 | port << 16 | protocol << 8 | 1
-        }
+        entry_key(self.destination, self.destination_port, self.protocol, 1)
+    }
+
+    /// The first eight bytes of the entry of the VIP with this number that this packet may be a reply from.
+    #[inline(always)]
+    pub const fn reply_key(&self, number: u32) -> u64 {
+        entry_key(number, self.source_port, self.protocol, REPLY)
+    }
+}
+
+/// The first eight bytes of a [`Service`](crate::abi::Service).
+#[inline(always)]
+const fn entry_key(address: u32, port: u16, protocol: u8, state: u8) -> u64 {
+    let (address, port, protocol, state) = (address as u64, port as u64, protocol as u64, state as u64);
+    if cfg!(target_endian = "little") {
+        state << 56 | protocol << 48 | port << 32 | address
+    } else {
+        address << 32 | port << 16 | protocol << 8 | state
     }
 }
 

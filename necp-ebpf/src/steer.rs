@@ -9,7 +9,7 @@
 //! choice. A service that is opted out of tracking knows no flows, so each of its packets is a new one.
 
 use crate::{
-    abi::{ALWAYS_TRACKED, DIRECT, NONE, Service, UNTRACKED},
+    abi::{ALWAYS_TRACKED, DIRECT, NONE, Service, ServiceBucket, UNTRACKED},
     choice::{Chosen, NewFlow},
     exceptions::Tuple,
     flows::{FlowWord, Found, find, flow_key, insert},
@@ -67,22 +67,30 @@ pub fn steer<T: Tables>(packet: &Packet, tables: &T) -> Decision {
         return at.forward(owner, Reason::Plain, false);
     }
     // What is on record is not asked where else it might go: only new flows look at exceptions.
-    if tracking == ALWAYS_TRACKED
+    let hidden = tracking == UNTRACKED || tracking == ALWAYS_TRACKED && !shows_beginning(packet.protocol);
+    if hidden
+        && tracking == ALWAYS_TRACKED
         && let Some(decision) = at.on_record()
     {
         return decision;
     }
-    let chosen = if tracking != 0 || packet.is_syn() { at.choose() } else { Chosen::new(owner, false) };
+    let chosen = if hidden || packet.is_syn() { at.choose() } else { Chosen::new(owner, false) };
     if tracking == UNTRACKED || plain && chosen.server() == owner {
         return at.forward(chosen.server(), Reason::Plain, packet.is_syn());
     }
     at.tracked(chosen)
 }
 
+/// The service that a packet is for.
 #[inline(always)]
-fn find_service<'a, T: Tables>(packet: &Packet, tables: &'a T) -> Option<&'a Service> {
+pub(crate) fn find_service<'a, T: Tables>(packet: &Packet, tables: &'a T) -> Option<&'a Service> {
     let key = packet.service_key();
-    let bucket = tables.service_bucket(service_bucket(key))?;
+    find_entry(key, tables.service_bucket(service_bucket(key))?)
+}
+
+/// The entry of a bucket that begins with these eight bytes.
+#[inline(always)]
+pub(crate) fn find_entry(key: u64, bucket: &ServiceBucket) -> Option<&Service> {
     bucket.entries.iter().find(|entry| {
         // SAFETY: an entry's first eight bytes are aligned and valid; user space changes them in one store.
         unsafe { core::ptr::from_ref(*entry).cast::<u64>().read_volatile() == key }
@@ -149,7 +157,7 @@ impl<'a, T: Tables> At<'a, T> {
         let found = find(self.tables, buckets, key);
         let living =
             Living { candidate: self.if_alive(found.candidate.value), record: self.if_alive(found.record.value) };
-        let ruling = if self.flags() & ALWAYS_TRACKED != 0 {
+        let ruling = if !shows_beginning(self.packet.protocol) {
             self.rule_always(&living, chosen)
         } else if self.packet.is_syn() {
             self.rule_syn(&living, chosen.server())
@@ -177,7 +185,7 @@ impl<'a, T: Tables> At<'a, T> {
         self.forward_forgetting(&ruling, &found)
     }
 
-    /// A service whose flows are all on record.
+    /// A service whose flows are all on record and show no beginning.
     #[inline(always)]
     fn rule_always(&self, living: &Living, chosen: Chosen) -> Ruling {
         let record = living.record;
@@ -212,8 +220,9 @@ impl<'a, T: Tables> At<'a, T> {
                 return Ruling { forget: true, ..ruling(chosen, Reason::New, write) };
             }
         }
-        if record != FlowWord::EMPTY || chosen != self.word.owner() || self.word.legacy() != NONE {
-            // Its next packet might go elsewhere: propose.
+        let always = self.flags() & ALWAYS_TRACKED != 0;
+        if always || record != FlowWord::EMPTY || chosen != self.word.owner() || self.word.legacy() != NONE {
+            // Its next packet might go elsewhere, or a reply must find it: propose.
             return ruling(chosen, Reason::New, Write::Candidate(FlowWord::candidate(chosen, self.packet)));
         }
         Ruling { forget: true, ..ruling(chosen, Reason::New, Write::Nothing) }
@@ -251,7 +260,7 @@ impl<'a, T: Tables> At<'a, T> {
         };
         let begins = matches!(reason, Reason::NewUnrecorded);
         let legacy = self.word.legacy();
-        let server = if !begins || self.flags() & ALWAYS_TRACKED != 0 {
+        let server = if !begins || !shows_beginning(self.packet.protocol) {
             ruling.server
         } else if living.record != FlowWord::EMPTY {
             living.record.server()

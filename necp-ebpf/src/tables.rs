@@ -1,10 +1,11 @@
 //! What [`steer`](crate::steer::steer) asks: the BPF maps in the kernel, the same memory seen from user space on the host.
 
 use crate::{
-    abi::{ALIVE, REACHABLE, ServiceBucket},
+    abi::{ALIVE, FORWARDING_SHIFT, REACHABLE, Server, ServiceBucket},
     choice::{Chosen, NewFlow},
     exceptions::{ExceptionBucketWords, ExceptionMasksWords, ExceptionWords, Tuple},
-    flows::FlowBucketWords,
+    flows::{FlowBucketWords, FlowWord, insert_into},
+    routed::Reply,
     word::Word,
 };
 
@@ -32,6 +33,8 @@ pub trait Tables {
     fn exception_seed(&self) -> u64;
     /// What exceptions call the host of a server id; 0: nothing.
     fn host_number(&self, server: u32) -> u16;
+    /// What a packet that is routed to a server id needs to know.
+    fn far_end(&self, server: u32) -> Option<FarEnd>;
 
     // In the kernel each of these is a function of its own, which the verifier follows once.
 
@@ -42,6 +45,14 @@ pub trait Tables {
         Self: Sized,
     {
         flow.choose(self)
+    }
+    /// [`insert_into`] these tables.
+    #[inline(always)]
+    fn insert(&self, buckets: [u32; 2], key: u64, value: FlowWord) -> bool
+    where
+        Self: Sized,
+    {
+        insert_into(self, buckets, key, value)
     }
     /// [`Tuple::matches`] on these tables.
     #[inline(always)]
@@ -58,6 +69,33 @@ pub trait Tables {
         Self: Sized,
     {
         flow.excludes(self, matches, host)
+    }
+    /// [`Reply::server`] on these tables.
+    #[inline(always)]
+    fn server_of_reply(&self, reply: Reply, vip: u32) -> u32
+    where
+        Self: Sized,
+    {
+        reply.server(self, vip)
+    }
+}
+
+/// Of a [`Server`](crate::abi::Server)'s record; addresses as they stand in a header, read as native integers.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct FarEnd {
+    /// The server's own address.
+    pub address: u32,
+    /// Source address of an outer header.
+    pub source: u32,
+    /// Longest packet that gets there whole, in bytes; 0: not known.
+    pub mtu: u16,
+}
+
+impl FarEnd {
+    /// From a server's record.
+    pub fn of(server: &Server) -> Self {
+        let last = |address: &[u8; 16]| u32::from_ne_bytes([address[12], address[13], address[14], address[15]]);
+        Self { address: last(&server.address), source: last(&server.source), mtu: server.mtu }
     }
 }
 
@@ -83,6 +121,12 @@ impl NextHop {
     #[inline(always)]
     pub const fn flags(self) -> u8 {
         self.0.to_ne_bytes()[6]
+    }
+
+    /// The forwarding type, [`GRE`](crate::abi::GRE) or [`LAYER_3`](crate::abi::LAYER_3); all else is layer 2.
+    #[inline(always)]
+    pub const fn forwarding(self) -> u8 {
+        self.flags() >> FORWARDING_SHIFT
     }
 
     /// Index of the interface.

@@ -40,6 +40,18 @@ pub enum Reason {
     NoNextHop = 16,
     /// The tables contradict themselves: an error of ours.
     BadTables = 17,
+    /// Longer than what gets to its server, and not to be fragmented: its sender is told so (RFC 1191 §4).
+    TooBig = 18,
+    /// Its time to live is over where it would be routed: its sender is told so (RFC 792).
+    Expired = 19,
+    /// Its sender should be told something, but may not be: too many were, or this is nothing to answer (RFC 1122 §3.2.2).
+    Untold = 20,
+    /// Made ready for its server, and too long for the way there: the kernel routes and fragments it.
+    Fragmenting = 21,
+    /// A server's reply, which leaves with the VIP's address (layer 3).
+    Reply = 22,
+    /// The same, but the packet path knows no way: the kernel routes it.
+    ReplyRouted = 23,
 }
 
 /// What becomes of a packet.
@@ -47,14 +59,18 @@ pub enum Reason {
 pub enum Action {
     /// It goes on to the kernel, untouched.
     Pass,
-    /// It goes out to a server.
+    /// It goes out, to a server or from one.
     Transmit,
+    /// An ICMP error about it goes back to its sender.
+    Answer,
+    /// It goes on to the kernel, edited, to be routed.
+    Route,
     /// It ends here.
     Drop,
 }
 
 /// How many reasons there are.
-pub const REASONS: u32 = 18;
+pub const REASONS: u32 = 24;
 
 impl Reason {
     /// All of them, in the order of their numbers.
@@ -77,6 +93,12 @@ impl Reason {
         Self::Confirmed,
         Self::NoNextHop,
         Self::BadTables,
+        Self::TooBig,
+        Self::Expired,
+        Self::Untold,
+        Self::Fragmenting,
+        Self::Reply,
+        Self::ReplyRouted,
     ];
 
     /// The one action of each.
@@ -98,8 +120,11 @@ impl Reason {
             | Self::New
             | Self::NewUnrecorded
             | Self::Repeated
-            | Self::Confirmed => Action::Transmit,
-            Self::NoNextHop | Self::BadTables => Action::Drop,
+            | Self::Confirmed
+            | Self::Reply => Action::Transmit,
+            Self::TooBig | Self::Expired => Action::Answer,
+            Self::Fragmenting | Self::ReplyRouted => Action::Route,
+            Self::NoNextHop | Self::BadTables | Self::Untold => Action::Drop,
         }
     }
 
@@ -124,6 +149,12 @@ impl Reason {
             Self::Confirmed => "confirmed",
             Self::NoNextHop => "no-next-hop",
             Self::BadTables => "bad-tables",
+            Self::TooBig => "too-big",
+            Self::Expired => "expired",
+            Self::Untold => "untold",
+            Self::Fragmenting => "fragmenting",
+            Self::Reply => "reply",
+            Self::ReplyRouted => "reply-routed",
         }
     }
 }

@@ -1,15 +1,20 @@
-//! The packet path's host build on one frame: the same parse, steer and rewrite as the kernel program, tables of its own.
+//! The packet path's host build on one frame: the same code as the kernel program, tables and interfaces of its own.
 
-use std::collections::BTreeMap;
+use std::{
+    cell::{Cell, RefCell},
+    collections::BTreeMap,
+};
 
 use necp_ebpf::{
-    abi::{MAX_SERVERS, ServerStats},
+    abi::{GRE, ICMP_BURST, LAYER_3, MAX_SERVERS, ServerStats},
+    device::{Device, Ending, Out, Routed, Way},
     frame::Frame,
     host::{Owned, View},
     packet::Packet,
-    parse::parse,
+    parse::{L2_LEN, parse},
     path::decide,
     rewrite::l2,
+    routed,
     steer::Decision,
     verdict::{Action, Reason},
 };
@@ -31,12 +36,14 @@ pub fn parse_bytes(frame: &[u8]) -> Result<Packet, Reason> {
 pub struct HostPath {
     tables: Owned,
     stats: BTreeMap<u32, ServerStats>,
+    allowance: Cell<u64>,
 }
 
 impl HostPath {
     /// With room for this many slots and flow buckets (a power of two).
     pub fn new(slots: usize, flow_buckets: usize) -> Self {
-        Self { tables: Owned::new(slots, MAX_SERVERS as usize, flow_buckets), stats: BTreeMap::new() }
+        let tables = Owned::new(slots, MAX_SERVERS as usize, flow_buckets);
+        Self { tables, stats: BTreeMap::new(), allowance: Cell::new(ICMP_BURST) }
     }
 
     /// The tables.
@@ -49,34 +56,118 @@ impl HostPath {
         self.stats.get(&server).copied().unwrap_or_default()
     }
 
-    /// Runs one frame.
-    pub fn run(&mut self, frame: &[u8]) -> Outcome {
-        let mut bytes = frame.to_vec();
-        let start = bytes.as_mut_ptr().expose_provenance();
-        // SAFETY: the buffer outlives the frame, and nobody else touches it meanwhile.
-        let edited = unsafe { Frame::new(start, start + bytes.len()) };
-        let decision = decide(&edited, OWN_MAC, &self.tables.view());
-        let (verdict, reason) = match decision.action() {
-            Action::Transmit => self.transmit(&edited, decision),
-            Action::Pass => (Verdict::Pass, decision.reason),
-            Action::Drop => (Verdict::Drop, decision.reason),
-        };
-        Outcome { verdict, frame: bytes, reason }
+    /// From now on as many ICMP errors may be sent as at the beginning.
+    pub fn rest(&mut self) {
+        self.allowance.set(ICMP_BURST);
     }
 
-    fn transmit(&mut self, frame: &Frame, decision: Decision) -> (Verdict, Reason) {
-        let (verdict, source) = match decision.next_hop.port() {
-            0 => (Verdict::Tx, OWN_MAC),
-            1 => (Verdict::Redirect, OTHER_MAC),
-            _ => return (Verdict::Drop, Reason::NoNextHop),
+    /// Runs one frame.
+    pub fn run(&mut self, frame: &[u8]) -> Outcome {
+        let device = Buffer::new(frame, &self.allowance);
+        let view = self.tables.view();
+        let decision = decide(&device.frame(), OWN_MAC, &view);
+        let ending = match decision.action() {
+            Action::Transmit if matches!(decision.next_hop.forwarding(), GRE | LAYER_3) => {
+                routed::send(&device, &view, decision.server, decision.reason as u32, L2_LEN)
+            }
+            Action::Transmit => transmit(&device, decision),
+            Action::Drop => Ending::drop(decision.reason),
+            _ => Ending::new(decision.reason, Out::Pass),
         };
-        if !l2::rewrite(frame, decision.next_hop.mac(), source) {
-            return (Verdict::Drop, Reason::BadTables);
+        let reply = if decision.reason == Reason::NotOurs { routed::reply(&device, &view, L2_LEN) } else { None };
+        let ending = reply.map_or(ending, |(ending, server)| {
+            self.stats.entry(server).or_default().replies += 1;
+            ending
+        });
+        if decision.action() == Action::Transmit && matches!(ending.out(), Out::Port(_) | Out::Pass) {
+            let stats = self.stats.entry(decision.server).or_default();
+            stats.packets += 1;
+            stats.bytes += frame.len() as u64;
+            stats.flows += u64::from(decision.begins);
         }
-        let stats = self.stats.entry(decision.server).or_default();
-        stats.packets += 1;
-        stats.bytes += frame.len() as u64;
-        stats.flows += u64::from(decision.begins);
-        (verdict, decision.reason)
+        let reason = Reason::ALL[ending.reason() as usize];
+        let (verdict, reason) = match ending.out() {
+            Out::Pass => (Verdict::Pass, reason),
+            Out::Drop => (Verdict::Drop, reason),
+            Out::Back | Out::Port(0) => (Verdict::Tx, reason),
+            Out::Port(1) | Out::Link(_) => (Verdict::Redirect, reason),
+            Out::Port(_) => (Verdict::Drop, Reason::NoNextHop),
+        };
+        Outcome { verdict, frame: device.into_bytes(), reason }
+    }
+}
+
+fn transmit(device: &Buffer<'_>, decision: Decision) -> Ending {
+    let port = decision.next_hop.port();
+    let Some(source) = device.port_mac(port.into()) else { return Ending::drop(Reason::NoNextHop) };
+    if l2::rewrite(&device.frame(), decision.next_hop.mac(), source) {
+        Ending::new(decision.reason, Out::Port(port.into()))
+    } else {
+        Ending::drop(Reason::BadTables)
+    }
+}
+
+/// Room before a frame, as the kernel keeps for programs.
+const HEADROOM: usize = 256;
+
+/// A frame in a buffer of its own.
+struct Buffer<'a> {
+    bytes: RefCell<Vec<u8>>,
+    start: Cell<usize>,
+    end: Cell<usize>,
+    allowance: &'a Cell<u64>,
+}
+
+impl<'a> Buffer<'a> {
+    fn new(frame: &[u8], allowance: &'a Cell<u64>) -> Self {
+        let bytes = [&[0; HEADROOM][..], frame].concat();
+        Self { end: Cell::new(bytes.len()), bytes: RefCell::new(bytes), start: Cell::new(HEADROOM), allowance }
+    }
+
+    fn into_bytes(self) -> Vec<u8> {
+        self.bytes.into_inner()[self.start.get()..self.end.get()].to_vec()
+    }
+}
+
+impl Device for Buffer<'_> {
+    fn frame(&self) -> Frame {
+        let base = self.bytes.borrow_mut().as_mut_ptr().expose_provenance();
+        // SAFETY: the buffer outlives the frame, is never moved, and nobody else touches it meanwhile.
+        unsafe { Frame::new(base + self.start.get(), base + self.end.get()) }
+    }
+
+    fn grow(&self, bytes: u32) -> bool {
+        let start = self.start.get().checked_sub(bytes as usize);
+        start.is_some_and(|start| {
+            self.start.set(start);
+            true
+        })
+    }
+
+    fn shorten(&self, bytes: u32) -> bool {
+        let end = self.end.get().checked_sub(bytes as usize).filter(|&end| end >= self.start.get() + L2_LEN);
+        end.is_some_and(|end| {
+            self.end.set(end);
+            true
+        })
+    }
+
+    fn own_mac(&self) -> [u8; 6] {
+        OWN_MAC
+    }
+
+    fn port_mac(&self, index: u32) -> Option<[u8; 6]> {
+        [OWN_MAC, OTHER_MAC].get(index as usize).copied()
+    }
+
+    fn may_tell(&self) -> bool {
+        let left = self.allowance.get();
+        self.allowance.set(left.saturating_sub(1));
+        left > 0
+    }
+
+    /// What the kernel says of a way that begins on the loopback.
+    fn way(&self, _packet: &Routed) -> Way {
+        Way::Kernel
     }
 }

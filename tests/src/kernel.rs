@@ -8,11 +8,14 @@ use std::{
 use anyhow::{Context as _, Result, bail};
 use aya::{
     Ebpf, EbpfLoader, TestRun as _,
-    maps::{MapData, xdp::DevMap},
+    maps::{
+        MapData,
+        xdp::{DevMap, DevMapHash},
+    },
     programs::{TestRunOptions, Xdp},
 };
 use necp_ebpf::{
-    abi::{Layout, Port, exception_buckets, exception_records, names},
+    abi::{Allowance, ICMP_BURST, Layout, Port, exception_buckets, exception_records, names},
     host::View,
     verdict::{REASONS, Reason},
 };
@@ -81,6 +84,7 @@ impl Kernel {
             slots,
             flow_buckets,
             exceptions,
+            replies: true,
         };
         let plane = Plane::open(&config)?;
         let program = load_program(&pin, &plane.layout())?;
@@ -118,6 +122,20 @@ impl Kernel {
         Ok(self.program.program(names::PROGRAM).context("no program `necp` in the object")?.try_into()?)
     }
 
+    /// From now on as many ICMP errors may be sent as at the beginning.
+    ///
+    /// # Errors
+    /// If the map cannot be written.
+    pub fn rest(&self) -> Result<()> {
+        let mut allowance = aya::maps::PerCpuArray::<_, AllowanceValue>::try_from(open(&self.pin, names::ALLOWANCE)?)?;
+        let full = AllowanceValue(Allowance { reckoned: 0, left: ICMP_BURST });
+        Ok(allowance.set(
+            0,
+            aya::maps::PerCpuValues::try_from(vec![full; aya::util::nr_cpus().map_err(|(_, error)| error)?])?,
+            0,
+        )?)
+    }
+
     /// Runs the program once on a frame.
     ///
     /// # Errors
@@ -149,6 +167,8 @@ impl Kernel {
         }
         let mut targets = DevMap::try_from(open(&self.pin, names::TX_PORTS)?)?;
         targets.set(1, loopback, None, 0)?;
+        let mut links = DevMapHash::try_from(open(&self.pin, names::TX_LINKS)?)?;
+        links.insert(loopback, loopback, None, 0)?;
         Ok(())
     }
 }
@@ -171,6 +191,14 @@ struct PortValue(Port);
 // SAFETY: plain old data without padding.
 unsafe impl aya::Pod for PortValue {}
 
+/// [`Allowance`] as aya wants it.
+#[repr(transparent)]
+#[derive(Clone, Copy)]
+struct AllowanceValue(Allowance);
+
+// SAFETY: plain old data without padding.
+unsafe impl aya::Pod for AllowanceValue {}
+
 fn open(pin: &std::path::Path, name: &str) -> Result<aya::maps::Map> {
     Ok(aya::maps::Map::from_map_data(MapData::from_pin(pin.join(name))?)?)
 }
@@ -185,7 +213,8 @@ fn load_program(pin: &std::path::Path, layout: &Layout) -> Result<Ebpf> {
         .override_global(names::PORT_MAC, &mac, true)
         .override_global(names::FLOW_MASK, &mask, true)
         .override_global(names::EXCEPTION_BUCKET_MASK, &exception_mask, true)
-        .override_global(names::EXCEPTION_SEED, &layout.exception_seed, true);
+        .override_global(names::EXCEPTION_SEED, &layout.exception_seed, true)
+        .override_global(names::REPLIES, &1u32, true);
     for name in names::PINNED {
         loader.map_pin_path(name, pin.join(name));
     }

@@ -1,21 +1,21 @@
 //! The maps, and [`Tables`] on them. Names and capacities stand in [`abi`](necp_ebpf::abi).
 
 use aya_ebpf::{
-    btf_maps::{Array, DevMap, PerCpuArray},
+    btf_maps::{Array, DevMap, DevMapHash, PerCpuArray},
     macros::btf_map,
 };
 use necp_ebpf::{
     abi::{
-        DEFAULT_EXCEPTIONS, DEFAULT_FLOW_BUCKETS, DEFAULT_SLOTS, Exception, ExceptionBucket, ExceptionMasks,
+        Allowance, DEFAULT_EXCEPTIONS, DEFAULT_FLOW_BUCKETS, DEFAULT_SLOTS, Exception, ExceptionBucket, ExceptionMasks,
         FlowBucket, Layout, MAX_FARMS, MAX_PORTS, MAX_SERVERS, Port, SERVICE_BUCKETS, Server, ServerStats,
         ServiceBucket, Slot, exception_buckets, exception_records,
     },
     choice::{Chosen, NewFlow},
     exceptions::{ExceptionBucketWords, ExceptionMasksWords, ExceptionWords, Tuple},
-    flows::FlowBucketWords,
-    steer::Decision,
-    tables::{NextHop, Tables},
-    verdict::{REASONS, Reason},
+    flows::{FlowBucketWords, FlowWord, insert_into},
+    routed::Reply,
+    tables::{FarEnd, NextHop, Tables},
+    verdict::REASONS,
     word::Word,
 };
 
@@ -48,6 +48,10 @@ static SERVER_STATS: PerCpuArray<ServerStats, { MAX_SERVERS as usize }> = PerCpu
 static PORTS: Array<Port, { MAX_PORTS as usize }> = Array::new();
 #[btf_map(name = "tx_ports")]
 static TX_PORTS: DevMap<{ MAX_PORTS as usize }> = DevMap::new();
+#[btf_map(name = "tx_links")]
+static TX_LINKS: DevMapHash<{ MAX_PORTS as usize }> = DevMapHash::new();
+#[btf_map(name = "allowance")]
+static ALLOWANCE: PerCpuArray<Allowance, 1> = PerCpuArray::new();
 #[btf_map(name = "layout")]
 static LAYOUT: Array<Layout, 1> = Array::new();
 
@@ -62,6 +66,8 @@ static FLOW_MASK: u32 = DEFAULT_FLOW_BUCKETS - 1;
 static EXCEPTION_BUCKET_MASK: u32 = EXCEPTION_BUCKETS - 1;
 #[unsafe(no_mangle)]
 static EXCEPTION_SEED: u64 = 0;
+#[unsafe(no_mangle)]
+static REPLIES: u32 = 0;
 
 /// The interface that this instance of the program runs on: its index in `ports`, its MAC address.
 #[inline(always)]
@@ -84,6 +90,32 @@ pub(super) fn redirect(index: u32) -> Option<u32> {
     TX_PORTS.redirect(index, 0).ok()
 }
 
+/// Whether the interface with this index of the kernel's is one of ours.
+#[inline(always)]
+pub(super) fn is_ours(link: u32) -> bool {
+    redirect_to_link(link).is_some()
+}
+
+/// Sends the packet out by an interface of ours with this index of the kernel's; `None` if it is not ours.
+#[inline(always)]
+pub(super) fn redirect_to_link(link: u32) -> Option<u32> {
+    // Its index in the map is the kernel's own.
+    TX_LINKS.redirect(link, 0).ok()
+}
+
+/// Whether a packet may be a reply of a layer-3 server.
+#[inline(always)]
+pub(super) fn expects_replies() -> bool {
+    // SAFETY: initialised and never written while the program is loaded.
+    unsafe { (&raw const REPLIES).read_volatile() != 0 }
+}
+
+/// What this CPU may still tell senders.
+#[inline(always)]
+pub(super) fn allowance() -> Option<*mut Allowance> {
+    ALLOWANCE.get_ptr_mut(0)
+}
+
 /// Whether the maps have the layout that this program was built for.
 #[inline(always)]
 #[expect(dead_code, reason = "keeps the map in the object; user space reads it")]
@@ -93,24 +125,32 @@ pub(super) fn layout() -> Option<&'static Layout> {
 
 /// Counts a packet that no server gets.
 #[inline(always)]
-pub(super) fn count(reason: Reason) {
-    if let Some(counter) = REASON_COUNTERS.get_ptr_mut(reason as u32) {
+pub(super) fn count(reason: u32) {
+    if let Some(counter) = REASON_COUNTERS.get_ptr_mut(reason) {
         // SAFETY: this CPU's own counter; nobody else writes it while the program runs.
         unsafe { *counter += 1 };
     }
 }
 
-/// Counts a packet that a server gets.
+/// Counts what a server gets.
 #[inline(always)]
-pub(super) fn count_transmitted(decision: &Decision, bytes: u64) {
-    count(decision.reason);
-    if let Some(stats) = SERVER_STATS.get_ptr_mut(decision.server) {
+pub(super) fn count_for(server: u32, bytes: u64, begins: bool) {
+    if let Some(stats) = SERVER_STATS.get_ptr_mut(server) {
         // SAFETY: this CPU's own entry; nobody else writes it while the program runs.
         unsafe {
             (*stats).packets += 1;
             (*stats).bytes += bytes;
-            (*stats).flows += decision.begins as u64;
+            (*stats).flows += begins as u64;
         }
+    }
+}
+
+/// Counts a reply of a server.
+#[inline(always)]
+pub(super) fn count_reply(server: u32) {
+    if let Some(stats) = SERVER_STATS.get_ptr_mut(server) {
+        // SAFETY: this CPU's own entry; nobody else writes it while the program runs.
+        unsafe { (*stats).replies += 1 };
     }
 }
 
@@ -184,9 +224,27 @@ impl Tables for Maps {
     }
 
     #[inline(always)]
+    fn far_end(&self, server: u32) -> Option<FarEnd> {
+        let server = SERVERS.get_ptr(server)?;
+        // SAFETY: aligned fields of a record that is valid for as long as the map is.
+        unsafe {
+            Some(FarEnd {
+                address: (&raw const (*server).address).cast::<u32>().add(3).read_volatile(),
+                source: (&raw const (*server).source).cast::<u32>().add(3).read_volatile(),
+                mtu: (&raw const (*server).mtu).read_volatile(),
+            })
+        }
+    }
+
+    #[inline(always)]
     fn choose(&self, flow: NewFlow) -> Chosen {
         let [a, b, c, d, e] = flow.to_words();
         Chosen(choose_server(a, b, c, d, e))
+    }
+
+    #[inline(always)]
+    fn insert(&self, buckets: [u32; 2], key: u64, value: FlowWord) -> bool {
+        insert_flow((buckets[0] as u64) << 32 | buckets[1] as u64, key, value.0) != 0
     }
 
     #[inline(always)]
@@ -200,6 +258,12 @@ impl Tables for Maps {
         let [a, b] = flow.to_words();
         exclude_host(a, b, matches, host as u64) != 0
     }
+
+    #[inline(always)]
+    fn server_of_reply(&self, reply: Reply, vip: u32) -> u32 {
+        let [a, b] = reply.to_words();
+        server_of_reply(a, b, vip as u64) as u32
+    }
 }
 
 // Global functions of scalars: the verifier follows each of them once, whoever calls it and from wherever.
@@ -209,6 +273,13 @@ impl Tables for Maps {
 #[inline(never)]
 extern "C" fn choose_server(a: u64, b: u64, c: u64, d: u64, e: u64) -> u64 {
     NewFlow::from_words([a, b, c, d, e]).choose(&Maps).0
+}
+
+/// [`insert_into`].
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn insert_flow(buckets: u64, key: u64, value: u64) -> u64 {
+    insert_into(&Maps, [(buckets >> 32) as u32, buckets as u32], key, FlowWord(value)) as u64
 }
 
 /// [`Tuple::matches`].
@@ -223,4 +294,11 @@ extern "C" fn match_exceptions(a: u64, b: u64) -> u64 {
 #[inline(never)]
 extern "C" fn exclude_host(a: u64, b: u64, matches: u64, host: u64) -> u64 {
     Tuple::from_words([a, b]).excludes(&Maps, matches, host as u16) as u64
+}
+
+/// [`Reply::server`].
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn server_of_reply(a: u64, b: u64, vip: u64) -> u64 {
+    Reply::from_words([a, b]).server(&Maps, vip as u32) as u64
 }

@@ -1,43 +1,61 @@
 //! The entry point: parse, steer, rewrite, verdict.
 
 use aya_ebpf::{
-    bindings::xdp_action::{XDP_DROP, XDP_PASS, XDP_TX},
+    bindings::{
+        xdp_action::{XDP_DROP, XDP_PASS, XDP_TX},
+        xdp_md,
+    },
     macros::xdp,
     programs::XdpContext,
 };
 use aya_log_ebpf::error;
 use necp_ebpf::{
+    abi::{GRE, LAYER_3},
+    device::{Device, Ending, Out},
     frame::Frame,
+    parse::L2_LEN,
     path::decide,
     rewrite::l2,
+    routed,
     steer::Decision,
     verdict::{Action, Reason},
 };
 
-use super::maps::{self, Maps};
+use super::{
+    device::Interface,
+    maps::{self, Maps},
+};
 
 /// On every interface, natively where the driver can.
 #[xdp]
 #[inline(always)]
 fn necp(ctx: XdpContext) -> u32 {
-    // SAFETY: the kernel's own bounds of the frame.
-    let frame = unsafe { Frame::new(ctx.data(), ctx.data_end()) };
+    let frame = Interface(ctx.ctx).frame();
     let (own_index, own_mac) = maps::own_port();
     let decision = decide(&frame, own_mac, &Maps);
     match decision.action() {
-        Action::Transmit => transmit(&frame, decision, own_index, own_mac),
-        Action::Pass => finish(decision.reason, XDP_PASS),
+        Action::Transmit => transmit(&ctx, &frame, decision, own_index, own_mac),
         Action::Drop => {
             if decision.reason == Reason::BadTables {
                 error!(&ctx, "a service's slots are outside the slot table: please report this");
             }
             finish(decision.reason, XDP_DROP)
         }
+        _ if decision.reason == Reason::NotOurs && maps::expects_replies() => end(&ctx, Ending(take_reply(ctx.ctx))),
+        _ => finish(decision.reason, XDP_PASS),
     }
 }
 
 #[inline(always)]
-fn transmit(frame: &Frame, decision: Decision, own_index: u32, own_mac: [u8; 6]) -> u32 {
+fn transmit(ctx: &XdpContext, frame: &Frame, decision: Decision, own_index: u32, own_mac: [u8; 6]) -> u32 {
+    let length = frame.len() as u64;
+    if matches!(decision.next_hop.forwarding(), GRE | LAYER_3) {
+        let ending = Ending(send_routed(ctx.ctx, decision.server, decision.reason as u32, L2_LEN as u32));
+        if matches!(ending.out(), Out::Port(_) | Out::Pass) {
+            maps::count_for(decision.server, length, decision.begins);
+        }
+        return end(ctx, ending);
+    }
     let index = decision.next_hop.port() as u32;
     let (verdict, source) =
         if index == own_index { (Some(XDP_TX), Some(own_mac)) } else { (maps::redirect(index), maps::port_mac(index)) };
@@ -45,12 +63,51 @@ fn transmit(frame: &Frame, decision: Decision, own_index: u32, own_mac: [u8; 6])
     if !l2::rewrite(frame, decision.next_hop.mac(), source) {
         return finish(Reason::BadTables, XDP_DROP);
     }
-    maps::count_transmitted(&decision, frame.len() as u64);
-    verdict
+    maps::count_for(decision.server, length, decision.begins);
+    finish(decision.reason, verdict)
 }
 
 #[inline(always)]
 fn finish(reason: Reason, verdict: u32) -> u32 {
-    maps::count(reason);
+    maps::count(reason as u32);
     verdict
+}
+
+#[inline(always)]
+fn end(ctx: &XdpContext, ending: Ending) -> u32 {
+    let verdict = match ending.out() {
+        Out::Pass => Some(XDP_PASS),
+        Out::Drop => Some(XDP_DROP),
+        Out::Back => Some(XDP_TX),
+        Out::Port(index) if index == maps::own_port().0 => Some(XDP_TX),
+        Out::Port(index) => maps::redirect(index),
+        Out::Link(link) if Interface(ctx.ctx).came_in_by(link) => Some(XDP_TX),
+        Out::Link(link) => maps::redirect_to_link(link),
+    };
+    let Some(verdict) = verdict else { return finish(Reason::NoNextHop, XDP_DROP) };
+    maps::count(ending.reason());
+    verdict
+}
+
+// Global functions: the verifier follows each of them once, whoever calls it and from wherever.
+
+/// [`routed::send`].
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn send_routed(ctx: *mut xdp_md, server: u32, reason: u32, l3: u32) -> u64 {
+    // At most two tags; the verifier wants to see a bound.
+    routed::send(&Interface(ctx), &Maps, server, reason, (l3 & 0x1f) as usize).0
+}
+
+/// [`routed::reply`].
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn take_reply(ctx: *mut xdp_md) -> u64 {
+    match routed::reply(&Interface(ctx), &Maps, L2_LEN) {
+        Some((ending, server)) => {
+            maps::count_reply(server);
+            ending.0
+        }
+        None => Ending::new(Reason::NotOurs, Out::Pass).0,
+    }
 }

@@ -224,6 +224,11 @@ impl NeConfig {
         self.admits(address).map(|farm| self.farms[farm].auth.of(address))
     }
 
+    /// Whether some farm's servers may ask for this forwarding type.
+    pub fn allows(&self, forwarding: Forwarding) -> bool {
+        self.farms.iter().any(|farm| farm.forwarding.contains(&forwarding))
+    }
+
     /// All files with keys, each once.
     pub fn key_files(&self) -> BTreeSet<&Path> {
         self.farms.iter().flat_map(|farm| farm.auth.files()).collect()

@@ -1,6 +1,9 @@
 //! Starting anew on maps that are in use: the packet path has forwarded on meanwhile, and goes on while SEs come back.
 
-use std::{net::Ipv6Addr, time::Instant};
+use std::{
+    net::{Ipv4Addr, Ipv6Addr},
+    time::Instant,
+};
 
 use necp_ebpf::{
     abi::{ACCEPTS, ALIVE, FIRST_SERVER, NONE, REACHABLE, SERVICE_BUCKETS, Server},
@@ -80,7 +83,7 @@ impl Cluster {
             let offer = Offer { key, service, state, alive: true, health: Health::default(), joined: None };
             self.offers.insert(*id, offer);
             let reachable = server.flags & REACHABLE != 0;
-            let hop = reachable.then_some(Hop { mac: server.mac, port: server.port });
+            let hop = reachable.then(|| hop_of(server));
             let Self { hosts, host_numbers, .. } = self;
             let host = hosts.entry(key.address).or_insert_with(|| Host {
                 number: host_numbers.take(server.host),
@@ -131,11 +134,16 @@ impl Cluster {
     }
 }
 
+fn hop_of(server: &Server) -> Hop {
+    let source = Ipv6Addr::from(server.source).to_ipv4_mapped();
+    Hop { mac: server.mac, port: server.port, source: source.unwrap_or(Ipv4Addr::UNSPECIFIED), mtu: server.mtu }
+}
+
 fn existing(view: &View<'_>) -> Vec<Existing> {
     let mut existing = Vec::new();
     for bucket in 0..SERVICE_BUCKETS {
         let Some(services) = view.services(bucket) else { break };
-        let valid = services.entries.into_iter().enumerate().filter(|(_, service)| service.state == 1);
+        let valid = services.entries.into_iter().enumerate().filter(|(_, service)| service.state != 0);
         existing.extend(valid.map(|(entry, service)| Existing { bucket, entry, service }));
     }
     existing

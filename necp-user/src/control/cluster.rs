@@ -38,6 +38,10 @@ pub struct Hop {
     pub mac: [u8; 6],
     /// Index of the interface in [`abi::names::PORTS`].
     pub port: u8,
+    /// This host's address on the way there.
+    pub source: Ipv4Addr,
+    /// Longest packet that gets there whole, in bytes.
+    pub mtu: u16,
 }
 
 /// The address may not join any farm.

@@ -98,13 +98,13 @@ pub struct FarmConfig {
 }
 
 impl FarmConfig {
-    /// A farm with default times and sizes; without VIPs, services and servers.
+    /// A farm with default times and sizes, for layer 2 and GRE; without VIPs, services and servers.
     pub fn new(name: impl Into<String>) -> Self {
         Self {
             name: name.into(),
             vips: Vec::new(),
             services: Vec::new(),
-            forwarding: vec![Forwarding::Layer2, Forwarding::Gre, Forwarding::Layer3],
+            forwarding: vec![Forwarding::Layer2, Forwarding::Gre],
             servers: Vec::new(),
             table_size: 65_537,
             orphan_time: Duration::from_secs(300),
@@ -121,6 +121,11 @@ impl FarmConfig {
     /// The seed in force.
     pub fn seed(&self) -> u64 {
         self.hash_seed.unwrap_or_else(|| super::stable::hash_bytes(self.name.as_bytes()))
+    }
+
+    /// Whether replies must find their flow: then every flow is recorded.
+    pub fn expects_replies(&self) -> bool {
+        self.forwarding.contains(&Forwarding::Layer3)
     }
 
     /// Whether this address may join.
@@ -171,7 +176,7 @@ impl Default for ClusterConfig {
             slots: abi::DEFAULT_SLOTS,
             servers: abi::MAX_SERVERS,
             max_exceptions: abi::DEFAULT_EXCEPTIONS,
-            implemented: vec![Forwarding::Layer2],
+            implemented: vec![Forwarding::Layer2, Forwarding::Gre, Forwarding::Layer3],
         }
     }
 }
@@ -249,6 +254,15 @@ pub enum ConfigError {
     BucketFull {
         /// The VIP.
         vip: Ipv4Addr,
+        /// The service.
+        service: ServiceKey,
+    },
+    /// A reply would have to look at too many VIPs.
+    #[error(
+        "more than {max} VIPs offer {service} in farms that allow l3: use fewer, or another port for some",
+        max = abi::REPLY_VIPS
+    )]
+    TooManyReplies {
         /// The service.
         service: ServiceKey,
     },

@@ -1,6 +1,9 @@
 //! Where everything stands in the maps: one region of slots per farm and service, one entry per VIP and service.
 
-use std::{collections::BTreeMap, net::Ipv4Addr};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::Ipv4Addr,
+};
 
 use necp_ebpf::{
     abi::{self, ALWAYS_TRACKED, SERVICES_PER_BUCKET, UDP_CLASS, UNTRACKED},
@@ -42,6 +45,17 @@ pub struct Frontend {
     pub entry: usize,
 }
 
+/// An entry of the service table that leads a server's reply to its VIP ([`abi::REPLY`]).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Reply {
+    /// What stands there.
+    pub service: abi::Service,
+    /// Bucket of the service table.
+    pub bucket: u32,
+    /// Entry in the bucket.
+    pub entry: usize,
+}
+
 /// An entry that the service table has already.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Existing {
@@ -60,6 +74,8 @@ pub struct Layout {
     pub services: Vec<PlacedService>,
     /// In the order of farms, services and VIPs.
     pub frontends: Vec<Frontend>,
+    /// For the services of farms that allow layer 3.
+    pub replies: Vec<Reply>,
     /// Entries (bucket, entry) of services that are no longer configured.
     pub stale: Vec<(u32, usize)>,
     /// Farm index in the maps as found → index in the configuration.
@@ -122,6 +138,7 @@ impl Layout {
     ) -> PlacedService {
         let wanted = &config.farms[farm];
         let flags = match (shows_beginning(key.protocol), wanted.udp_tracking) {
+            (true, _) if wanted.expects_replies() => ALWAYS_TRACKED,
             (true, _) => 0,
             (false, true) => ALWAYS_TRACKED,
             (false, false) => UNTRACKED,
@@ -167,15 +184,15 @@ impl Layout {
     }
 
     fn place(&mut self, config: &ClusterConfig, existing: &[Existing]) -> Result<(), ConfigError> {
-        let mut occupied: BTreeMap<(u32, usize), bool> = BTreeMap::new();
-        let mut ids: std::collections::BTreeSet<u16> = existing.iter().map(|old| old.service.id & !UDP_CLASS).collect();
+        let mut occupied: BTreeSet<(u32, usize)> = BTreeSet::new();
+        let mut ids: BTreeSet<u16> = existing.iter().map(|old| old.service.id & !UDP_CLASS).collect();
         let wanted: Vec<(usize, Ipv4Addr)> = (0..self.services.len())
             .flat_map(|index| config.farms[self.services[index].farm].vips.iter().map(move |&vip| (index, vip)))
             .collect();
         // What is there keeps its place; only then what is new looks for one.
         for &(index, vip) in &wanted {
             if let Some(old) = find(existing, vip, self.services[index].key) {
-                occupied.insert((old.bucket, old.entry), true);
+                occupied.insert((old.bucket, old.entry));
             }
         }
         for (service, vip) in wanted {
@@ -185,11 +202,11 @@ impl Layout {
                 Some(old) => (old.bucket, old.entry),
                 None => {
                     let bucket = service_bucket(key_word(vip, placed.key));
-                    let entry = (0..SERVICES_PER_BUCKET).find(|&entry| !occupied.contains_key(&(bucket, entry)));
+                    let entry = free_entry(&occupied, bucket);
                     (bucket, entry.ok_or(ConfigError::BucketFull { vip, service: placed.key })?)
                 }
             };
-            occupied.insert((bucket, entry), true);
+            occupied.insert((bucket, entry));
             // Flow records of another seed are in other buckets: they must not be taken for this entry's.
             let seed = config.farms[placed.farm].seed();
             let id = match old.filter(|old| old.service.seed == seed) {
@@ -202,10 +219,49 @@ impl Layout {
             ids.insert(id & !UDP_CLASS);
             self.frontends.push(Frontend { vip, service, id, bucket, entry });
         }
-        let stale = existing.iter().map(|old| (old.bucket, old.entry)).filter(|place| !occupied.contains_key(place));
+        self.place_replies(config, &mut occupied)?;
+        let stale = existing.iter().map(|old| (old.bucket, old.entry)).filter(|place| !occupied.contains(place));
         self.stale = stale.collect();
         Ok(())
     }
+
+    /// They mean nothing to flows, so they need not be where they were.
+    fn place_replies(
+        &mut self,
+        config: &ClusterConfig,
+        occupied: &mut BTreeSet<(u32, usize)>,
+    ) -> Result<(), ConfigError> {
+        let mut numbers: BTreeMap<ServiceKey, u32> = BTreeMap::new();
+        for frontend in &self.frontends {
+            let (vip, placed) = (frontend.vip, &self.services[frontend.service]);
+            if !config.farms[placed.farm].expects_replies() {
+                continue;
+            }
+            let number = numbers.entry(placed.key).or_default();
+            if *number == abi::REPLY_VIPS {
+                return Err(ConfigError::TooManyReplies { service: placed.key });
+            }
+            let service = abi::Service {
+                address: number.to_ne_bytes(),
+                port: placed.key.port.to_be_bytes(),
+                protocol: placed.key.protocol,
+                state: abi::REPLY,
+                slots_base: u32::from_ne_bytes(vip.octets()),
+                ..abi::Service::default()
+            };
+            *number += 1;
+            let bucket = service_bucket(first_word(&service));
+            let full = ConfigError::BucketFull { vip, service: placed.key };
+            let entry = free_entry(occupied, bucket).ok_or(full)?;
+            occupied.insert((bucket, entry));
+            self.replies.push(Reply { service, bucket, entry });
+        }
+        Ok(())
+    }
+}
+
+fn free_entry(occupied: &BTreeSet<(u32, usize)>, bucket: u32) -> Option<usize> {
+    (0..SERVICES_PER_BUCKET).find(|&entry| !occupied.contains(&(bucket, entry)))
 }
 
 fn overlap(a: (u32, u32), b: (u32, u32)) -> bool {
@@ -224,9 +280,14 @@ fn find(existing: &[Existing], vip: Ipv4Addr, key: ServiceKey) -> Option<&Existi
 
 /// The first eight bytes of an entry, as the packet path makes them.
 fn key_word(vip: Ipv4Addr, key: ServiceKey) -> u64 {
-    let [a, b, c, d] = vip.octets();
-    let [e, f] = key.port.to_be_bytes();
-    u64::from_ne_bytes([a, b, c, d, e, f, key.protocol, 1])
+    let (address, port) = (vip.octets(), key.port.to_be_bytes());
+    first_word(&abi::Service { address, port, protocol: key.protocol, state: 1, ..abi::Service::default() })
+}
+
+fn first_word(service: &abi::Service) -> u64 {
+    let [a, b, c, d] = service.address;
+    let [e, f] = service.port;
+    u64::from_ne_bytes([a, b, c, d, e, f, service.protocol, service.state])
 }
 
 #[cfg(test)]

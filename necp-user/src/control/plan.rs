@@ -10,6 +10,7 @@ use necp_ebpf::{
     abi::{self, DIRECT, FIRST_SERVER, NONE, Server},
     host::{NotWritten, View},
     slot::SlotWord,
+    steer::shows_beginning,
     tables::{NextHop, Tables},
 };
 
@@ -424,7 +425,8 @@ impl Cluster {
         let flag = |set: bool, flag: u8| if set { flag } else { 0 };
         let flags = flag(offer.alive, abi::ALIVE)
             | flag(takes_flows, abi::ACCEPTS)
-            | flag(host.is_some_and(|host| host.reachable()), abi::REACHABLE);
+            | flag(host.is_some_and(|host| host.reachable()), abi::REACHABLE)
+            | (offer.key.forwarding as u8) << abi::FORWARDING_SHIFT;
         Server {
             mac: hop.map_or([0; 6], |hop| hop.mac),
             flags,
@@ -435,6 +437,9 @@ impl Cluster {
             protocol: offer.key.service.protocol,
             forwarding: offer.key.forwarding as u8,
             host: host.map_or(0, |host| host.number),
+            source: hop.map_or([0; 16], |hop| hop.source.to_ipv6_mapped().octets()),
+            mtu: hop.map_or(0, |hop| hop.mtu),
+            reserved: [0; 14],
         }
     }
 
@@ -467,10 +472,10 @@ impl Cluster {
 
     fn table_write(&self, index: usize) -> TableWrite {
         let (service, placed) = (&self.services[index], &self.layout.services[index]);
-        let kind = match (service.fresh, placed.flags) {
+        let kind = match (service.fresh, shows_beginning(placed.key.protocol)) {
             (true, _) => TableKind::Fresh,
-            (false, 0) => TableKind::Moved,
-            (false, _) => TableKind::Stateless,
+            (false, true) => TableKind::Moved,
+            (false, false) => TableKind::Stateless,
         };
         let owners = service.owners.clone();
         debug_assert!(owners.iter().all(|&owner| owner < FIRST_SERVER || self.offers.contains_key(&owner)));
@@ -519,7 +524,13 @@ impl Cluster {
             service: self.layout.entry(&self.config, frontend),
             table: Some(frontend.service),
         });
-        gone.chain(wanted).collect()
+        let replies = self.layout.replies.iter().map(|reply| ServiceWrite {
+            bucket: reply.bucket,
+            entry: reply.entry,
+            service: reply.service,
+            table: None,
+        });
+        gone.chain(replies).chain(wanted).collect()
     }
 }
 

@@ -36,6 +36,11 @@ pub(super) fn se(number: u8) -> Ipv4Addr {
     Ipv4Addr::new(10, 0, 0, number)
 }
 
+/// Where a server is.
+pub(super) fn hop(number: u8) -> Hop {
+    Hop { mac: [2, 0, 0, 0, 0, number], port: 1, source: Ipv4Addr::new(10, 0, 0, 254), mtu: 1500 }
+}
+
 /// One farm with tcp/80 and udp/53, 11 slots each.
 pub(super) fn config() -> ClusterConfig {
     let mut farm = FarmConfig::new("web");
@@ -103,7 +108,7 @@ impl Bed {
     }
 
     pub(super) fn reach(&mut self, number: u8) {
-        self.cluster.host_reachable(se(number), Hop { mac: [2, 0, 0, 0, 0, number], port: 1 }, self.now);
+        self.cluster.host_reachable(se(number), hop(number), self.now);
     }
 
     pub(super) fn start(&mut self, number: u8) -> Change {

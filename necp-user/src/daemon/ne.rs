@@ -26,6 +26,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 use futures_util::Stream;
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
@@ -43,7 +45,9 @@ use crate::config::ne::{Mode, NeConfig};
 use crate::control::cluster::Cluster;
 use crate::control::config::{ClusterConfig, FarmConfig, Forwarding, ServiceKey};
 use crate::necp::Key;
+use crate::plane::host_routing::HostRouting;
 use crate::plane::neighbours::{Change, Neighbours};
+use crate::plane::path_mtu::PathMtus;
 use crate::plane::{AttachMode, Plane, PlaneConfig};
 
 /// How long the network may take to be asked at the end.
@@ -221,10 +225,11 @@ async fn start(
             adopted.given_up
         );
     }
+    let routing = prepare_routing(config);
     let (neighbours, changes, driver) = Neighbours::open()?;
     tokio::spawn(driver);
     let ports = plane.ports();
-    let hosts = Hosts::new(neighbours, ports.iter().map(|port| (port.ifindex, port.index)));
+    let hosts = Hosts::new(neighbours, ports.iter().cloned());
     let vips = if config.manage_vips {
         let all = config.farms.iter().flat_map(|farm| farm.vips.iter().copied());
         let distinct: std::collections::BTreeSet<_> = all.collect();
@@ -234,14 +239,18 @@ async fn start(
     };
     let (sender, inputs) = mpsc::channel(input::CAPACITY);
     let limits = Arc::new(Limits::default());
+    if config.allows(crate::necp::Forwarding::Gre) {
+        follow_path_mtus(sender.clone());
+    }
     let door = Door::new(Arc::clone(config), sender.clone(), Arc::clone(&limits), Arc::clone(keys));
     let mut owner = Owner::new(Arc::clone(config), plane, cluster, hosts, vips, Arc::clone(&door), limits);
+    owner.routing = routing;
     owner.begin().await;
     Ok((owner, inputs, sender, changes, door))
 }
 
 async fn finish(owner: Owner, leave: bool) -> anyhow::Result<()> {
-    let Owner { plane, vips, .. } = owner;
+    let Owner { plane, vips, routing, .. } = owner;
     if leave {
         tracing::info!("the packet path and the VIPs stay, pinned in {}, for the next daemon", plane.pin().display());
         return Ok(plane.close(true)?);
@@ -253,6 +262,7 @@ async fn finish(owner: Owner, leave: bool) -> anyhow::Result<()> {
     }
     let pin = plane.pin().to_path_buf();
     plane.close(false)?;
+    routing.undo();
     tracing::info!("the packet path is detached and its pins in {} are removed", pin.display());
     Ok(())
 }
@@ -304,6 +314,40 @@ fn follow_hangups(keys: Arc<Keys>) -> anyhow::Result<impl Future<Output = ()> + 
     })
 }
 
+/// Makes the kernel route what the packet path leaves to it.
+fn prepare_routing(config: &NeConfig) -> HostRouting {
+    if !config.allows(crate::necp::Forwarding::Gre) && !config.allows(crate::necp::Forwarding::L3) {
+        return HostRouting::default();
+    }
+    let (routing, problems) = HostRouting::prepare(&config.interfaces);
+    problems.iter().for_each(|problem| tracing::warn!("{problem}"));
+    routing
+}
+
+/// Listens for ICMP errors about paths that take shorter packets.
+fn follow_path_mtus(owner: mpsc::Sender<Input>) {
+    // SAFETY: its descriptor is the same, and open, for as long as it lives.
+    let register = |mtus| unsafe { AsyncFd::register_with_interest(mtus, Interest::ERROR) };
+    let watched = PathMtus::open().and_then(|mtus| Ok(register(mtus)?));
+    let mtus = match watched {
+        Ok(mtus) => mtus,
+        Err(error) => {
+            tracing::warn!(%error, "path MTUs of tunnels are not followed: what is too long for one is lost on the way");
+            return;
+        }
+    };
+    tokio::spawn(async move {
+        while let Ok(mut ready) = mtus.ready(Interest::ERROR).await {
+            let servers = mtus.get_ref().take();
+            if servers.is_empty() {
+                ready.clear_ready();
+            } else if owner.send(Input::PathMtu { servers }).await.is_err() {
+                return;
+            }
+        }
+    });
+}
+
 /// What the packet path needs to know.
 pub(super) fn plane_config(config: &NeConfig) -> PlaneConfig {
     PlaneConfig {
@@ -317,6 +361,7 @@ pub(super) fn plane_config(config: &NeConfig) -> PlaneConfig {
         slots: config.slots(),
         flow_buckets: necp_ebpf::abi::DEFAULT_FLOW_BUCKETS,
         exceptions: necp_ebpf::abi::exception_records(necp_ebpf::abi::DEFAULT_EXCEPTIONS),
+        replies: config.allows(crate::necp::Forwarding::L3),
     }
 }
 

@@ -162,6 +162,10 @@ pub struct Server {
     pub bytes: u64,
     /// Bytes per second.
     pub bytes_per_second: f64,
+    /// Packets from it that got the VIP's address here (layer 3).
+    pub replies: u64,
+    /// It gets flows by layer 3, but its replies pass elsewhere: its clients do not know who answers.
+    pub one_way: bool,
 }
 
 /// Packets that ended with one reason.

@@ -67,6 +67,7 @@ impl Plane {
                 packets: sum.packets + cpu.packets,
                 bytes: sum.bytes + cpu.bytes,
                 flows: sum.flows + cpu.flows,
+                replies: sum.replies + cpu.replies,
             }))
         };
         ids.iter().map(read).collect()

@@ -4,7 +4,7 @@ use std::{ffi::CString, fs, io, os::unix::ffi::OsStrExt as _, path::Path};
 
 use aya::{
     Ebpf, EbpfLoader,
-    maps::{Array, DevMap, MapData},
+    maps::{Array, DevMap, MapData, xdp::DevMapHash},
     programs::Xdp,
 };
 use aya_log::EbpfLogger;
@@ -124,6 +124,7 @@ fn load_program(config: &PlaneConfig, layout: &Layout, index: u32, mac: [u8; 6])
     let mask = layout.flow_buckets - 1;
     let exception_buckets = exception_buckets(layout.exceptions);
     let exception_mask = exception_buckets - 1;
+    let replies = u32::from(config.replies);
     let mut loader = EbpfLoader::new();
     loader
         .override_global(names::PORT_INDEX, &index, true)
@@ -131,6 +132,7 @@ fn load_program(config: &PlaneConfig, layout: &Layout, index: u32, mac: [u8; 6])
         .override_global(names::FLOW_MASK, &mask, true)
         .override_global(names::EXCEPTION_BUCKET_MASK, &exception_mask, true)
         .override_global(names::EXCEPTION_SEED, &layout.exception_seed, true)
+        .override_global(names::REPLIES, &replies, true)
         .map_max_entries(names::SLOTS, layout.slots)
         .map_max_entries(names::FLOWS, layout.flow_buckets)
         .map_max_entries(names::EXCEPTIONS, layout.exceptions)
@@ -147,10 +149,13 @@ fn enter_port(pin: &Path, index: u32, port: &Port) -> Result<(), PlaneError> {
     ports.set(index, Pod(*port), 0).map_err(PlaneError::bpf("writing the map `ports`"))?;
     let mut targets =
         DevMap::try_from(open_map(pin, names::TX_PORTS)?).map_err(PlaneError::bpf("opening the map `tx_ports`"))?;
-    targets.set(index, port.ifindex, None, 0).map_err(PlaneError::bpf("writing the map `tx_ports`"))
+    targets.set(index, port.ifindex, None, 0).map_err(PlaneError::bpf("writing the map `tx_ports`"))?;
+    let mut links =
+        DevMapHash::try_from(open_map(pin, names::TX_LINKS)?).map_err(PlaneError::bpf("opening the map `tx_links`"))?;
+    links.insert(port.ifindex, port.ifindex, None, 0).map_err(PlaneError::bpf("writing the map `tx_links`"))
 }
 
-fn interface_index(name: &str) -> Result<u32, PlaneError> {
+pub(super) fn interface_index(name: &str) -> Result<u32, PlaneError> {
     let missing = || PlaneError::NoInterface(name.into());
     let c_name = CString::new(name).map_err(|_| missing())?;
     // SAFETY: the name is a valid C string.

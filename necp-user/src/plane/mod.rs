@@ -5,10 +5,13 @@
 
 mod attach;
 mod counters;
+pub mod decap;
 pub mod host_address;
+pub mod host_routing;
 mod load;
 mod memory;
 pub mod neighbours;
+pub mod path_mtu;
 #[cfg(test)]
 pub(crate) mod throwaway_netns;
 
@@ -46,6 +49,8 @@ pub struct PlaneConfig {
     /// Records of exceptions that are needed, 32 bytes each and about half of that for their index
     /// ([`exception_records`](necp_ebpf::abi::exception_records)).
     pub exceptions: u32,
+    /// Whether servers may ask for layer 3: then packets that are no VIP's may be replies.
+    pub replies: bool,
 }
 
 /// One interface of a [`Plane`].
@@ -207,6 +212,21 @@ impl Plane {
         drop(self);
         if leave { Ok(()) } else { attach::remove_all(&pin) }
     }
+}
+
+/// The name of an interface.
+///
+/// # Errors
+/// If there is none with this index of the kernel's.
+pub fn interface_name(ifindex: u32) -> io::Result<String> {
+    let mut name = [0; libc::IFNAMSIZ];
+    // SAFETY: the buffer is as long as the call demands.
+    let found = unsafe { libc::if_indextoname(ifindex, name.as_mut_ptr()) };
+    if found.is_null() {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the call has written a C string.
+    Ok(unsafe { std::ffi::CStr::from_ptr(name.as_ptr()) }.to_string_lossy().into_owned())
 }
 
 /// The kernel program's own messages, through the `log` crate.

@@ -16,7 +16,7 @@ use rtnetlink::packet_route::link::{LinkAttribute, LinkFlags, LinkMessage};
 use rtnetlink::packet_route::neighbour::{
     NeighbourAddress, NeighbourAttribute, NeighbourFlags, NeighbourMessage, NeighbourState,
 };
-use rtnetlink::packet_route::route::{RouteAddress, RouteAttribute, RouteMessage, RouteType};
+use rtnetlink::packet_route::route::{RouteAddress, RouteAttribute, RouteMessage, RouteMetric, RouteType};
 use rtnetlink::packet_route::{AddressFamily, RouteNetlinkMessage};
 use rtnetlink::{Handle, MulticastGroup, RouteMessageBuilder};
 use thiserror::Error;
@@ -44,6 +44,10 @@ pub struct Route {
     pub ifindex: u32,
     /// The router that they go to first, if the host is not on that link.
     pub gateway: Option<Ipv4Addr>,
+    /// This host's address on that way.
+    pub source: Option<Ipv4Addr>,
+    /// Longest packet that gets there whole, in bytes, where the kernel knows better than the interface's MTU.
+    pub mtu: Option<u32>,
 }
 
 impl Route {
@@ -220,15 +224,22 @@ fn route_of(message: &RouteMessage) -> Option<Route> {
         return None;
     }
     let mut ifindex = None;
-    let mut gateway = None;
+    let (mut gateway, mut source, mut mtu) = (None, None, None);
     for attribute in &message.attributes {
         match attribute {
             RouteAttribute::Oif(index) => ifindex = Some(*index),
             RouteAttribute::Gateway(RouteAddress::Inet(address)) => gateway = Some(*address),
+            RouteAttribute::PrefSource(RouteAddress::Inet(address)) => source = Some(*address),
+            RouteAttribute::Metrics(metrics) => {
+                mtu = metrics.iter().find_map(|metric| match metric {
+                    RouteMetric::Mtu(mtu) => Some(*mtu),
+                    _ => None,
+                });
+            }
             _ => {}
         }
     }
-    Some(Route { ifindex: ifindex?, gateway })
+    Some(Route { ifindex: ifindex?, gateway, source, mtu })
 }
 
 /// The kernel's ways to say that no route leads there.

@@ -291,7 +291,7 @@ fn address(server: u8) -> Ipv4Addr {
 }
 
 fn hop(server: u8) -> Hop {
-    Hop { mac: [2, 0, 0, 0, 1, server], port: 0 }
+    Hop { mac: [2, 0, 0, 0, 1, server], port: 0, source: Ipv4Addr::new(10, 0, 0, 254), mtu: 1500 }
 }
 
 fn wipe(view: &View<'_>) {

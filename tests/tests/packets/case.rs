@@ -43,6 +43,8 @@ pub enum Fate {
     Drop(Reason),
     /// New MAC addresses and nothing else; out by the interface that leads to this server.
     To(u32, Reason),
+    /// These very bytes.
+    Becomes(Verdict, Reason, &'static [u8]),
 }
 
 /// What must have become of the tables.
@@ -168,6 +170,8 @@ impl Bench {
 
     /// The same frame through both; what they did, if it was the same.
     pub fn both(&mut self, frame: &[u8]) -> Result<Outcome, String> {
+        self.kernel.rest().map_err(|error| error.to_string())?;
+        self.host.rest();
         let kernel = self.kernel.run(frame).map_err(|error| format!("{error:#}"))?;
         let host = self.host.run(frame);
         let counted = self.counted()?;
@@ -187,13 +191,17 @@ impl Bench {
         let kernel = self.kernel.plane().server_stats(&ids).map_err(|error| error.to_string())?;
         let host: Vec<_> = ids.iter().map(|&id| self.host.stats(id)).collect();
         let [kernel_before, host_before] = std::mem::replace(&mut self.stats, [kernel.clone(), host.clone()]);
-        let since = |now: &[ServerStats], then: &[ServerStats]| -> Vec<[u64; 3]> {
+        let since = |now: &[ServerStats], then: &[ServerStats]| -> Vec<[u64; 4]> {
             let pairs = now.iter().zip(then);
-            pairs.map(|(n, t)| [n.packets - t.packets, n.bytes - t.bytes, n.flows - t.flows]).collect()
+            pairs
+                .map(|(n, t)| [n.packets - t.packets, n.bytes - t.bytes, n.flows - t.flows, n.replies - t.replies])
+                .collect()
         };
         let (kernel, host) = (since(&kernel, &kernel_before), since(&host, &host_before));
         let same = kernel == host;
-        Ok(same.then_some(()).ok_or_else(|| format!("packets, bytes, flows: kernel {kernel:?}, host {host:?}")))
+        Ok(same
+            .then_some(())
+            .ok_or_else(|| format!("packets, bytes, flows, replies: kernel {kernel:?}, host {host:?}")))
     }
 
     fn step(&mut self, setup: &Setup, step: &Step) -> Result<(), String> {
@@ -215,8 +223,18 @@ fn brief(outcome: &Outcome) -> String {
     format!("{:?} for {:?}, {} bytes from {}", outcome.verdict, outcome.reason, outcome.frame.len(), head.concat())
 }
 
+fn whole(outcome: &Outcome) -> String {
+    let bytes: Vec<String> = outcome.frame.iter().map(|byte| format!("{byte:02x}")).collect();
+    format!("{:?} for {:?}:\n  {}\n", outcome.verdict, outcome.reason, bytes.concat())
+}
+
 fn check_fate(frame: &[u8], fate: Fate, outcome: &Outcome) -> Result<(), String> {
     let (verdict, reason, macs) = match fate {
+        Fate::Becomes(verdict, reason, bytes) => {
+            let same = outcome.verdict == verdict && outcome.reason == reason && outcome.frame == bytes;
+            let wanted = Outcome { verdict, frame: bytes.to_vec(), reason };
+            return same.then_some(()).ok_or_else(|| format!("{}, not {}", whole(outcome), whole(&wanted)));
+        }
         Fate::Pass(reason) => (Verdict::Pass, reason, None),
         Fate::Drop(reason) => (Verdict::Drop, reason, None),
         Fate::To(REMOTE, reason) => (Verdict::Redirect, reason, Some((mac(REMOTE), OTHER_MAC))),

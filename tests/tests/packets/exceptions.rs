@@ -274,7 +274,8 @@ fn udp() -> Vec<Case> {
             .frame(quic.udp(b"?"), Fate::To(OTHER, Reason::Plain)),
         Case::new("always tracked TCP under a global exception", why, global())
             .frame(always.syn(1000), DIRECTLY)
-            .leaves(record(DIRECT, 1000))
-            .frame(always.data(1001), DIRECTLY),
+            .leaves(candidate(DIRECT, 1000))
+            .frame(always.data(1001), DIRECTLY)
+            .leaves(record(DIRECT, 1000)),
     ]
 }

@@ -31,6 +31,17 @@ impl Flow {
         Self { protocol, port, ..self }
     }
 
+    /// What this server replies to it.
+    pub const fn from_server(self, server: [u8; 4]) -> Self {
+        Self {
+            source: server,
+            source_port: self.port,
+            destination: self.source,
+            port: self.source_port,
+            protocol: self.protocol,
+        }
+    }
+
     /// What the packet path makes of it.
     pub fn packet(self) -> Packet {
         Packet {
@@ -83,12 +94,16 @@ pub struct Spec {
     pub total: Option<u16>,
     /// Flags and fragment offset (RFC 791 §3.1).
     pub fragment: u16,
+    pub tos: u8,
+    pub ttl: u8,
     pub flow: Flow,
     pub sequence: u32,
     pub flags: u8,
     pub data_offset: Option<u8>,
     pub tcp_options: Vec<u8>,
     pub udp_length: Option<u16>,
+    /// No checksum (RFC 768).
+    pub unchecked: bool,
     pub payload: Vec<u8>,
     /// What stands behind the datagram: Ethernet's padding.
     pub padding: usize,
@@ -106,12 +121,15 @@ impl Spec {
             ip_options: Vec::new(),
             total: None,
             fragment: 0x4000,
+            tos: 0,
+            ttl: 64,
             flow,
             sequence: 0,
             flags: 0,
             data_offset: None,
             tcp_options: Vec::new(),
             udp_length: None,
+            unchecked: false,
             payload: Vec::new(),
             padding: 0,
             cut: None,
@@ -139,11 +157,11 @@ impl Spec {
         let length = 20 + self.ip_options.len();
         let ihl = self.ihl.unwrap_or((length / 4) as u8);
         let total = self.total.unwrap_or((length + transport) as u16);
-        let mut header = vec![self.version << 4 | ihl, 0];
+        let mut header = vec![self.version << 4 | ihl, self.tos];
         header.extend(total.to_be_bytes());
         header.extend([0x12, 0x34]);
         header.extend(self.fragment.to_be_bytes());
-        header.extend([64, self.flow.protocol, 0, 0]);
+        header.extend([self.ttl, self.flow.protocol, 0, 0]);
         header.extend(self.flow.source);
         header.extend(self.flow.destination);
         header.extend(&self.ip_options);
@@ -175,13 +193,14 @@ impl Spec {
         bytes.extend(&self.payload);
         let pseudo = [&self.flow.source[..], &self.flow.destination, &[0, self.flow.protocol]].concat();
         let sum = checksum(&[&pseudo[..], &(bytes.len() as u16).to_be_bytes(), &bytes].concat());
+        let sum = if self.unchecked { 0 } else { sum };
         bytes[place..place + 2].copy_from_slice(&sum.to_be_bytes());
         bytes
     }
 }
 
 /// The Internet checksum (RFC 1071).
-fn checksum(bytes: &[u8]) -> u16 {
+pub fn checksum(bytes: &[u8]) -> u16 {
     let word = |pair: &[u8]| u32::from(pair[0]) << 8 | pair.get(1).map_or(0, |&low| u32::from(low));
     let mut sum: u32 = bytes.chunks(2).map(word).sum();
     while sum > 0xffff {

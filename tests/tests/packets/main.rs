@@ -5,6 +5,7 @@ mod exceptions;
 mod frames;
 mod fuzz;
 mod headers;
+mod routed;
 mod services;
 mod setup;
 mod tracking;
@@ -21,7 +22,10 @@ use setup::Setup;
 const VERIFIED_INSTRUCTIONS: u32 = 500_000;
 
 fn all_cases() -> Vec<Case> {
-    [headers::cases(), tracking::cases(), services::cases(), exceptions::cases()].into_iter().flatten().collect()
+    [headers::cases(), tracking::cases(), services::cases(), exceptions::cases(), routed::cases()]
+        .into_iter()
+        .flatten()
+        .collect()
 }
 
 #[test]

@@ -124,16 +124,19 @@ fn always_tcp() -> Vec<Case> {
     vec![
         Case::new("always tracked TCP, from its SYN on", why, Setup::plain())
             .frame(A.syn(1000), new)
+            .leaves(candidate(OWNER, 1000))
+            .frame(A.syn(1000), to(OWNER, Reason::Repeated))
+            .frame(A.ack(1001), to(OWNER, Reason::Confirmed))
             .leaves(record(OWNER, 1000))
-            .frame(A.syn(1000), to(OWNER, Reason::Record))
             .frame(A.fin(1001), to(OWNER, Reason::Record))
             .keeps(record(OWNER, 1000).closing()),
         Case::new("always tracked TCP, from its middle on", why, Setup::plain())
-            .frame(A.data(5000), new)
-            .leaves(record(OWNER, 5000)),
+            .frame(A.data(5000), to(OWNER, Reason::Owner)),
         Case::new("always tracked TCP, first seen by its RST", why, Setup::plain())
-            .frame(A.rst(5000), new)
-            .leaves(record(OWNER, 5000).closing()),
+            .frame(A.rst(5000), to(OWNER, Reason::Owner)),
+        Case::new("always tracked TCP, from its middle on, begun before a change", why, Setup::changed_from(LEGACY))
+            .frame(A.data(5000), to(LEGACY, Reason::Adopted))
+            .leaves(record(LEGACY, 0)),
     ]
 }
 

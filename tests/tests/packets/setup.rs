@@ -3,8 +3,8 @@
 use necp_ebpf::{
     abi::{
         ACCEPTS, ALIVE, ALWAYS_TRACKED, DIRECT, EXCEPTION_GLOBAL, EXCEPTION_INSTALLERS, EXCEPTION_LOCAL, Exception,
-        ExceptionMask, ExceptionMasks, FLOWS_PER_BUCKET, REACHABLE, SERVICES_PER_BUCKET, Server, Service, UDP_CLASS,
-        UNTRACKED,
+        ExceptionMask, ExceptionMasks, FLOWS_PER_BUCKET, FORWARDING_SHIFT, GRE, LAYER_2, LAYER_3, REACHABLE, REPLY,
+        SERVICES_PER_BUCKET, Server, Service, UDP_CLASS, UNTRACKED,
     },
     flows::{FlowWord, flow_key},
     hash::{flow_buckets, flow_hash, service_bucket, slot_index},
@@ -36,8 +36,18 @@ pub const UNREACHABLE: u32 = 7;
 pub const REMOTE: u32 = 8;
 /// Behind an interface that is not there.
 pub const LOST_PORT: u32 = 9;
+/// Wants GRE.
+pub const TUNNEL: u32 = 10;
+/// Wants GRE, behind the other interface.
+pub const REMOTE_TUNNEL: u32 = 11;
+/// Wants layer 3.
+pub const TRANSLATED: u32 = 12;
 /// One more than the last id.
-pub const SERVERS: u32 = 10;
+pub const SERVERS: u32 = 13;
+/// This host's address, as the source of GRE.
+pub const OWN_ADDRESS: [u8; 4] = [10, 0, 0, 1];
+/// Longest packet that gets to any server.
+pub const MTU: u16 = 1500;
 
 /// Port of the service whose TCP flows are tracked as little as may be.
 pub const WEB: u16 = 80;
@@ -54,6 +64,11 @@ const SEED: u64 = 7;
 /// A server's MAC address.
 pub const fn mac(server: u32) -> [u8; 6] {
     [2, 0, 0, 0, 9, server as u8]
+}
+
+/// A server's own address.
+pub const fn address(server: u32) -> [u8; 4] {
+    [10, 0, 0, server as u8]
 }
 
 /// Tables to begin with.
@@ -81,8 +96,10 @@ impl Setup {
             service(2, udp, DNS, ALWAYS_TRACKED),
             service(3, udp, QUIC, UNTRACKED),
             service(4, tcp, ALWAYS, ALWAYS_TRACKED),
+            reply(0, tcp, ALWAYS),
+            reply(0, udp, DNS),
         ];
-        let slots = vec![word.0; services.len() * SLOTS_PER_SERVICE as usize];
+        let slots = vec![word.0; 4 * SLOTS_PER_SERVICE as usize];
         Self { services, slots, entries: Vec::new(), exceptions: Vec::new(), masks: ExceptionMasks::default() }
     }
 
@@ -287,13 +304,8 @@ pub fn ports_beside_web(count: usize) -> Vec<u16> {
 }
 
 fn key(service: &Service) -> u64 {
-    let packet = Packet {
-        destination: u32::from_ne_bytes(service.address),
-        destination_port: u16::from_ne_bytes(service.port),
-        protocol: service.protocol,
-        ..Packet::default()
-    };
-    packet.service_key()
+    let ([a, b, c, d], [e, f]) = (service.address, service.port);
+    u64::from_ne_bytes([a, b, c, d, e, f, service.protocol, service.state])
 }
 
 fn service(id: u16, protocol: u8, port: u16, flags: u16) -> Service {
@@ -312,6 +324,22 @@ fn service(id: u16, protocol: u8, port: u16, flags: u16) -> Service {
     }
 }
 
+/// Where a reply finds its VIP.
+fn reply(number: u32, protocol: u8, port: u16) -> Service {
+    Service {
+        address: number.to_ne_bytes(),
+        port: port.to_be_bytes(),
+        protocol,
+        state: REPLY,
+        slots_base: u32::from_ne_bytes(VIP),
+        ..Service::default()
+    }
+}
+
+fn mapped([a, b, c, d]: [u8; 4]) -> [u8; 16] {
+    std::net::Ipv4Addr::new(a, b, c, d).to_ipv6_mapped().octets()
+}
+
 /// A server's record as its id says.
 fn server(id: u32) -> Server {
     let flags = match id {
@@ -321,9 +349,23 @@ fn server(id: u32) -> Server {
         _ => ALIVE | ACCEPTS | REACHABLE,
     };
     let port = match id {
-        REMOTE => 1,
+        REMOTE | REMOTE_TUNNEL => 1,
         LOST_PORT => 9,
         _ => 0,
     };
-    Server { mac: mac(id), flags, port, host: id as u16, ..Server::default() }
+    let forwarding = match id {
+        TUNNEL | REMOTE_TUNNEL => GRE,
+        TRANSLATED => LAYER_3,
+        _ => LAYER_2,
+    };
+    Server {
+        mac: mac(id),
+        flags: flags | forwarding << FORWARDING_SHIFT,
+        port,
+        host: id as u16,
+        address: mapped(address(id)),
+        source: mapped(OWN_ADDRESS),
+        mtu: MTU,
+        ..Server::default()
+    }
 }

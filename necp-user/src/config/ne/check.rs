@@ -16,8 +16,6 @@ use crate::necp::service::{TCP, UDP};
 use crate::necp::{Forwarding, PORT, ServiceKey};
 use necp_ebpf::abi::{MAX_PORTS, SERVICE_BUCKETS};
 
-/// What this build's packet path can do.
-const BUILT: [Forwarding; 1] = [Forwarding::L2];
 /// Default of `table_size`.
 const TABLE_SIZE: u32 = 65_537;
 /// As `control` takes them.
@@ -213,19 +211,16 @@ impl Check<'_> {
     fn forwarding(&mut self, farm: &Farm, name: &str) -> Vec<Forwarding> {
         self.some(&farm.forwarding, "forwarding", "what its servers may ask for, such as forwarding = [\"l2\"]");
         let asked = self.distinct(&farm.forwarding, |forwarding: &Text<Forwarding>| forwarding.0, "forwarding type");
-        let (can, cannot): (Vec<_>, Vec<_>) = asked.into_iter().partition(|forwarding| BUILT.contains(forwarding));
-        let cannot = super::list(&cannot);
-        if can.is_empty() && !cannot.is_empty() {
-            self.at(
-                &farm.forwarding,
-                format!("{cannot} is not built yet, so no server of farm `{name}` could start; add \"l2\""),
-            );
-        } else if !cannot.is_empty() {
-            let message =
-                format!("{cannot} is not built yet: a server of farm `{name}` that asks for it gets a failed unit");
+        let udp = farm.services.get_ref().iter().any(|service| service.get_ref().0.protocol() == UDP);
+        if asked.contains(&Forwarding::L3) && udp && farm.udp_tracking == Some(false) {
+            let message = "l3 needs flows on record, so that replies find theirs: drop udp_tracking = false, or l3";
+            self.at(&farm.forwarding, message.into());
+        }
+        if asked.contains(&Forwarding::L3) && asked.len() > 1 {
+            let message = format!("with l3 every flow of farm `{name}` is on record, those by other types too");
             self.note(farm.forwarding.span().start, message);
         }
-        can
+        asked
     }
 
     fn servers(&mut self, farm: &Farm) -> Vec<Ipv4Net> {

@@ -41,16 +41,16 @@ fn the_example_is_read_with_its_defaults() {
     let farm = &config.farms[0];
     assert_eq!((farm.table_size, farm.udp_tracking, farm.global_exceptions), (65_537, true, false));
     assert_eq!((config.max_exceptions, farm.max_exceptions), (1_048_576, 65_536));
-    assert_eq!(farm.forwarding, [Forwarding::L2], "what this build can do");
+    assert_eq!(farm.forwarding, Forwarding::ALL);
     assert_eq!((farm.tcp_idle.as_secs(), farm.udp_idle.as_secs(), farm.orphan_time.as_secs()), (7440, 180, 300));
     assert_eq!(config.admits(Ipv4Addr::new(10, 0, 0, 11)), Some(0));
     assert_eq!(config.admits(Ipv4Addr::new(10, 0, 1, 11)), None);
     assert_eq!(config.slots(), 3 * 65_537);
     let notes: Vec<String> = config.notes.iter().map(Mistake::to_string).collect();
-    only(notes, "8:14: gre l3 is not built yet: a server of farm `web` that asks for it gets a failed unit");
+    only(notes, "8:14: with l3 every flow of farm `web` is on record, those by other types too");
     assert_eq!(
         farm.to_string(),
-        "web: tcp/80 tcp/443 udp/443 on 192.0.2.10 by l2, servers 10.0.0.0/24, 65537 slots per service, auth none"
+        "web: tcp/80 tcp/443 udp/443 on 192.0.2.10 by l2 gre l3, servers 10.0.0.0/24, 65537 slots per service, auth none"
     );
 }
 
@@ -59,7 +59,11 @@ fn every_optional_key_is_read() {
     let top = "interfaces = [\"eth0\", \"eth1\"]\nlisten = [\"10.0.0.1\", \"10.0.1.1:4000\"]\npin = \"/sys/fs/bpf/b\"\n\
                socket = \"/run/b.sock\"\nmode = \"native\"\nmanage_vips = false\nkeepalive = 1\ngrace = 2.5\n\
                max_exceptions = 5000\n";
-    let text = GOOD.split_once("[[farm]]").map(|(_, farm)| format!("{top}[[farm]]{farm}")).expect("a farm")
+    let text = GOOD
+        .replace(", \"l3\"", "")
+        .split_once("[[farm]]")
+        .map(|(_, farm)| format!("{top}[[farm]]{farm}"))
+        .expect("a farm")
         + "table_size = 251\norphan_time = 10\ntcp_idle = 60\nudp_idle = 1.5\nudp_tracking = false\n\
            global_exceptions = true\nmax_exceptions = 1000\nhash_seed = 7\ncapacity = { \"10.0.0.11\" = 2 }\n";
     let config = NeConfig::parse(&text).expect("no mistake in it");
@@ -138,7 +142,8 @@ fn a_farm_is_checked() {
     assert!(mistakes("tcp/80", "tpc/80")[0].starts_with("7:13: `tpc/80` is no service; write tcp/PORT or udp/PORT"));
     only(mistakes("tcp/80", "47"), "7:13: protocol 47: only TCP and UDP are built yet; write tcp/PORT or udp/PORT");
     only(mistakes("\"l2\"", "\"l4\""), "8:15: `l4` is no forwarding type; write l2, gre or l3");
-    only(mistakes("\"l2\", ", ""), "8:14: gre l3 is not built yet, so no server of farm `web` could start; add \"l2\"");
+    let untracked = with("udp_tracking = false");
+    only(untracked, "8:14: l3 needs flows on record, so that replies find theirs: drop udp_tracking = false, or l3");
     only(
         mistakes("10.0.0.0/24", "10.0.0.1/24"),
         "9:12: `10.0.0.1/24` has host bits set; write 10.0.0.0/24 (or 10.0.0.1/32 for that one server)",

@@ -5,7 +5,7 @@ use necp_ebpf::abi::{DIRECT, FIRST_SERVER, NONE};
 use super::{
     super::{
         status::ServerState,
-        testbed::{Bed, config, se},
+        testbed::{Bed, config, hop, se},
     },
     *,
 };
@@ -19,7 +19,7 @@ fn only_configured_addresses_may_join() {
     let stranger = Ipv4Addr::new(10, 0, 1, 1);
     assert_eq!(bed.cluster.may_join(stranger), None);
     assert_eq!(bed.cluster.init(stranger, true, bed.now), Err(NotAdmitted(stranger)));
-    bed.cluster.host_reachable(stranger, Hop { mac: [2; 6], port: 0 }, bed.now);
+    bed.cluster.host_reachable(stranger, Hop { mac: [2; 6], port: 0, ..hop(1) }, bed.now);
     assert_eq!(bed.cluster.hosts.len(), 0, "nothing is kept about strangers");
 }
 
@@ -289,16 +289,17 @@ fn a_server_without_a_next_hop_gets_no_slots_and_follows_its_mac_address() {
     bed.start(1);
     bed.sync();
     let id = bed.id(1);
-    assert_eq!((bed.owned(id), bed.server(id).flags), (0, abi::ALIVE | abi::ACCEPTS));
+    let flags = abi::ALIVE | abi::ACCEPTS | abi::LAYER_2 << abi::FORWARDING_SHIFT;
+    assert_eq!((bed.owned(id), bed.server(id).flags), (0, flags));
     bed.reach(1);
     bed.sync();
     assert_eq!((bed.owned(id), bed.server(id).mac), (11, [2, 0, 0, 0, 0, 1]));
-    bed.cluster.host_reachable(se(1), Hop { mac: [6; 6], port: 3 }, bed.now);
+    bed.cluster.host_reachable(se(1), Hop { mac: [6; 6], port: 3, ..hop(1) }, bed.now);
     let plan = bed.cluster.plan(bed.now);
     assert_eq!((plan.servers.len(), plan.tables.len()), (1, 0));
     bed.sync();
     assert_eq!((bed.server(id).mac, bed.server(id).port), ([6; 6], 3));
     bed.cluster.host_unreachable(se(1), bed.now);
     bed.sync();
-    assert_eq!((bed.owned(id), bed.server(id).flags), (11, abi::ALIVE | abi::ACCEPTS), "it may be back at once");
+    assert_eq!((bed.owned(id), bed.server(id).flags), (11, flags), "it may be back at once");
 }

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use tokio::time::timeout;
 
 use crate::control::cluster::Hop;
+use crate::plane::PortInfo;
 use crate::plane::neighbours::{Neighbour, NeighbourError, Neighbours, Reachability, Route};
 
 /// How long the kernel may take for an answer.
@@ -14,6 +15,8 @@ const PATIENCE: Duration = Duration::from_secs(1);
 
 /// Between two readings of the whole table for hosts that it did not have.
 const LIST_PAUSE: Duration = Duration::from_secs(1);
+/// Between two looks at hosts whose path takes shorter packets than our interface.
+const FORGET_PAUSE: Duration = Duration::from_secs(60);
 /// Hosts that are looked up again in one go.
 const REFRESHED: usize = 64;
 
@@ -33,8 +36,8 @@ pub enum Sight {
 /// The hosts that matter.
 pub struct Hosts {
     neighbours: Neighbours,
-    /// Port numbers by kernel index of the interface.
-    ports: HashMap<u32, u8>,
+    /// Our interfaces, by the kernel's index.
+    ports: HashMap<u32, PortInfo>,
     routes: HashMap<Ipv4Addr, Option<Route>>,
     entries: HashMap<(u32, Ipv4Addr), Reachability>,
     by_next_hop: HashMap<(u32, Ipv4Addr), BTreeSet<Ipv4Addr>>,
@@ -42,20 +45,28 @@ pub struct Hosts {
     listed: Option<Instant>,
     /// Hosts whose routes are still to be looked up again.
     to_refresh: Vec<Ipv4Addr>,
+    /// When those with a path MTU are looked up again.
+    next_look: Instant,
 }
 
 impl Hosts {
-    /// Hosts that are reached by these interfaces: (kernel index, port number).
-    pub fn new(neighbours: Neighbours, ports: impl IntoIterator<Item = (u32, u8)>) -> Self {
+    /// Hosts that are reached by these interfaces.
+    pub fn new(neighbours: Neighbours, ports: impl IntoIterator<Item = PortInfo>) -> Self {
         Self {
             neighbours,
-            ports: ports.into_iter().collect(),
+            ports: ports.into_iter().map(|port| (port.ifindex, port)).collect(),
             routes: HashMap::new(),
             entries: HashMap::new(),
             by_next_hop: HashMap::new(),
             listed: None,
             to_refresh: Vec::new(),
+            next_look: Instant::now() + FORGET_PAUSE,
         }
+    }
+
+    /// An interface has another MAC address or MTU.
+    pub fn on_port(&mut self, port: PortInfo) {
+        self.ports.insert(port.ifindex, port);
     }
 
     /// Looks a host's route up, and follows its neighbour entry from now on.
@@ -84,9 +95,14 @@ impl Hosts {
     /// What is known of a host now.
     pub fn sight(&self, host: Ipv4Addr) -> Sight {
         let Some(Some(route)) = self.routes.get(&host) else { return Sight::NoWay };
-        let Some(&port) = self.ports.get(&route.ifindex) else { return Sight::NoWay };
+        let Some(port) = self.ports.get(&route.ifindex) else { return Sight::NoWay };
         match self.entries.get(&(route.ifindex, route.next_hop(host))) {
-            Some(&Reachability::At(mac)) => Sight::At(Hop { mac, port }),
+            Some(&Reachability::At(mac)) => Sight::At(Hop {
+                mac,
+                port: port.index,
+                source: route.source.unwrap_or(Ipv4Addr::UNSPECIFIED),
+                mtu: route.mtu.map_or(port.mtu, |mtu| mtu.min(port.mtu)).min(u16::MAX.into()) as u16,
+            }),
             Some(Reachability::Failed) if route.on_link() => Sight::Gone,
             Some(Reachability::Failed | Reachability::Unknown) | None => Sight::Unknown,
         }
@@ -127,6 +143,24 @@ impl Hosts {
             self.look_up(*host).await;
         }
         some
+    }
+
+    /// Looks those up again that matter among these, and says which.
+    pub async fn look_again(&mut self, hosts: &[Ipv4Addr]) -> Vec<Ipv4Addr> {
+        let known: Vec<Ipv4Addr> = hosts.iter().copied().filter(|host| self.routes.contains_key(host)).collect();
+        for host in &known {
+            self.look_up(*host).await;
+        }
+        known
+    }
+
+    /// The kernel says when a path takes shorter packets only, not when it has forgotten that.
+    pub fn look_again_at_short_paths(&mut self, now: Instant) {
+        if now >= self.next_look {
+            self.next_look = now + FORGET_PAUSE;
+            let short = |route: &Option<Route>| route.is_some_and(|route| route.mtu.is_some());
+            self.to_refresh.extend(self.routes.iter().filter(|(_, route)| short(route)).map(|(host, _)| *host));
+        }
     }
 
     /// Makes the kernel ask whether hosts are still there.

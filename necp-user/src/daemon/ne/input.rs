@@ -97,6 +97,11 @@ pub enum Input {
         /// Why.
         reason: CloseReason,
     },
+    /// The path to these takes shorter packets than it did, perhaps.
+    PathMtu {
+        /// Addresses that ICMP errors came about, some of them perhaps no server's.
+        servers: Vec<Ipv4Addr>,
+    },
     /// Somebody wants to see everything.
     Status {
         /// Where to.

@@ -34,6 +34,7 @@ use crate::control::config::Forwarding;
 use crate::daemon::status::Status;
 use crate::necp::{CloseReason, Operation, ServiceKey};
 use crate::plane::Plane;
+use crate::plane::host_routing::HostRouting;
 use crate::plane::neighbours::Change;
 
 /// How long inputs are gathered into one plan.
@@ -66,6 +67,8 @@ const ANNOUNCE_AGAIN: [Duration; 2] = [Duration::from_secs(1), Duration::from_se
 pub struct Owner {
     pub(super) plane: Plane,
     pub(super) vips: Option<Vips>,
+    /// To be undone at the end.
+    pub(super) routing: HostRouting,
     config: Arc<NeConfig>,
     cluster: Cluster,
     collector: Collector,
@@ -129,6 +132,7 @@ impl Owner {
             config,
             cluster,
             hosts,
+            routing: HostRouting::default(),
             door,
             sessions: HashMap::new(),
             lost: BTreeSet::new(),
@@ -240,6 +244,11 @@ impl Owner {
             Input::Reset { from, done } if self.is_current(from) => self.reset_exceptions(from.server, done),
             Input::List { from, step, done } if self.is_current(from) => self.lists.take(step, done, &self.cluster),
             Input::Lost { from, reason } if self.is_current(from) => self.lose(from.server, &reason),
+            Input::PathMtu { servers } => {
+                for server in self.hosts.look_again(&servers).await {
+                    self.report_sight(server);
+                }
+            }
             Input::Status { done } => self.asked.push(done),
             // Of a session that was superseded: its answer is dropped, and it ends.
             Input::Operations { .. }
@@ -378,6 +387,8 @@ impl Owner {
         match self.plane.refresh_port(ifindex) {
             Ok(false) => {}
             Ok(true) => {
+                let new = self.plane.ports().into_iter().find(|port| port.ifindex == ifindex);
+                new.into_iter().for_each(|port| self.hosts.on_port(port));
                 tracing::info!("MAC address or MTU of {} changed: its program is replaced", port.name);
                 self.announcements.push(Instant::now());
             }
@@ -462,6 +473,7 @@ impl Owner {
         self.lost.retain(|host| wanted.contains(host) && !self.sessions.contains_key(host));
         self.hosts.keep(&wanted);
         self.probe_lost();
+        self.hosts.look_again_at_short_paths(now);
         for (server, lines) in self.limits.voices().refill() {
             tracing::info!("{server}: {lines} more lines like those above were left out");
         }

@@ -8,6 +8,7 @@
 
 mod agent;
 pub mod ctl;
+pub mod decap;
 pub mod drain;
 pub mod health;
 pub mod lock;
@@ -119,6 +120,7 @@ pub async fn serve(settings: Settings, control: &Control) -> anyhow::Result<()> 
     let numbers = Identity::numbers_beside(&settings.lock);
     let identity = settings.key_file.as_deref().map(|file| Identity::open(file, &numbers)).transpose()?;
     let vips = Vips::establish(&settings.vips, &vip::state_path(&settings.lock)).await?;
+    let decap = decap::begin(&settings).await?;
     let socket = AdminSocket::bind(&settings.socket).with_context(|| {
         format!("cannot listen on the agent's socket {} (another place: `--socket PATH`)", settings.socket.display())
     })?;
@@ -135,6 +137,9 @@ pub async fn serve(settings: Settings, control: &Control) -> anyhow::Result<()> 
     let _ = socket.await;
     if timeout(CLOSE_WAIT, client.leave()).await.is_err() {
         tracing::warn!("a session did not close in time; dropped");
+    }
+    if let Some(decap) = decap {
+        decap.remove()?;
     }
     if let Some(vips) = vips {
         vips.withdraw().await?;

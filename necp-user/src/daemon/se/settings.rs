@@ -11,6 +11,7 @@ use clap::Args as ClapArgs;
 use serde::{Deserialize, Deserializer};
 use thiserror::Error;
 
+use super::decap::DecapOn;
 use super::health::HealthSource;
 use crate::client::{HealthIndex, NeAddress};
 use crate::config::strict::{self, FileError, Text};
@@ -59,6 +60,13 @@ pub struct Args {
     /// for several
     #[arg(long, value_name = "ADDR")]
     pub vip: Vec<Ipv4Addr>,
+    /// Take the outer headers of GRE off, for a kernel without a GRE device: an XDP program on the interface that the network
+    /// elements' packets come by, or on this one. It stays if the agent crashes, until the next one ends
+    #[arg(long, value_name = "INTERFACE", num_args = 0..=1, default_missing_value = "auto")]
+    pub decap: Option<DecapOn>,
+    /// Besides those of --ne, an address whose GRE is unwrapped. Repeat it for several
+    #[arg(long, value_name = "ADDR")]
+    pub decap_from: Vec<Ipv4Addr>,
     /// The file of the key that this server shares with the network elements: with it all sessions are authenticated, and
     /// none is opened without. It is for its owner only (chmod 600), and has at least 16 bytes
     #[arg(long, value_name = "FILE")]
@@ -78,7 +86,7 @@ pub struct Args {
     /// /run/necp/se.sock]
     #[arg(long, value_name = "PATH")]
     pub socket: Option<PathBuf>,
-    /// A TOML file with the same keys (ne, serve, health, source, keepalive, retry_max, drain, vips, key_file, lock,
+    /// A TOML file with the same keys (ne, serve, health, source, keepalive, retry_max, drain, vips, decap, key_file, lock,
     /// ...); the command line wins
     #[arg(long, value_name = "FILE")]
     pub config: Option<PathBuf>,
@@ -94,6 +102,9 @@ Examples:
 
   With the key that the network element has for this server:
     necp se --ne 10.0.0.1 --serve tcp/80=l2 --key-file /etc/necp/se.key
+
+  A server in another network, whose packets come in GRE; its kernel needs no GRE device:
+    necp se --ne 10.0.0.1 --serve tcp/80=gre --vip 192.0.2.10 --decap
 
   From a file (ne = [\"10.0.0.1\"], serve = [\"tcp/80=l2\"], health = \"load\", vips = [\"192.0.2.10\"]):
     necp se --config /etc/necp/se.toml
@@ -118,6 +129,8 @@ struct File {
     retry_max: Option<Seconds>,
     drain: Option<Seconds>,
     vips: Vec<Text<Ipv4Addr>>,
+    decap: Option<Text<DecapOn>>,
+    decap_from: Vec<Text<Ipv4Addr>>,
     key_file: Option<PathBuf>,
     lock: Option<PathBuf>,
     ttl_security: Option<NonZeroU8>,
@@ -148,6 +161,10 @@ pub struct Settings {
     pub drain: Duration,
     /// Virtual addresses to set up on `lo`.
     pub vips: Vec<Ipv4Addr>,
+    /// Where GRE is unwrapped, if it is.
+    pub decap: Option<DecapOn>,
+    /// Whose GRE besides the network elements'.
+    pub decap_from: Vec<Ipv4Addr>,
     /// The file of the key that is shared with the network elements (§5.8).
     pub key_file: Option<PathBuf>,
     /// The lock file; the file of sequence numbers is beside it.
@@ -238,6 +255,8 @@ impl Settings {
             retry_max: time("--retry-max", args.retry_max, file.retry_max, 256.0, (1.0, 86_400.0))?,
             drain: time("--drain", args.drain, file.drain, 30.0, (0.0, 604_800.0))?,
             vips: list(args.vip, file.vips),
+            decap: args.decap.or(file.decap.map(|Text(on)| on)),
+            decap_from: list(args.decap_from, file.decap_from),
             socket: args.socket.or(file.socket).unwrap_or_else(|| lock.with_extension("sock")),
             lock,
             key_file: args.key_file.or(file.key_file),

@@ -29,6 +29,8 @@ impl Agent {
     fn start(ports: &[u16], serve: &[&str], change: impl FnOnce(&mut Settings, &Path)) -> Self {
         let directory = tempfile::tempdir().expect("a directory");
         let mut settings = Settings {
+            decap: None,
+            decap_from: Vec::new(),
             nes: ports.iter().map(|port| NeAddress { host: "127.0.0.1".into(), port: *port }).collect(),
             offers: serve.iter().map(|text| offer(text)).collect(),
             health: HealthSource::Constant(HealthIndex::FULL),

@@ -227,6 +227,8 @@ mod tests {
             packets_per_second: 51_234.25,
             bytes: 1_300_000,
             bytes_per_second: 70_000.0,
+            replies: 0,
+            one_way: false,
         };
         Status {
             version: "0.1.0".into(),

@@ -9,10 +9,14 @@ use necp_ebpf::verdict::{Action, REASONS, Reason};
 use super::{Owner, alarms};
 use crate::config::ne::Auth;
 use crate::control::cluster::Cluster;
+use crate::control::config::Forwarding;
 use crate::control::exceptions::MASKS;
 use crate::control::status::{ServerStatus, ServiceStatus};
 use crate::daemon::status::{Exceptions, ExceptionsOf, Farm, Interface, Packets, Server, Service, Status};
 use crate::plane::{Plane, PlaneError};
+
+/// Packets that a layer-3 server may leave unanswered before something is thought of it.
+const ONE_WAY: u64 = 20;
 
 /// The counters a second ago and now.
 pub(super) struct Sampler {
@@ -77,6 +81,8 @@ impl Sampler {
             let action = match reason.action() {
                 Action::Pass => "pass",
                 Action::Transmit => "transmit",
+                Action::Answer => "answer",
+                Action::Route => "route",
                 Action::Drop => "drop",
             };
             let (reason, action) = (reason.name().into(), action.into());
@@ -104,8 +110,24 @@ impl Sampler {
             packets_per_second: self.rate([old.packets, new.packets]),
             bytes: new.bytes,
             bytes_per_second: self.rate([old.bytes, new.bytes]),
+            replies: new.replies,
+            one_way: server.forwarding == Forwarding::Layer3 && new.packets >= ONE_WAY && new.replies == 0,
         }
     }
+}
+
+/// Servers of a farm whose replies pass elsewhere.
+fn one_way_alarms(farm: &Farm) -> Vec<String> {
+    let of_service = |service: &Service| {
+        let one = |server: &Server| {
+            format!(
+                "farm {}: no reply of {} ({} by l3) passes here, so its clients hear from a stranger: route them by this host",
+                farm.name, server.address, service.service
+            )
+        };
+        service.servers.iter().filter(|server| server.one_way).map(one).collect::<Vec<_>>()
+    };
+    farm.services.iter().flat_map(of_service).collect()
 }
 
 type Counters = ([u64; REASONS as usize], Vec<(u32, ServerStats)>);
@@ -143,6 +165,7 @@ impl Owner {
             mtu: port.mtu,
             mode: port.mode.to_string(),
         });
+        let farms: Vec<Farm> = farms.collect();
         let in_alarm = cluster.farms.iter().map(|farm| (farm.name.clone(), farm.alarm)).collect();
         let failing = if self.retry.is_some() { cluster.pending } else { 0 };
         Status {
@@ -155,13 +178,13 @@ impl Owner {
             interfaces: interfaces.collect(),
             sessions: self.open_sessions(),
             connections: self.door.connected(),
-            farms: farms.collect(),
+            alarms: alarms(&in_alarm, failing).into_iter().chain(farms.iter().flat_map(one_way_alarms)).collect(),
+            farms,
             exceptions: exceptions.entries,
             max_exceptions: exceptions.limit,
             packets: self.sampler.packets(),
             strangers: self.door.strangers(),
             rejected: self.door.rejected(),
-            alarms: alarms(&in_alarm, failing),
             pending_writes: failing,
             failed_writes: self.failed_writes,
         }

@@ -1,0 +1,134 @@
+//! Where the packet path runs: the interface that a frame came in by, and what can be done to a frame beside writing in it.
+
+use crate::{frame::Frame, verdict::Reason};
+
+/// The kernel's interface, or a test's.
+pub trait Device {
+    /// The frame as it is now.
+    fn frame(&self) -> Frame;
+    /// Room for this many bytes before the frame's first one; what stands in them means nothing.
+    fn grow(&self, bytes: u32) -> bool;
+    /// Takes this many bytes from the frame's end.
+    fn shorten(&self, bytes: u32) -> bool;
+    /// MAC address of the interface that the frame came in by.
+    fn own_mac(&self) -> [u8; 6];
+    /// MAC address of the interface with this index in [`names::PORTS`](crate::abi::names::PORTS).
+    fn port_mac(&self, index: u32) -> Option<[u8; 6]>;
+    /// Whether one more ICMP error may be sent now; it counts as sent.
+    fn may_tell(&self) -> bool;
+    /// Which way the kernel would route a packet that came in by this interface.
+    fn way(&self, packet: &Routed) -> Way;
+}
+
+/// What routing looks at.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Routed {
+    /// Source address, as it stands in the header.
+    pub source: u32,
+    /// Destination address, likewise.
+    pub destination: u32,
+    /// IP protocol.
+    pub protocol: u8,
+    /// Type of service.
+    pub tos: u8,
+    /// Total length in bytes.
+    pub length: u16,
+}
+
+/// What routing says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Way {
+    /// Out by this interface.
+    Out {
+        /// The kernel's index of it.
+        link: u32,
+        /// MAC address of the next hop.
+        to: [u8; 6],
+        /// MAC address of the interface.
+        from: [u8; 6],
+    },
+    /// Out by an interface with this MTU, which is too small.
+    TooBig(u16),
+    /// The packet path cannot send it there itself: no neighbour yet, an interface that is not ours, no route at all.
+    Kernel,
+}
+
+/// How a frame's way ends: one word, so that functions of the kernel program can return it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Ending(pub u64);
+
+/// What becomes of the frame.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Out {
+    /// On to the kernel.
+    Pass,
+    /// Nothing more.
+    Drop,
+    /// Back out by the interface that it came in by.
+    Back,
+    /// Out by the interface with this index in [`names::PORTS`](crate::abi::names::PORTS).
+    Port(u32),
+    /// Out by the interface with this index of the kernel's.
+    Link(u32),
+}
+
+impl Ending {
+    /// For this reason, this way.
+    #[inline(always)]
+    pub const fn new(reason: Reason, out: Out) -> Self {
+        Self::numbered(reason as u32, out)
+    }
+
+    /// For the reason with this number.
+    #[inline(always)]
+    pub const fn numbered(reason: u32, out: Out) -> Self {
+        let (kind, index) = match out {
+            Out::Pass => (0, 0),
+            Out::Drop => (1, 0),
+            Out::Back => (2, 0),
+            Out::Port(index) => (3, index),
+            Out::Link(index) => (4, index),
+        };
+        Self(reason as u64 | kind << 8 | (index as u64) << 32)
+    }
+
+    /// It ends here.
+    #[inline(always)]
+    pub const fn drop(reason: Reason) -> Self {
+        Self::new(reason, Out::Drop)
+    }
+
+    /// The number of the reason.
+    #[inline(always)]
+    pub const fn reason(self) -> u32 {
+        self.0 as u8 as u32
+    }
+
+    /// What becomes of the frame.
+    #[inline(always)]
+    pub const fn out(self) -> Out {
+        let index = (self.0 >> 32) as u32;
+        match self.0 >> 8 & 0xff {
+            0 => Out::Pass,
+            2 => Out::Back,
+            3 => Out::Port(index),
+            4 => Out::Link(index),
+            _ => Out::Drop,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_ending_is_the_same_after_its_way_through_a_word() {
+        for out in [Out::Pass, Out::Drop, Out::Back, Out::Port(63), Out::Link(0x8000_0001)] {
+            for reason in Reason::ALL {
+                let ending = Ending::new(reason, out);
+                assert_eq!((ending.reason(), ending.out()), (reason as u32, out));
+            }
+        }
+    }
+}

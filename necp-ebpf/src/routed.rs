@@ -1,0 +1,200 @@
+//! The forwarding types that route (draft §5.6.1): GRE and layer 3 to servers, and what layer-3 servers reply.
+//!
+//! A reply must be given the VIP's address again. It belongs to one of the VIPs that have its source port: each of them is
+//! asked for the flow, and the flow on record says whether this server has it. What a server says to others, or to clients
+//! that addressed the server itself, belongs to no flow on record and is none of ours.
+
+use network_types::ip::Ipv4Hdr;
+
+use crate::{
+    abi::{GRE, LAYER_3, NONE, REPLY_VIPS},
+    device::{Device, Ending, Out, Routed, Way},
+    exceptions::Rounds,
+    flows::{FlowWord, find, flow_key},
+    frame::Frame,
+    hash::{flow_buckets, flow_hash, service_bucket},
+    icmp::{self, Error},
+    packet::Packet,
+    parse::parse,
+    rewrite::{
+        gre::{self, Outer},
+        ipv4::{self, DONT_FRAGMENT},
+        l2,
+        l3::{self, End},
+    },
+    steer::{find_entry, find_service},
+    tables::Tables,
+    verdict::Reason,
+};
+
+/// Sends the datagram at `l3` to a server that wants its packets routed; `reason` is the number of the decision's.
+#[inline(always)]
+pub fn send<D: Device, T: Tables>(device: &D, tables: &T, server: u32, reason: u32, l3: usize) -> Ending {
+    let frame = device.frame();
+    let datagram = frame.skip(l3);
+    let (Some(ip), Some(hop), Some(end)) =
+        (datagram.header::<Ipv4Hdr>(0), tables.next_hop(server), tables.far_end(server))
+    else {
+        return Ending::drop(Reason::BadTables);
+    };
+    let asked = u32::from_ne_bytes(ip.dst_addr);
+    if ip.ttl <= 1 {
+        return icmp::tell(device, l3, asked, Error::Expired);
+    }
+    let overhead = if hop.forwarding() == GRE { gre::OVERHEAD } else { 0 };
+    let length = u16::from_be_bytes(ip.tot_len) as usize + overhead;
+    let fits = end.mtu == 0 || length <= end.mtu as usize;
+    if !fits && (ip.frags[0] & DONT_FRAGMENT != 0 || length > u16::MAX as usize) {
+        return icmp::tell(device, l3, asked, Error::TooBig(end.mtu.saturating_sub(overhead as u16)));
+    }
+    // What does not fit goes to the kernel, as a frame for this host that is to be routed.
+    let (to, from) = match (fits, device.port_mac(hop.port() as u32)) {
+        (false, _) => (device.own_mac(), hop.mac()),
+        (true, Some(from)) => (hop.mac(), from),
+        (true, None) => return Ending::drop(Reason::NoNextHop),
+    };
+    let written = if hop.forwarding() == GRE {
+        let outer = Outer { source: end.source, destination: end.address, to, from };
+        device.grow(gre::OVERHEAD as u32) && gre::encapsulate(&device.frame(), l3, &outer)
+    } else {
+        // The kernel counts its own hop.
+        l3::translate(&datagram, End::Destination, end.address)
+            && (!fits || ipv4::count_hop(&datagram))
+            && l2::rewrite(&frame.skip(0), to, from)
+    };
+    match (written, fits) {
+        (true, true) => Ending::numbered(reason, Out::Port(hop.port() as u32)),
+        (true, false) => Ending::new(Reason::Fragmenting, Out::Pass),
+        (false, _) => Ending::drop(Reason::BadTables),
+    }
+}
+
+/// Gives a server's reply the VIP's address and sends it on; `None` if it is none.
+#[inline(always)]
+pub fn reply<D: Device, T: Tables>(device: &D, tables: &T, l3: usize) -> Option<(Ending, u32)> {
+    let frame = device.frame();
+    let packet = parse(&frame).ok()?;
+    let (vip, server) = flow_of_reply(&packet, tables)?;
+    Some((send_reply(device, &frame, tables, l3, vip, server), server))
+}
+
+/// The VIP and the server of the flow that a packet from a server belongs to.
+#[inline(always)]
+fn flow_of_reply<T: Tables>(packet: &Packet, tables: &T) -> Option<(u32, u32)> {
+    let reply = Reply::of(packet);
+    for number in Rounds::new(REPLY_VIPS) {
+        let key = packet.reply_key(number);
+        let vip = find_entry(key, tables.service_bucket(service_bucket(key))?)?.slots_base;
+        let server = tables.server_of_reply(reply, vip);
+        if server != NONE {
+            return Some((vip, server));
+        }
+    }
+    None
+}
+
+/// A packet from a server.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Reply {
+    /// Source and destination address.
+    addresses: u64,
+    /// Ports, protocol, TCP flags, and whether there is a payload.
+    rest: u64,
+}
+
+impl Reply {
+    #[inline(always)]
+    fn of(packet: &Packet) -> Self {
+        let data = (packet.payload != 0) as u64;
+        Self {
+            addresses: (packet.source as u64) << 32 | packet.destination as u64,
+            rest: (packet.source_port as u64) << 48
+                | (packet.destination_port as u64) << 32
+                | (packet.protocol as u64) << 16
+                | (packet.flags as u64) << 8
+                | data,
+        }
+    }
+
+    /// As arguments of a function in the kernel.
+    #[inline(always)]
+    pub const fn to_words(self) -> [u64; 2] {
+        [self.addresses, self.rest]
+    }
+
+    /// From [`to_words`](Self::to_words).
+    #[inline(always)]
+    pub const fn from_words([addresses, rest]: [u64; 2]) -> Self {
+        Self { addresses, rest }
+    }
+
+    /// As the client's packets are.
+    #[inline(always)]
+    fn turned_round(self, vip: u32) -> Packet {
+        Packet {
+            source: self.addresses as u32,
+            destination: vip,
+            source_port: (self.rest >> 32) as u16,
+            destination_port: (self.rest >> 48) as u16,
+            protocol: (self.rest >> 16) as u8,
+            flags: (self.rest >> 8) as u8,
+            payload: self.rest as u8 as u16,
+            sequence: 0,
+        }
+    }
+
+    /// The server whose flow it belongs to, if the client speaks to this VIP; [`NONE`] if it belongs to none.
+    #[inline(always)]
+    pub fn server<T: Tables>(self, tables: &T, vip: u32) -> u32 {
+        let packet = self.turned_round(vip);
+        let Some(service) = find_service(&packet, tables) else { return NONE };
+        let hash = flow_hash(&packet, service.seed);
+        let found = find(tables, flow_buckets(hash, tables.flow_mask()), flow_key(&packet, service.id));
+        let source = (self.addresses >> 32) as u32;
+        let ours = |word: FlowWord| word != FlowWord::EMPTY && is_layer_3_at(tables, word.server(), source);
+        if ours(found.record.value) {
+            found.touch(&packet);
+            return found.record.value.server();
+        }
+        // A SYN is answered while there is only a candidate.
+        if ours(found.candidate.value) { found.candidate.value.server() } else { NONE }
+    }
+}
+
+#[inline(always)]
+fn is_layer_3_at<T: Tables>(tables: &T, server: u32, address: u32) -> bool {
+    tables.next_hop(server).is_some_and(|hop| hop.forwarding() == LAYER_3)
+        && tables.far_end(server).is_some_and(|end| end.address == address)
+}
+
+#[inline(always)]
+fn send_reply<D: Device, T: Tables>(device: &D, frame: &Frame, tables: &T, l3: usize, vip: u32, server: u32) -> Ending {
+    let datagram = frame.skip(l3);
+    let (Some(ip), Some(end)) = (datagram.header::<Ipv4Hdr>(0), tables.far_end(server)) else {
+        return Ending::drop(Reason::BadTables);
+    };
+    let routed = Routed {
+        source: vip,
+        destination: u32::from_ne_bytes(ip.dst_addr),
+        protocol: ip.proto,
+        tos: ip.tos,
+        length: u16::from_be_bytes(ip.tot_len),
+    };
+    if ip.ttl <= 1 {
+        return icmp::tell(device, l3, end.source, Error::Expired);
+    }
+    let whole = ip.frags[0] & DONT_FRAGMENT != 0;
+    let way = match device.way(&routed) {
+        Way::TooBig(mtu) if whole => return icmp::tell(device, l3, end.source, Error::TooBig(mtu)),
+        way => way,
+    };
+    if !l3::translate(&datagram, End::Source, vip) {
+        return Ending::drop(Reason::BadTables);
+    }
+    let Way::Out { link, to, from } = way else { return Ending::new(Reason::ReplyRouted, Out::Pass) };
+    if ipv4::count_hop(&datagram) && l2::rewrite(&frame.skip(0), to, from) {
+        Ending::new(Reason::Reply, Out::Link(link))
+    } else {
+        Ending::drop(Reason::BadTables)
+    }
+}

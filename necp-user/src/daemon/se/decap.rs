@@ -1,0 +1,89 @@
+//! `--decap`: where GRE is unwrapped, and from whom.
+
+use std::collections::BTreeSet;
+use std::net::{IpAddr, Ipv4Addr};
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+
+use anyhow::{Context as _, ensure};
+
+use super::settings::Settings;
+use crate::client::NeAddress;
+use crate::plane::decap::Decap;
+use crate::plane::interface_name;
+use crate::plane::neighbours::Neighbours;
+
+/// Directory of the pins beside which every agent has its own.
+const PINS: &str = "/sys/fs/bpf";
+
+/// On which interface.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum DecapOn {
+    /// Those that lead to the network elements.
+    Auto,
+    /// This one.
+    Interface(String),
+}
+
+impl FromStr for DecapOn {
+    type Err = std::convert::Infallible;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        Ok(if text == "auto" { Self::Auto } else { Self::Interface(text.into()) })
+    }
+}
+
+/// Begins to unwrap, as the settings say.
+///
+/// # Errors
+/// A network element that cannot be found, an interface that is not there, a kernel that refuses.
+pub async fn begin(settings: &Settings) -> anyhow::Result<Option<Decap>> {
+    let Some(on) = &settings.decap else { return Ok(None) };
+    let mut nes = BTreeSet::new();
+    for ne in &settings.nes {
+        nes.extend(addresses(ne).await?);
+    }
+    let interfaces = match on {
+        DecapOn::Interface(name) => vec![name.clone()],
+        DecapOn::Auto => towards(&nes).await?,
+    };
+    let sources: BTreeSet<Ipv4Addr> = nes.iter().chain(&settings.decap_from).copied().collect();
+    let sources: Vec<_> = sources.into_iter().collect();
+    let decap = Decap::attach(&pins(&settings.lock), interfaces, &sources);
+    Ok(Some(decap.context("`--decap` is not possible")?))
+}
+
+async fn addresses(ne: &NeAddress) -> anyhow::Result<Vec<Ipv4Addr>> {
+    let found = tokio::net::lookup_host((ne.host.as_str(), ne.port)).await;
+    let found = found.with_context(|| format!("`--decap` must know the address of {}", ne.host))?;
+    let v4 = found.filter_map(|address| match address.ip() {
+        IpAddr::V4(v4) => Some(v4),
+        IpAddr::V6(v6) => v6.to_ipv4_mapped(),
+    });
+    Ok(v4.collect())
+}
+
+/// The interfaces by which these are reached.
+async fn towards(nes: &BTreeSet<Ipv4Addr>) -> anyhow::Result<Vec<String>> {
+    let (neighbours, _changes, driver) = Neighbours::open()?;
+    let driver = tokio::spawn(driver);
+    let mut interfaces = BTreeSet::new();
+    for ne in nes {
+        if let Some(route) = neighbours.route(*ne).await? {
+            interfaces.insert(interface_name(route.ifindex)?);
+        }
+    }
+    driver.abort();
+    ensure!(
+        !interfaces.is_empty(),
+        "`--decap` finds no route to a network element: name the interface that its packets come by, as `--decap eth0`"
+    );
+    Ok(interfaces.into_iter().collect())
+}
+
+/// As many agents as there are locks.
+fn pins(lock: &Path) -> PathBuf {
+    let name: String =
+        lock.display().to_string().chars().map(|c| if c.is_ascii_alphanumeric() { c } else { '_' }).collect();
+    Path::new(PINS).join(format!("necp-se{name}"))
+}

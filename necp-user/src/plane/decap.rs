@@ -1,0 +1,79 @@
+//! The server's end of GRE (`necp se --decap`): a program on its interfaces that takes the outer headers off.
+//!
+//! The links are pinned, so that connections outlive an agent that crashes; the next one takes them over.
+
+use std::{
+    io,
+    net::Ipv4Addr,
+    path::{Path, PathBuf},
+};
+
+use aya::{Ebpf, maps::HashMap, programs::Xdp};
+use necp_ebpf::decap::{MAX_SOURCES, PROGRAM as NAME, SOURCES};
+
+use super::{AttachMode, AttachedMode, PlaneError, attach, load};
+
+/// The kernel program, as `build.rs` left it.
+pub static PROGRAM: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/necp-decap"));
+
+/// The program on some interfaces. [`Decap::remove`] takes it away; a value that is just dropped leaves it there.
+#[derive(Debug)]
+pub struct Decap {
+    pin: PathBuf,
+    interfaces: Vec<String>,
+}
+
+impl Decap {
+    /// Puts it on these interfaces; datagrams in GRE from these addresses are unwrapped. `pin` is a directory on a BPF file
+    /// system, this agent's own.
+    ///
+    /// # Errors
+    /// See [`PlaneError`]; what was attached before the mistake is taken away again.
+    pub fn attach(pin: &Path, interfaces: Vec<String>, sources: &[Ipv4Addr]) -> Result<Self, PlaneError> {
+        if sources.len() > MAX_SOURCES as usize {
+            let many = io::Error::other(format!("at most {MAX_SOURCES} addresses may send GRE, not {}", sources.len()));
+            return Err(PlaneError::io("unwrapping GRE")(many));
+        }
+        load::prepare_pin_directory(pin)?;
+        let mut this = Self { pin: pin.into(), interfaces: Vec::new() };
+        for interface in interfaces {
+            match attach_one(pin, &interface, sources) {
+                Ok(mode) => tracing::info!("GRE is unwrapped on {interface} in {mode} mode"),
+                Err(error) => {
+                    if let Err(second) = this.remove() {
+                        tracing::warn!("{second}");
+                    }
+                    return Err(error);
+                }
+            }
+            this.interfaces.push(interface);
+        }
+        Ok(this)
+    }
+
+    /// Takes it away.
+    ///
+    /// # Errors
+    /// If a pin cannot be removed.
+    pub fn remove(self) -> Result<(), PlaneError> {
+        self.interfaces.iter().try_for_each(|interface| attach::unload(&self.pin, interface).map(drop))
+    }
+}
+
+fn attach_one(pin: &Path, interface: &str, sources: &[Ipv4Addr]) -> Result<AttachedMode, PlaneError> {
+    let ifindex = load::interface_index(interface)?;
+    let mut object = Ebpf::load(PROGRAM).map_err(PlaneError::bpf("creating the maps"))?;
+    let map = object.map_mut(SOURCES).expect("the embedded object has this map");
+    let mut map = HashMap::<_, u32, u64>::try_from(map).map_err(PlaneError::bpf("opening the map `sources`"))?;
+    for source in sources {
+        let address = u32::from_ne_bytes(source.octets());
+        map.insert(address, 0, 0).map_err(PlaneError::bpf("writing the map `sources`"))?;
+    }
+    let program: &mut Xdp = object
+        .program_mut(NAME)
+        .expect("the embedded object has this program")
+        .try_into()
+        .map_err(PlaneError::bpf("finding the program"))?;
+    program.load().map_err(PlaneError::bpf("loading the program"))?;
+    attach::attach(program, pin, interface, ifindex, AttachMode::Auto)
+}
