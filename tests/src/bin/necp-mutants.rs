@@ -110,7 +110,7 @@ const MUTANTS: &[Mutant] = &[
     Mutant {
         rule: "a SYN of a tuple on record proposes",
         test: HISTORIES,
-        edits: &[(STEER, "if record != FlowWord::EMPTY || chosen != self", "if chosen != self")],
+        edits: &[(STEER, "if always || record != FlowWord::EMPTY || chosen", "if always || chosen")],
     },
     Mutant {
         rule: "a SYN that goes past its owner proposes",
