@@ -1,10 +1,20 @@
 //! The Wireshark dissector (`necp-user/wireshark/necp.lua`) on captures of the messages written by hand
-//! (`necp-user/src/necp/vectors/messages.txt`): tshark says of every message what the file says of it.
+//! (`necp-user/src/necp/vectors/messages.txt`): tshark says of every message what the file says of it. And on a session of the
+//! real daemons, as it passed a server's interface.
 
-use std::{fs, net::Ipv4Addr, path::Path, process::Command};
+use std::{
+    collections::BTreeMap, fs, net::Ipv4Addr, os::unix::fs::PermissionsExt as _, path::Path, process::Command,
+    time::Duration,
+};
 
 use anyhow::{Context as _, Result, ensure};
 use etherparse::PacketBuilder;
+use necp_tests::{
+    capture::Capture,
+    daemon::NECP_PORT,
+    line::{Line, OFFERS, farm, top},
+    topology::{Topology, VIP},
+};
 
 const NE: ([u8; 4], u16) = ([10, 0, 0, 1], 3262);
 const SE: [u8; 4] = [10, 0, 0, 11];
@@ -62,13 +72,18 @@ impl Pcap {
         *sequence += payload.len() as u32;
         let mut frame = Vec::new();
         builder.write(&mut frame, payload)?;
+        self.frame(Duration::from_millis(100) * self.packets, &frame);
+        Ok(())
+    }
+
+    /// A frame as it is.
+    fn frame(&mut self, at: Duration, frame: &[u8]) {
         let length = frame.len() as u32;
-        for word in [self.packets / 10, self.packets % 10 * 100_000, length, length] {
+        for word in [at.as_secs() as u32, at.subsec_micros(), length, length] {
             self.bytes.extend(word.to_le_bytes());
         }
         self.bytes.extend(frame);
         self.packets += 1;
-        Ok(())
     }
 
     /// What tshark says of these fields: a line for every packet, the values of a field joined by `;`.
@@ -192,5 +207,133 @@ fn tshark_shows_fields_and_strangers() -> Result<()> {
     );
     assert_eq!((lines[1][7].as_str(), lines[1][8].as_str()), ("0x2222222233333333", "1"));
     assert!(lines[2][9].contains("must begin with 0x414a"), "{:?}", lines[2]);
+    Ok(())
+}
+
+const SOON: Duration = Duration::from_secs(10);
+
+/// A message as tshark tells of it.
+struct Told {
+    from_ne: bool,
+    name: String,
+    summary: String,
+    units: Vec<String>,
+    /// The frame with its answer, or with its request.
+    partner: Option<u32>,
+}
+
+/// A session of the real agent with the real daemon, with a key, from INIT to its end: what passed the server's interface.
+fn session() -> Result<Pcap> {
+    let bed = Topology::builder().servers(1).build()?;
+    let key = bed.dir().join("web.key");
+    fs::write(&key, "a secret of sixteen bytes and more")?;
+    fs::set_permissions(&key, fs::Permissions::from_mode(0o600))?;
+    let farm = farm("web", VIP, &["10.0.0.0/24"], "").replace("auth = \"none\"", &format!("key_file = {key:?}"));
+    let mut line = Line::start(bed, &(top(0.3) + &farm))?;
+    let mut capture = Capture::open(line.bed().server(0).ns(), "eth0", 9, NECP_PORT)?;
+    line.start_agent(0, &OFFERS, &["--key-file", &key.display().to_string(), "--keepalive", "0.3"])?;
+    line.wait_until_serving(0)?;
+    let flows = ["--src", "203.0.113.0/24", "--dst", "198.51.100.7", "--port", "tcp/80"];
+    for args in [
+        &[&["except", "add", "--ttl", "300"], &flows[..]].concat()[..],
+        &["except", "add", "--src", "198.51.100.0/24"],
+        &["except", "list"],
+        &[&["except", "del"], &flows[..]].concat(),
+        &["except", "reset"],
+        &["except", "list"],
+        &["drain"],
+        &["resume"],
+    ] {
+        let output = line.agent(0).command(args)?;
+        ensure!(output.status.success(), "`necp {}`: {output:?}", args.join(" "));
+    }
+    // Some keepalives of both sides.
+    std::thread::sleep(Duration::from_millis(1500));
+    ensure!(line.agent(0).process().terminate(SOON)?.success());
+    let mut pcap = Pcap::new();
+    while let Some(captured) = capture.next(Duration::from_millis(300))? {
+        pcap.frame(captured.at, &captured.frame);
+    }
+    assert_eq!(capture.dropped()?, 0);
+    Ok(pcap)
+}
+
+/// What tshark tells of every message, in their order, and that it has nothing to complain of.
+fn told(pcap: &Pcap) -> Result<Vec<Told>> {
+    const COMPLAINTS: [&str; 6] =
+        ["0x414a", "Only version 1", "Reserved opcode", "not made of units", "out of range", "units, failed"];
+    let names = ["tcp.srcport", "necp.summary", "necp.response_in", "necp.response_to", "necp.credential"];
+    let names = [&names[..], &["necp.payload_len", "necp.unit", "_ws.malformed", "_ws.expert.message"]].concat();
+    let mut all = Vec::new();
+    for line in pcap.fields(&names)? {
+        let split = |at: usize| line[at].split(';').filter(|value| !value.is_empty()).collect::<Vec<_>>();
+        assert_eq!(line[7], "", "malformed: {line:?}");
+        assert!(!COMPLAINTS.iter().any(|complaint| line[8].contains(complaint)), "{line:?}");
+        let summaries = split(1);
+        assert_eq!(split(4).len(), summaries.len(), "each has a credential: {line:?}");
+        assert!(split(4).iter().all(|credential| credential.len() == 40), "{line:?}");
+        let (mut answered_in, mut answer_to) = (split(2).into_iter(), split(3).into_iter());
+        let (lengths, mut units) = (split(5), split(6).into_iter());
+        for (summary, length) in summaries.into_iter().zip(lengths) {
+            let units = units.by_ref().take((length.parse::<usize>()? - 20) / 32).map(String::from).collect();
+            let name = summary.split(' ').next().unwrap_or_default().to_owned();
+            let is_answer = name.ends_with("_ACK") || name == "EXCEPTION_RESP";
+            let partner = if is_answer { answer_to.next() } else { answered_in.next() };
+            let partner = partner.map(str::parse).transpose()?;
+            all.push(Told { from_ne: line[0] == "3262", name, summary: summary.to_owned(), units, partner });
+        }
+        let left = [answered_in.next(), answer_to.next(), units.next()];
+        assert_eq!(left, [None; 3], "{line:?}");
+    }
+    Ok(all)
+}
+
+#[test]
+fn tshark_follows_a_session_of_the_real_daemons() -> Result<()> {
+    let pcap = session()?;
+    let all = told(&pcap)?;
+    let names: Vec<&str> = all.iter().map(|one| one.name.as_str()).collect();
+    assert_eq!(names[..2], ["INIT", "INIT_ACK"], "{names:?}");
+    let mut requests: BTreeMap<&str, (usize, usize)> = BTreeMap::new();
+    for one in all.iter().filter(|one| !one.name.ends_with("_ACK") && one.name != "EXCEPTION_RESP") {
+        let count = requests.entry(&one.name).or_default();
+        count.0 += 1;
+        count.1 += usize::from(one.partner.is_some());
+    }
+    let (keepalives, answered) = requests.remove("KEEPALIVE").context("keepalives")?;
+    // The session may end on one of each side's.
+    assert!(keepalives > 6 && answered + 2 >= keepalives, "{answered} of {keepalives} KEEPALIVEs were answered");
+    for from_ne in [false, true] {
+        let one = |told: &&Told| told.from_ne == from_ne && told.name == "KEEPALIVE";
+        assert!(all.iter().filter(one).count() > 3, "both sides ask");
+    }
+    let expected = [
+        ("EXCEPTION_ADD", 2),
+        ("EXCEPTION_DEL", 1),
+        ("EXCEPTION_QUERY", 2),
+        ("EXCEPTION_RESET", 1),
+        ("INIT", 1),
+        ("START", 2),
+        ("STOP", 2),
+    ];
+    let found: Vec<_> = requests.iter().map(|(name, (sent, answered))| (*name, *sent, *answered)).collect();
+    assert_eq!(found, expected.map(|(name, count)| (name, count, count)), "each is answered");
+    let answers = all.iter().filter(|one| one.name.ends_with("_ACK") || one.name == "EXCEPTION_RESP");
+    assert!(answers.clone().all(|one| one.partner.is_some() && !one.summary.contains(" error")), "all succeed");
+    assert!(answers.count() >= answered + 11);
+
+    let of = |name: &str| -> Vec<&[String]> {
+        all.iter().filter(|one| one.name == name).map(|one| &one.units[..]).collect()
+    };
+    assert_eq!(of("START"), [["l2 tcp/7", "l2 udp/53"]; 2]);
+    assert_eq!(of("STOP"), [["tcp/7", "udp/53"]; 2]);
+    assert_eq!(of("EXCEPTION_ADD")[0], ["local ttl 300 203.0.113.0/24 -> 198.51.100.7/32 tcp/80"]);
+    assert_eq!(of("EXCEPTION_DEL"), [["203.0.113.0/24 -> 198.51.100.7/32 tcp/80"]]);
+    let count = |name: &str| of(name).iter().map(|units| units.len()).collect::<Vec<_>>();
+    assert_eq!(count("EXCEPTION_RESP"), [2, 0], "both, and none after the reset");
+    assert_eq!((count("INIT"), count("INIT_ACK"), count("START_ACK")), (vec![1], vec![1], vec![0, 0]));
+    // Health is asked of both services, and answered of both.
+    let health = ["health of tcp/7 is 100", "health of udp/53 is 100"];
+    assert!(all.iter().any(|one| !one.from_ne && one.name == "KEEPALIVE_ACK" && one.units == health));
     Ok(())
 }

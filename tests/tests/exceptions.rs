@@ -1,18 +1,26 @@
-//! Exceptions over real TCP, by servers whose every byte is written by hand: whose they are, how many there may be, when
-//! they end, and long lists. What they do to packets is tested elsewhere.
+//! Exceptions over real TCP. By servers whose every byte is written by hand: whose they are, how many there may be, when they
+//! end, and long lists. By the real agent's commands: where real clients of real web servers go.
 
-use std::time::{Duration, Instant};
+use std::{
+    collections::BTreeMap,
+    net::{Ipv4Addr, SocketAddrV4},
+    sync::mpsc,
+    time::{Duration, Instant},
+};
 
-use anyhow::Result;
+use anyhow::{Context as _, Result, ensure};
 use aya::maps::{Array, Map, MapData};
 use necp_ebpf::abi::{ExceptionMasks, names};
 use necp_tests::{
     daemon::NetworkElement,
     hand::{BASIC_PAYLOAD, Hand, Message, Unit, opcode, start_unit},
-    line::{farm, top},
+    line::{Line, OFFERS, farm, top},
+    load::{Client, Event, Failure, Outcome},
     netns::wait_until,
-    topology::{NE, Topology, VIP},
+    nginx::{Content, Nginx},
+    topology::{NE, Topology, VIP, client_address},
 };
+use tokio::{runtime::Runtime, task::JoinHandle};
 
 const SOON: Duration = Duration::from_secs(10);
 const ALL: Unit = [0; 8];
@@ -219,5 +227,192 @@ fn a_reader_of_a_long_list_that_stops_holds_up_nobody() -> Result<()> {
     assert!((1..=MANY - 40).all(|address| distinct.contains(&address)), "all that stayed are in it");
     // And the session that read so late goes on.
     assert_eq!(two.except_query([0, 0, 1, 32, 0, 0, 0, 0])?, [client(LOCAL, s1, 1)]);
+    Ok(())
+}
+
+/// The web servers' port.
+const WEB: u16 = 80;
+/// A client that some server does not want, and one that nobody minds.
+const UNWANTED: usize = 7;
+const OTHER: usize = 9;
+/// Connections that say where new ones go: with two servers, that one is missed by chance has odds of 1 to 10^9.
+const NEW: usize = 30;
+
+/// Two servers with agent and nginx, and a client that downloads from them.
+struct Web {
+    /// Of the client's namespace.
+    runtime: Runtime,
+    content: Content,
+    line: Line,
+    _nginx: Vec<Nginx>,
+}
+
+impl Web {
+    fn start() -> Result<Self> {
+        let bed = Topology::builder().servers(2).build()?;
+        let content = Content::new(&bed, 3 << 20)?;
+        let start =
+            |server: &necp_tests::topology::Server| Nginx::start(&bed, server.ns(), server.name(), &[WEB], &content);
+        let nginx = bed.servers().iter().map(start).collect::<Result<_>>()?;
+        let farm = farm("web", VIP, &["10.0.0.0/24"], "global_exceptions = true");
+        let mut line = Line::start(bed, &(top(1.0) + &farm.replace("\"tcp/7\"", "\"tcp/7\", \"tcp/80\"")))?;
+        for index in 0..2 {
+            line.start_agent(index, &[&OFFERS[..], &["tcp/80=l2"]].concat(), &[])?;
+        }
+        (0..2).try_for_each(|index| line.wait_until_serving(index))?;
+        let runtime = line.bed().client().runtime(2)?;
+        let mut web = Self { runtime, content, line, _nginx: nginx };
+        // All offers come with one START, so that both serve tcp/80 now.
+        let found = web.where_new_ones_go(OTHER);
+        ensure!(found.keys().map(String::as_str).eq(["s1", "s2"]), "{found:?}");
+        web.downloads(OTHER, 1, "")?.try_for_each(Download::ends)?;
+        Ok(web)
+    }
+
+    fn client() -> Client {
+        Client::new(SocketAddrV4::new(VIP, WEB))
+    }
+
+    /// One request on a new connection.
+    fn ask(&self, client: usize) -> Outcome {
+        let task = async move { Self::client().short(client_address(client), "/", |_| ()).await };
+        self.runtime.block_on(self.runtime.spawn(task)).expect("no panic")
+    }
+
+    /// Where new connections of a client go, by server, and how many find none because the connection is refused.
+    fn where_new_ones_go(&mut self, client: usize) -> BTreeMap<String, usize> {
+        let mut found = BTreeMap::new();
+        for _ in 0..NEW {
+            let outcome = self.ask(client);
+            let place = match (outcome.server, outcome.failure) {
+                (Some(server), None) => server,
+                (None, Some(Failure::Connect(why))) if why.contains("refused") => "refused".into(),
+                other => format!("{other:?}"),
+            };
+            *found.entry(place).or_default() += 1;
+        }
+        found
+    }
+
+    /// Downloads of a client that have begun; `rate` is nginx's.
+    fn downloads(&self, client: usize, count: usize, rate: &str) -> Result<impl Iterator<Item = Download> + use<>> {
+        let mut begun = Vec::new();
+        for _ in 0..count {
+            let (content, path) = (self.content.clone(), format!("/big?rate={rate}"));
+            let (told, placed) = mpsc::channel();
+            let task = self.runtime.spawn(async move {
+                let report = |event| {
+                    if let Event::Placed { server, .. } = event {
+                        // Nobody listens any more if the test has failed.
+                        let _ = told.send(server);
+                    }
+                };
+                Self::client().download(client_address(client), &path, &content, report).await
+            });
+            begun.push((task, placed));
+        }
+        let place = |(task, placed): (_, mpsc::Receiver<String>)| -> Result<Download> {
+            let server = placed.recv_timeout(SOON).context("a download did not begin")?;
+            Ok(Download { task, server, runtime: self.runtime.handle().clone() })
+        };
+        Ok(begun.into_iter().map(place).collect::<Result<Vec<_>>>()?.into_iter())
+    }
+
+    /// A command of the first server's, which its network element must accept.
+    fn accepted(&mut self, args: &[&str]) -> Result<()> {
+        let output = self.line.agent(0).command(args)?;
+        let told = String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
+        ensure!(output.status.success() && told.contains("accepted"), "`necp {}`: {told}", args.join(" "));
+        Ok(())
+    }
+}
+
+/// A transfer in progress, and who serves it.
+struct Download {
+    task: JoinHandle<Outcome>,
+    server: String,
+    runtime: tokio::runtime::Handle,
+}
+
+impl Download {
+    /// It comes to its end with the right checksum.
+    fn ends(self) -> Result<()> {
+        let outcome = self.runtime.block_on(self.task)?;
+        ensure!(outcome.failure.is_none(), "the transfer from {}: {:?}", self.server, outcome.failure);
+        ensure!(outcome.server.as_ref() == Some(&self.server), "{outcome:?}");
+        Ok(())
+    }
+}
+
+/// All were still going on, and come to their ends undisturbed.
+fn all_go_on(downloads: Vec<Download>) -> Result<()> {
+    let over = downloads.iter().filter(|one| one.task.is_finished()).count();
+    ensure!(over == 0, "{over} transfers were over too soon to say anything");
+    downloads.into_iter().try_for_each(Download::ends)
+}
+
+fn source(client: usize) -> String {
+    Ipv4Addr::to_string(&client_address(client))
+}
+
+#[test]
+fn a_client_that_a_server_does_not_want_is_served_by_the_other() -> Result<()> {
+    let mut web = Web::start()?;
+    // At 300 kB/s they take ten seconds; that none of 20 is at s1 has odds of 1 to 10^6.
+    let downloads: Vec<Download> = web.downloads(UNWANTED, 20, "300k")?.collect();
+    let at_first = downloads.iter().filter(|one| one.server == "s1").count();
+    ensure!(at_first > 0, "no download is served by s1");
+    web.accepted(&["except", "add", "--src", &source(UNWANTED), "--port", "tcp/80"])?;
+    assert_eq!(web.where_new_ones_go(UNWANTED), BTreeMap::from([("s2".into(), NEW)]));
+    let others = web.where_new_ones_go(OTHER);
+    assert!(others.keys().map(String::as_str).eq(["s1", "s2"]), "nobody else is concerned: {others:?}");
+    println!("{at_first} of {} transfers go on at s1", downloads.len());
+    all_go_on(downloads)?;
+
+    web.accepted(&["except", "reset"])?;
+    let again = web.where_new_ones_go(UNWANTED);
+    assert!(again.keys().map(String::as_str).eq(["s1", "s2"]), "as without it: {again:?}");
+    Ok(())
+}
+
+#[test]
+fn a_client_that_no_server_shall_get_is_the_hosts_own() -> Result<()> {
+    let mut web = Web::start()?;
+    let downloads: Vec<Download> = web.downloads(UNWANTED, 6, "300k")?.collect();
+    web.accepted(&["except", "add", "--src", &source(UNWANTED), "--port", "tcp/80", "--scope", "global"])?;
+    // Nothing listens there.
+    assert_eq!(web.where_new_ones_go(UNWANTED), BTreeMap::from([("refused".into(), NEW)]));
+    let others = web.where_new_ones_go(OTHER);
+    assert!(others.keys().map(String::as_str).eq(["s1", "s2"]), "nobody else is concerned: {others:?}");
+    // Now something does.
+    let bed = web.line.bed();
+    let _own = Nginx::start(bed, bed.ne(), "ne", &[WEB], &web.content)?;
+    assert_eq!(web.where_new_ones_go(UNWANTED), BTreeMap::from([("ne".into(), NEW)]));
+    all_go_on(downloads)
+}
+
+#[test]
+fn a_client_is_served_again_within_a_second_of_an_exceptions_end() -> Result<()> {
+    const TTL: Duration = Duration::from_secs(3);
+    let mut web = Web::start()?;
+    let before = Instant::now();
+    web.accepted(&["except", "add", "--src", &source(UNWANTED), "--port", "tcp/80", "--ttl", "3"])?;
+    let after = Instant::now();
+    let mut elsewhere = 0;
+    let first = loop {
+        let outcome = web.ask(UNWANTED);
+        ensure!(outcome.failure.is_none(), "{outcome:?}");
+        if outcome.server.as_deref() == Some("s1") {
+            break outcome;
+        }
+        elsewhere += 1;
+        ensure!(after.elapsed() < TTL + SOON, "never again");
+    };
+    println!(
+        "{elsewhere} connections went to s2 before one went to s1, {:?} after the exception",
+        first.first_syn - after
+    );
+    assert!(first.first_syn >= before + TTL, "too early: {:?}", first.first_syn - before);
+    assert!(first.first_syn <= after + TTL + Duration::from_secs(1), "too late: {:?}", first.first_syn - after);
     Ok(())
 }

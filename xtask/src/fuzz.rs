@@ -57,14 +57,17 @@ impl Target {
         }
     }
 
-    /// What stands before a stream in a script: how it is cut; or the role, its start, the step that feeds bytes.
+    /// What stands before a stream in a script: how it is cut; or the role, its start (open; with a key, and not open
+    /// yet; with a key, and open), the step that feeds bytes.
     fn seeds(self, message: &[u8]) -> Vec<Vec<u8>> {
         match self {
             Self::Wire => vec![[&[7], message].concat()],
             Self::Session => {
                 let length = message.len().min(255);
-                let fed = |role: u8| [&[role, 1, 0, length as u8], &message[..length], &[11, 0, 12, 14]].concat();
-                vec![fed(0), fed(1)]
+                let fed = |role: u8, start: u8| {
+                    [&[role, start, 0, length as u8], &message[..length], &[11, 0, 12, 14]].concat()
+                };
+                [1, 0x10, 0x11].into_iter().flat_map(|start| [fed(0, start), fed(1, start)]).collect()
             }
         }
     }

@@ -32,6 +32,9 @@ use crate::necp::{Access, CloseReason, NeEvent, NeSession, Rejections, SessionCo
 const READ: usize = 16 * 1024;
 /// How long a peer may take to read our last words, and to close its side.
 const LAST_WORDS: Duration = Duration::from_secs(1);
+/// Bytes that the kernel may hold for a peer and has not sent: what is not here is still ours to count, and no KEEPALIVE
+/// waits behind it.
+const UNSENT: u32 = 32 * 1024;
 /// Bytes that are read and thrown away while a connection is being closed.
 const DISCARD: usize = 64 * 1024;
 
@@ -127,7 +130,9 @@ pub async fn serve(
 /// Small messages go out at once, and a peer that acknowledges nothing is given up like one that answers nothing.
 fn prepare(stream: &TcpStream, silence: Duration) -> io::Result<()> {
     stream.set_nodelay(true)?;
-    socket2::SockRef::from(stream).set_tcp_user_timeout(Some(silence))
+    let socket = socket2::SockRef::from(stream);
+    socket.set_tcp_notsent_lowat(UNSENT)?;
+    socket.set_tcp_user_timeout(Some(silence))
 }
 
 impl Peer<'_> {

@@ -23,7 +23,7 @@ use zeroize::Zeroizing;
 
 use super::wire::Header;
 
-pub use numbers::{Freshness, Inbound, InitialNumbers, apart_from};
+pub use numbers::{Freshness, Inbound, InitialNumbers, apart_from, is_apart};
 
 /// Bytes of a credential (§5.8.1).
 pub const CREDENTIAL_LEN: usize = 20;

@@ -5,7 +5,10 @@ use tokio::net::TcpListener;
 use tokio::task::JoinHandle;
 
 use super::*;
-use crate::necp::{Flags, Forwarding, Header, Opcode, Operation, ServiceKey, ServiceUnit, Unit};
+use crate::control::cluster::Cluster;
+use crate::control::config::{ClusterConfig, FarmConfig};
+use crate::necp::message::{Flows, Listed, Scope};
+use crate::necp::{Filter, Flags, Forwarding, Header, Opcode, Operation, ServiceKey, ServiceUnit, Unit};
 
 const SERVER: Ipv4Addr = Ipv4Addr::LOCALHOST;
 
@@ -197,4 +200,73 @@ async fn a_flood_without_reading_is_held_up_and_harms_nobody() {
     drop(bench.client);
     let lost = timeout(Duration::from_secs(5), bench.inputs.recv()).await.expect("noticed");
     assert!(matches!(lost, Some(Input::Lost { .. })), "{lost:?}");
+}
+
+/// Entries of a list of 4 MiB.
+const LONG: usize = 4 << 15;
+
+/// The owner of a list that never ends before its time.
+async fn give_lists(mut inputs: mpsc::Receiver<Input>) -> Option<CloseReason> {
+    let entry = Listed { scope: Scope::Local, installer: SERVER, flows: Flows::ALL };
+    let config = ClusterConfig { farms: vec![FarmConfig::new("web")], ..ClusterConfig::default() };
+    let cluster = Cluster::new(config, Instant::now()).expect("a configuration");
+    while let Some(input) = inputs.recv().await {
+        match input {
+            Input::List { step: ListStep::Begin(_) | ListStep::Count(_), done, .. } => {
+                let listing = cluster.except_list(Filter::default());
+                done.send(ListPart::Counted(listing, LONG as u32)).expect("awaited");
+            }
+            Input::List { step: ListStep::Read(listing, max), done, .. } => {
+                done.send(ListPart::Entries(Some(listing), vec![entry; max])).expect("awaited");
+            }
+            Input::Lost { reason, .. } => return Some(reason),
+            other => panic!("{other:?}"),
+        }
+    }
+    None
+}
+
+/// A long list goes to a slow reader for much longer than a peer may be silent; it answers what it gets, when it gets it.
+#[tokio::test]
+async fn a_slow_reader_of_a_long_list_is_alive() {
+    const PIECE: usize = 16 * 1024;
+    let keepalive = Duration::from_millis(400);
+    let config = SessionConfig { keepalive, jitter: Duration::ZERO, ..SessionConfig::default() };
+    let mut bench = bench(config).await;
+    bench.join().await;
+    bench.send(&message(Opcode::EXCEPTION_QUERY, 2, &[Filter::default().unit()])).await;
+    let Bench { mut client, inputs, peer } = bench;
+    let owner = tokio::spawn(give_lists(inputs));
+
+    let (mut bytes, mut answered, mut listed) = (Vec::new(), 0, 0);
+    let began = Instant::now();
+    // So many keepalives after the list, too.
+    while answered < 5 {
+        let mut piece = vec![0; PIECE];
+        let count =
+            timeout(Duration::from_secs(10), client.read(&mut piece)).await.expect("in time").expect("no reset");
+        assert_ne!(count, 0, "closed after {:?}: {:?}", began.elapsed(), owner.await);
+        bytes.extend_from_slice(&piece[..count]);
+        while let Some((header, payload)) = bytes.split_first_chunk() {
+            let header = Header::decode(header).expect("framed");
+            let Some(_) = payload.get(..header.payload_len as usize) else { break };
+            if header.opcode == Opcode::KEEPALIVE {
+                answered += usize::from(listed > 0);
+                let ack = Header::new(Opcode::KEEPALIVE_ACK, Flags::NONE, header.request_id, 0);
+                client.write_all(&ack.encode()).await.expect("written");
+            } else if header.opcode == Opcode::EXCEPTION_RESP {
+                listed = header.payload_len as usize / 32;
+                assert!(began.elapsed() > 8 * keepalive, "read too fast to say anything: {:?}", began.elapsed());
+            }
+            bytes.drain(..20 + header.payload_len as usize);
+        }
+        if listed == 0 {
+            // 1 MiB/s, and less where the machine is busy.
+            tokio::time::sleep(Duration::from_millis(16)).await;
+        }
+    }
+    assert_eq!(listed, LONG);
+    drop(client);
+    assert_eq!(owner.await.expect("no panic"), Some(CloseReason::ClosedByPeer));
+    peer.await.expect("no panic");
 }

@@ -56,7 +56,13 @@ impl InitialNumbers {
 /// that the two directions' numbers do not mix, and a message that is sent back to its sender is not taken for a new one.
 #[must_use]
 pub fn apart_from(first: u64, theirs: u64) -> u64 {
-    if first.abs_diff(theirs) < 2 * MAX_GAP { first | (3 * MAX_GAP) } else { first }
+    if is_apart(first, theirs) { first } else { first | (3 * MAX_GAP) }
+}
+
+/// Whether the numbers that follow `first` and those that follow `theirs` do not mix.
+#[must_use]
+pub fn is_apart(first: u64, theirs: u64) -> bool {
+    first.abs_diff(theirs) >= 2 * MAX_GAP
 }
 
 /// What a number says about its message.
@@ -104,9 +110,13 @@ impl Inbound {
 
     /// The number to demand of a peer that asks to start over on the same connection, demanding `theirs`. Both numbers,
     /// the offered one and those of the session as it is, are accepted until one of the offered ones has come: an INIT
-    /// may be a replay. `None` if the connection has no numbers left for it.
+    /// may be a replay. `None` if the connection has no numbers left for it, or if our answer, which has the number `theirs`,
+    /// would be fresh here when it is sent back.
     pub fn offer_restart(&mut self, theirs: u64) -> Option<u64> {
         let least = self.least?;
+        if theirs >= least && theirs - least < MAX_GAP {
+            return None;
+        }
         let near = self.offered.or(least.checked_add(RESTART))?;
         let offer = if near.abs_diff(theirs) < MAX_GAP { near.checked_add(2 * MAX_GAP)? } else { near };
         if offer.abs_diff(theirs) < MAX_GAP || offer > (least | LOW) - RESTART {

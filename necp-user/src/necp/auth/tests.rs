@@ -101,7 +101,11 @@ fn an_offer_leaves_the_session_as_it_is_until_it_is_taken() {
 
 #[test]
 fn an_offer_is_apart_from_what_the_peer_demands() {
-    for theirs in [5 * SECOND, 5 * SECOND + 7, 5 * SECOND + (1 << 24), 5 * SECOND + (1 << 31)] {
+    // The answer has that number: it must not be fresh here.
+    for theirs in [5 * SECOND, 5 * SECOND + 7, 5 * SECOND + (1 << 24), 5 * SECOND + (1 << 30) - 1] {
+        assert_eq!(Inbound::starting_at(5 * SECOND).offer_restart(theirs), None, "{theirs:#x}");
+    }
+    for theirs in [5 * SECOND - 1, 5 * SECOND - (1 << 29), 5 * SECOND + (1 << 30), 5 * SECOND + (1 << 31)] {
         let mut inbound = Inbound::starting_at(5 * SECOND);
         let offer = inbound.offer_restart(theirs).expect("room");
         assert!(offer.abs_diff(theirs) >= 1 << 30, "{theirs:#x}: {offer:#x}");

@@ -2,8 +2,11 @@
 //! steps. The property tests and the fuzz targets play the same scripts.
 //!
 //! - [`wire`]: the decoder, fed in pieces.
-//! - [`ne`], [`se`]: a session of either role against a peer that may send anything.
+//! - [`ne`], [`se`]: a session of either role against a peer that may send anything; with a key if the script says so
+//!   (bit 0x10 of its first byte), against a peer that has the key and breaks the rules one by one.
 
+mod forger;
+mod judge;
 mod ne;
 mod peer;
 mod script;
@@ -19,8 +22,8 @@ pub use wire::play as wire;
 /// A session whose role the first byte picks, played by the rest.
 pub fn session(script: &[u8]) {
     match script.split_first() {
-        Some((role, rest)) if role & 1 == 0 => ne(rest),
-        Some((_, rest)) => se(rest),
+        Some((role, rest)) if role & 1 == 0 => _ = ne(rest),
+        Some((_, rest)) => _ = se(rest),
         None => {}
     }
 }

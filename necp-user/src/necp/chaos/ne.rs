@@ -4,16 +4,19 @@ use std::collections::BTreeSet;
 use std::net::Ipv4Addr;
 use std::time::{Duration, Instant};
 
+use super::forger::{DEMANDS, Forger, TO_NE, key};
+use super::judge::Judge;
 use super::may_hold;
 use super::peer::{Received, Sent};
 use super::script::{Script, limits, message};
-use crate::necp::message::{Exception, Filter, Flows, Listed, Operation, Scope};
+use crate::necp::auth::{Access, Credentials};
+use crate::necp::message::{Exception, Filter, Flows, Init, Listed, Operation, Scope};
 use crate::necp::service::{ServiceKey, TCP, UDP};
-use crate::necp::session::{MAX_BATCH, NeEvent, NeSession, SessionConfig, Token};
+use crate::necp::session::{Counters, MAX_BATCH, NeEvent, NeSession, SessionConfig, Token};
 use crate::necp::wire::{Direction, Flags, Header, Opcode, Unit};
 
-/// Plays a script to its end; panics when something happens that must not.
-pub fn play(script: &[u8]) {
+/// Plays a script to its end; panics when something happens that must not. Returns what the session has counted.
+pub fn play(script: &[u8]) -> Counters {
     let mut script = Script::new(script);
     let mut bed = Bed::new(script.byte());
     while !script.is_over() {
@@ -21,6 +24,7 @@ pub fn play(script: &[u8]) {
         bed.check();
     }
     bed.end();
+    *bed.ne.counters()
 }
 
 struct Bed {
@@ -29,6 +33,8 @@ struct Bed {
     now: Instant,
     sent: Sent,
     received: Received,
+    /// Of an authenticated session.
+    forger: Option<Forger>,
     /// Asked and not answered by the caller, with the number of operations.
     tokens: Vec<(Token, usize)>,
     /// Tokens that were given out, of which none may come again.
@@ -37,7 +43,6 @@ struct Bed {
     queries: Vec<Token>,
     wanted: Vec<(Token, usize)>,
     last: Vec<u8>,
-    inits: u64,
     closed: bool,
     told_closed: bool,
     messages_out: u64,
@@ -46,36 +51,64 @@ struct Bed {
 impl Bed {
     fn new(first: u8) -> Self {
         let (now, limits) = (Instant::now(), limits(first & 8 == 8));
+        let keyed = (first & 0x10 != 0).then(key);
+        let access = keyed
+            .clone()
+            .map_or(Access::Open, |key| Access::Authenticated(Some(Credentials { key, first_seq_num: TO_NE })));
+        let judge = keyed.clone().map(|key| Judge::ne(key, TO_NE, limits.max_message));
         let mut bed = Self {
-            ne: NeSession::new(limits.clone(), now, first.into()),
+            ne: NeSession::with_access(limits.clone(), access, now, first.into()),
             limits,
             now,
-            sent: Sent::default(),
-            received: Received::new(Direction::ToSe),
+            sent: Sent::new(judge),
+            forger: keyed.is_some().then(|| Forger::new(TO_NE)),
+            received: Received::new(Direction::ToSe, keyed),
             tokens: Vec::new(),
             seen: BTreeSet::new(),
             queries: Vec::new(),
             wanted: Vec::new(),
             last: Vec::new(),
-            inits: 0,
             closed: false,
             told_closed: false,
             messages_out: 0,
         };
         if first & 7 != 0 {
-            bed.input(&message(&Header::new(Opcode::INIT, Flags::NONE, 1, 1), &[Unit::default()]));
-            bed.events();
-            bed.respond(0);
-            assert!(bed.ne.is_ready());
+            bed.open(DEMANDS[usize::from(first >> 5)]);
         }
         bed
+    }
+
+    fn open(&mut self, demand: u64) {
+        let header = Header::new(Opcode::INIT, Flags::NONE, 1, 1);
+        if let Some(forger) = &mut self.forger {
+            let init = forger.sign(&header, &[Init { authenticate: Some(demand) }.unit()]);
+            self.input(&init);
+            self.read();
+            self.take_offer();
+            let fresh = Header::new(Opcode::KEEPALIVE, Flags::NONE, 2, 0);
+            let fresh = self.forger.as_mut().map(|forger| forger.sign(&fresh, &[]));
+            self.input(&fresh.unwrap_or_default());
+        } else {
+            self.input(&message(&header, &[Unit::default()]));
+        }
+        self.events();
+        self.respond(0);
+        assert!(self.ne.is_ready());
+    }
+
+    /// The peer goes on with the number that INIT_ACK demands.
+    fn take_offer(&mut self) {
+        if let (Some(forger), Some(demand)) = (&mut self.forger, self.received.demands.last()) {
+            forger.next = *demand;
+        }
     }
 
     fn step(&mut self, script: &mut Script<'_>) {
         match script.byte() & 15 {
             0 => self.input(script.bytes()),
             1..=6 => {
-                self.last = script.message();
+                let (header, units) = script.message();
+                self.last = self.made(script, &header, &units);
                 self.send_last(script.byte());
             }
             7 => self.send_last(0),
@@ -93,9 +126,27 @@ impl Bed {
             14 => self.read(),
             _ => match script.byte() {
                 0 => self.ne.close(crate::necp::CloseReason::Shutdown),
+                which @ 1..=63 if self.forger.is_some() => self.init(script, which),
+                64..=79 if self.forger.is_some() => self.take_offer(),
                 health => self.ne.set_health(health),
             },
         }
+    }
+
+    /// A message's bytes: as they are, or as a peer with a key sends them.
+    fn made(&mut self, script: &mut Script<'_>, header: &Header, units: &[Unit]) -> Vec<u8> {
+        match &mut self.forger {
+            Some(forger) => forger.message(script, header, units, &self.received.recorded),
+            None => message(header, units),
+        }
+    }
+
+    /// INIT of an authenticated session, at any time.
+    fn init(&mut self, script: &mut Script<'_>, which: u8) {
+        let header = Header::new(Opcode::INIT, Flags::NONE, (which >> 3).into(), 1);
+        let unit = Init { authenticate: Some(DEMANDS[usize::from(which & 7)]) }.unit();
+        let bytes = self.made(script, &header, &[unit]);
+        self.input(&bytes);
     }
 
     fn input(&mut self, bytes: &[u8]) {
@@ -120,7 +171,8 @@ impl Bed {
         units.iter_mut().for_each(|unit| unit.0[3] = if how & 3 == 0 { health.into() } else { 0 });
         units.extend(if how & 3 == 2 { script.units() } else { Vec::new() });
         let ack = Header::new(Opcode::KEEPALIVE_ACK, flags, header.request_id, units.len());
-        self.input(&message(&ack, &units));
+        let ack = self.made(script, &ack, &units);
+        self.input(&ack);
     }
 
     fn pass(&mut self, time: Duration) {
@@ -133,8 +185,7 @@ impl Bed {
             assert!(!self.told_closed, "{event:?} after Closed");
             match event {
                 NeEvent::Init { token } => {
-                    self.inits += 1;
-                    assert!(self.sent.has(Opcode::INIT, |_| true), "INIT was not sent");
+                    assert!(self.sent.take_init(), "nothing was sent that opens the session, or starts it over");
                     // Tokens from before are void; that of a list in progress is not.
                     self.tokens.clear();
                     self.ask(token, 0);
@@ -145,12 +196,12 @@ impl Bed {
                     self.ask(token, operations.len());
                 }
                 NeEvent::Reset { token } => {
-                    assert!(self.sent.has_request(Opcode::EXCEPTION_RESET), "EXCEPTION_RESET was not sent");
+                    assert!(self.sent.take_message(Opcode::EXCEPTION_RESET), "EXCEPTION_RESET was not sent");
                     self.ask(token, 0);
                 }
                 NeEvent::Query { token, filter } => {
                     let like = |unit: &[u32; 8]| Filter::parse(&Unit(*unit)) == Ok(filter);
-                    assert!(self.sent.has(Opcode::EXCEPTION_QUERY, like), "{filter:?} was not sent");
+                    assert!(self.sent.take(Opcode::EXCEPTION_QUERY, like), "{filter:?} was not sent");
                     assert!(self.seen.insert(token), "{token:?} came before");
                     self.queries.push(token);
                 }
@@ -162,7 +213,7 @@ impl Bed {
                     for answer in answers {
                         assert!(answer.health <= 100);
                         let like = |unit: &[u32; 8]| is(unit, answer.service) && unit[3] == u32::from(answer.health);
-                        assert!(self.sent.has(Opcode::KEEPALIVE_ACK, like), "{answer:?} was not sent");
+                        assert!(self.sent.take(Opcode::KEEPALIVE_ACK, like), "{answer:?} was not sent");
                     }
                 }
                 NeEvent::Notice(_) => {}
@@ -179,17 +230,17 @@ impl Bed {
         self.tokens.push((token, operations));
     }
 
-    fn was_asked_for(&self, operation: &Operation) {
+    fn was_asked_for(&mut self, operation: &Operation) {
         let found = match operation {
             Operation::Start(offer) => self
                 .sent
-                .has(Opcode::START, |unit| unit[0] == u32::from(offer.forwarding.code()) && is(unit, offer.key())),
-            Operation::Stop(key) => self.sent.has(Opcode::STOP, |unit| is(unit, *key)),
+                .take(Opcode::START, |unit| unit[0] == u32::from(offer.forwarding.code()) && is(unit, offer.key())),
+            Operation::Stop(key) => self.sent.take(Opcode::STOP, |unit| is(unit, *key)),
             Operation::Except(exception) => {
-                self.sent.has(Opcode::EXCEPTION_ADD, |unit| Exception::parse(&Unit(*unit)).as_ref() == Ok(exception))
+                self.sent.take(Opcode::EXCEPTION_ADD, |unit| Exception::parse(&Unit(*unit)).as_ref() == Ok(exception))
             }
             Operation::Unexcept(flows) => {
-                self.sent.has(Opcode::EXCEPTION_DEL, |unit| Exception::parse_del(&Unit(*unit)).as_ref() == Ok(flows))
+                self.sent.take(Opcode::EXCEPTION_DEL, |unit| Exception::parse_del(&Unit(*unit)).as_ref() == Ok(flows))
             }
         };
         assert!(found, "{operation:?} was not sent");
@@ -236,7 +287,6 @@ impl Bed {
             self.received.add(&bytes, &mut self.sent);
         }
         assert!(self.received.is_whole() || self.received.in_list(), "output ends with a whole message");
-        assert!(self.received.init_acks <= self.inits, "every INIT_ACK was asked for");
     }
 
     fn check(&mut self) {
@@ -251,6 +301,9 @@ impl Bed {
             assert_eq!((self.ne.is_ready(), self.ne.wants_input(), self.ne.poll_timeout()), (false, false, None));
         } else {
             assert!(self.ne.wants_input() || self.ne.poll_timeout().is_some() || self.waits(), "asleep for good");
+            if self.ne.wants_input() {
+                self.sent.check(&counters);
+            }
         }
         assert!(self.ne.started().count() <= self.limits.max_services);
     }

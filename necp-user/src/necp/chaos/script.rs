@@ -64,7 +64,7 @@ impl<'a> Script<'a> {
     }
 
     /// A message, whole or not, well-formed or not.
-    pub(super) fn message(&mut self) -> Vec<u8> {
+    pub(super) fn message(&mut self) -> (Header, Vec<Unit>) {
         let (kind, form, id) = (self.byte(), self.byte(), self.byte());
         let opcode = OPCODES.get(usize::from(kind % 32)).copied().unwrap_or_else(|| self.byte());
         let flags = if form & 7 == 7 { Flags(self.u32() as u16) } else { Flags::BASIC_PAYLOAD };
@@ -76,17 +76,15 @@ impl<'a> Script<'a> {
         };
         let units = self.units();
         let payload_len = length.unwrap_or(units.len() as u32 * 32);
-        message(
-            &Header { flags, version, opcode: Opcode(opcode), request_id: id.into(), seq_num: 0, payload_len },
-            &units,
-        )
+        (Header { flags, version, opcode: Opcode(opcode), request_id: id.into(), seq_num: 0, payload_len }, units)
     }
 }
 
 /// The usual limits, or such as are soon reached.
 pub(super) fn limits(tight: bool) -> SessionConfig {
     let usual = SessionConfig::default();
-    if tight { SessionConfig { max_failed_units: 9, max_services: 3, ..usual } } else { usual }
+    let tight_ones = SessionConfig { max_failed_units: 9, max_services: 3, max_message: 1024, ..usual.clone() };
+    if tight { tight_ones } else { usual }
 }
 
 pub(super) fn message(header: &Header, units: &[Unit]) -> Vec<u8> {

@@ -3,16 +3,22 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
+use super::forger::{Forger, TO_NE, TO_SE, key};
+use super::judge::Judge;
 use super::may_hold;
 use super::peer::{Received, Sent};
 use super::script::{Script, limits, message};
-use crate::necp::message::{Exception, Filter, Flows, Listed, Scope, ServiceUnit};
+use crate::necp::auth::Credentials;
+use crate::necp::message::{Exception, Filter, Flows, InitAck, Listed, Scope, ServiceUnit};
 use crate::necp::service::{Forwarding, ServiceKey, TCP};
-use crate::necp::session::{MAX_BATCH, RequestId, SeEvent, SeSession, Token};
+use crate::necp::session::{Counters, MAX_BATCH, RequestId, SeEvent, SeSession, Token};
 use crate::necp::wire::{Direction, Flags, Header, Opcode, Unit};
 
-/// Plays a script to its end; panics when something happens that must not.
-pub fn play(script: &[u8]) {
+/// The number that the NE demands, and such that soon there are no more.
+const DEMANDS: [u64; 4] = [TO_NE, TO_NE, TO_NE + (1 << 32), u64::MAX - 2];
+
+/// Plays a script to its end; panics when something happens that must not. Returns what the session has counted.
+pub fn play(script: &[u8]) -> Counters {
     let mut script = Script::new(script);
     let mut bed = Bed::new(script.byte());
     while !script.is_over() {
@@ -20,6 +26,7 @@ pub fn play(script: &[u8]) {
         bed.check();
     }
     bed.end();
+    *bed.se.counters()
 }
 
 struct Bed {
@@ -27,12 +34,14 @@ struct Bed {
     now: Instant,
     sent: Sent,
     received: Received,
+    /// Of an authenticated session.
+    forger: Option<Forger>,
     questions: Vec<(Token, usize)>,
     seen: BTreeSet<Token>,
     /// Requests of ours that were not answered.
-    asked: BTreeMap<RequestId, Vec<ServiceKey>>,
+    asked: BTreeMap<RequestId, (Opcode, Vec<ServiceKey>)>,
     /// EXCEPTION_ADDs and EXCEPTION_DELs; EXCEPTION_RESETs and EXCEPTION_QUERYs.
-    excepted: BTreeMap<RequestId, BTreeSet<Flows>>,
+    excepted: BTreeMap<RequestId, (Opcode, BTreeSet<Flows>)>,
     lists: BTreeSet<RequestId>,
     own_units: usize,
     last: Vec<u8>,
@@ -44,12 +53,15 @@ struct Bed {
 
 impl Bed {
     fn new(first: u8) -> Self {
-        let now = Instant::now();
+        let (now, limits) = (Instant::now(), limits(first & 8 == 8));
+        let keyed = (first & 0x10 != 0).then(key);
+        let credentials = keyed.clone().map(|key| Credentials { key, first_seq_num: TO_SE });
         let mut bed = Self {
-            se: SeSession::new(limits(first & 8 == 8), now, first.into()),
+            se: SeSession::with_credentials(limits.clone(), credentials, now, first.into()),
             now,
             sent: Sent::default(),
-            received: Received::new(Direction::ToNe),
+            forger: keyed.is_some().then(|| Forger::new(TO_SE)),
+            received: Received::new(Direction::ToNe, keyed.clone()),
             questions: Vec::new(),
             seen: BTreeSet::new(),
             asked: BTreeMap::new(),
@@ -62,21 +74,35 @@ impl Bed {
             told_closed: false,
             messages_out: 1,
         };
-        if first & 7 != 0 {
+        if keyed.is_some() || first & 7 != 0 {
             bed.read();
-            let id = bed.received.requests[0].0.request_id;
-            bed.input(&message(&Header::new(Opcode::INIT_ACK, Flags::NONE, id, 1), &[Unit::default()]));
+        }
+        bed.sent.judge = keyed.map(|key| Judge::se(key, bed.init_id(), TO_SE, limits.max_message));
+        if first & 7 != 0 {
+            let ack = Header::new(Opcode::INIT_ACK, Flags::NONE, bed.init_id(), 1);
+            let first_seq_num = DEMANDS[usize::from(first >> 6)];
+            let ack = match &mut bed.forger {
+                Some(forger) => forger.sign(&ack, &[InitAck { first_seq_num }.unit()]),
+                None => message(&ack, &[Unit::default()]),
+            };
+            bed.input(&ack);
             bed.events();
             assert!(bed.se.is_ready());
         }
         bed
     }
 
+    /// The request id of the SE's INIT, which was read.
+    fn init_id(&self) -> u16 {
+        self.received.requests[0].0.request_id
+    }
+
     fn step(&mut self, script: &mut Script<'_>) {
         match script.byte() & 15 {
             0 => self.input(script.bytes()),
             1..=3 => {
-                self.last = script.message();
+                let (header, units) = script.message();
+                self.last = self.made(script, &header, &units);
                 self.send_last(script.byte());
             }
             4 => self.send_last(0),
@@ -95,9 +121,26 @@ impl Bed {
             13 | 14 => self.request(script.byte()),
             _ => match script.byte() {
                 0 => self.se.close(crate::necp::CloseReason::Shutdown),
+                which @ 1..=31 if self.forger.is_some() => self.init_ack(script, which),
                 _ => self.reflect(),
             },
         }
+    }
+
+    /// A message's bytes: as they are, or as a peer with a key sends them.
+    fn made(&mut self, script: &mut Script<'_>, header: &Header, units: &[Unit]) -> Vec<u8> {
+        match &mut self.forger {
+            Some(forger) => forger.message(script, header, units, &self.received.recorded),
+            None => message(header, units),
+        }
+    }
+
+    /// INIT_ACK of an authenticated session, at any time.
+    fn init_ack(&mut self, script: &mut Script<'_>, which: u8) {
+        let header = Header::new(Opcode::INIT_ACK, Flags::NONE, self.init_id() ^ u16::from(which == 31), 1);
+        let unit = InitAck { first_seq_num: DEMANDS[usize::from(which & 3)] }.unit();
+        let bytes = self.made(script, &header, &[unit]);
+        self.input(&bytes);
     }
 
     fn input(&mut self, bytes: &[u8]) {
@@ -132,11 +175,15 @@ impl Bed {
             answer.iter_mut().for_each(|unit| unit.0[3] = which.into());
         }
         let flags = Flags(flags.0 & !Flags::BASIC_PAYLOAD.0);
-        self.input(&message(&Header::new(opcode, flags, header.request_id, answer.len()), &answer));
+        let answer = self.made(script, &Header::new(opcode, flags, header.request_id, answer.len()), &answer);
+        self.input(&answer);
     }
 
     /// The SE's own messages sent back to it.
     fn reflect(&mut self) {
+        if let Some(own) = self.received.recorded.last().cloned() {
+            return self.input(&own);
+        }
         let Some((header, units)) = self.received.requests.last().cloned() else { return };
         self.input(&message(&header, &units));
     }
@@ -152,14 +199,15 @@ impl Bed {
         }
         let keys: Vec<ServiceKey> = (0..what & 3).map(|at| ServiceKey::new(TCP, 80 + u16::from(at))).collect();
         self.own_units += keys.len();
-        let id = if what & 4 == 0 {
+        let opcode = if what & 4 == 0 { Opcode::START } else { Opcode::STOP };
+        let id = if opcode == Opcode::START {
             let forwarding = Forwarding::ALL[usize::from(what >> 3) % 3];
             let offers: Vec<ServiceUnit> = keys.iter().map(|key| ServiceUnit::new(forwarding, *key)).collect();
             self.se.start(&offers)
         } else {
             self.se.stop(&keys)
         };
-        assert!(self.asked.insert(id, keys).is_none(), "{id:?} was given out before");
+        assert!(self.asked.insert(id, (opcode, keys)).is_none(), "{id:?} was given out before");
     }
 
     fn except(&mut self, what: u8) {
@@ -172,11 +220,11 @@ impl Bed {
             2 => {
                 let add: Vec<_> =
                     several.iter().map(|flows| Exception { scope: Scope::Global, ttl: 9, flows: *flows }).collect();
-                drop(self.excepted.insert(self.se.except_add(&add), several));
+                drop(self.excepted.insert(self.se.except_add(&add), (Opcode::EXCEPTION_ADD, several)));
             }
             _ => {
                 let delete: Vec<_> = several.iter().copied().collect();
-                drop(self.excepted.insert(self.se.except_del(&delete), several));
+                drop(self.excepted.insert(self.se.except_del(&delete), (Opcode::EXCEPTION_DEL, several)));
             }
         }
     }
@@ -187,38 +235,51 @@ impl Bed {
             match event {
                 SeEvent::Ready => {
                     assert!(!self.ready, "Ready twice");
-                    assert!(self.sent.has(Opcode::INIT_ACK, |_| true), "INIT_ACK was not sent");
+                    assert!(self.sent.take(Opcode::INIT_ACK, |_| true), "INIT_ACK was not sent");
                     self.ready = true;
                 }
                 SeEvent::HealthQuery { token, queries } => {
                     assert!(self.ready && !queries.is_empty() && self.seen.insert(token));
                     for query in &queries {
                         let asked = |unit: &[u32; 8]| unit[0] == 1 && unit[1] == u32::from(query.service.protocol());
-                        assert!(self.sent.has(Opcode::KEEPALIVE, asked), "{query:?} was not sent");
+                        assert!(self.sent.take(Opcode::KEEPALIVE, asked), "{query:?} was not sent");
                     }
                     self.questions.push((token, queries.len()));
                 }
                 SeEvent::Acked { id, failed } => {
-                    let services = self.asked.remove(&id).expect("what is acknowledged was asked, and not answered");
+                    let asked = self.asked.remove(&id);
+                    let (opcode, services) = asked.expect("what is acknowledged was asked, and not answered");
+                    self.was_answered(opcode, services.is_empty());
                     assert!(failed.iter().all(|failed| services.contains(failed)), "{failed:?} of {services:?}");
                 }
                 SeEvent::Excepted { id, failed } => {
-                    let flows = self.excepted.remove(&id).expect("what is answered was asked, and not answered");
+                    let asked = self.excepted.remove(&id);
+                    let (opcode, flows) = asked.expect("what is answered was asked, and not answered");
+                    self.was_answered(opcode, flows.is_empty());
                     assert!(failed.iter().all(|failed| flows.contains(failed)), "{failed:?} of {flows:?}");
                 }
-                SeEvent::Reset { id, .. } | SeEvent::ListFailed { id } | SeEvent::Listed { id, last: true, .. } => {
+                SeEvent::Reset { id, .. } => {
                     assert!(self.lists.remove(&id), "{id:?} was not asked, or answered before");
+                    self.was_answered(Opcode::EXCEPTION_RESET, false);
                 }
-                SeEvent::Listed { id, entries, last: false } => {
+                SeEvent::ListFailed { id } => {
+                    assert!(self.lists.remove(&id), "{id:?} was not asked, or answered before");
+                    self.was_answered(Opcode::EXCEPTION_QUERY, false);
+                }
+                SeEvent::Listed { id, entries, last } => {
                     assert!(self.lists.contains(&id) && entries.len() <= MAX_BATCH);
                     for entry in entries {
                         let sent = |unit: &[u32; 8]| Listed::parse(&Unit(*unit)) == Ok(entry);
-                        assert!(self.sent.has(Opcode::EXCEPTION_RESP, sent), "{entry:?} was not sent");
+                        assert!(self.sent.take(Opcode::EXCEPTION_RESP, sent), "{entry:?} was not sent");
+                    }
+                    if last {
+                        self.lists.remove(&id);
+                        self.was_answered(Opcode::EXCEPTION_QUERY, false);
                     }
                 }
                 SeEvent::NeHealth(health) => {
                     let sent = |unit: &[u32; 8]| unit[3] == u32::from(health);
-                    assert!(health <= 100 && self.sent.has(Opcode::KEEPALIVE_ACK, sent), "{health} was not sent");
+                    assert!(health <= 100 && self.sent.take(Opcode::KEEPALIVE_ACK, sent), "{health} was not sent");
                 }
                 SeEvent::Notice(_) => {}
                 SeEvent::Closed(reason) => {
@@ -227,6 +288,12 @@ impl Bed {
                 }
             }
         }
+    }
+
+    /// Every answer is told once; a request that asks for nothing is answered by nobody.
+    fn was_answered(&mut self, request: Opcode, asks_for_nothing: bool) {
+        let answer = request.answer().expect("requests have answers");
+        assert!(asks_for_nothing || self.sent.take_message(answer), "{answer} was not sent");
     }
 
     fn answer_health(&mut self, how: u8) {
@@ -257,6 +324,9 @@ impl Bed {
             assert_eq!((self.se.is_ready(), self.se.wants_input(), self.se.poll_timeout()), (false, false, None));
         } else {
             assert!(self.se.poll_timeout().is_some(), "asleep for good");
+            if self.se.wants_input() {
+                self.sent.check(&counters);
+            }
         }
     }
 

@@ -78,6 +78,11 @@ impl KeepaliveClock {
         }
     }
 
+    /// Asks nothing for another interval.
+    pub(super) fn postpone(&mut self, now: Instant) {
+        self.next = Some(now + self.delay());
+    }
+
     pub(super) fn sent(&mut self, asked: Asked) {
         self.outstanding.push_back(asked);
     }

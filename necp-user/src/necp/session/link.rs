@@ -383,6 +383,11 @@ impl Link {
         self.streams = true;
     }
 
+    /// Whether a message is in the making whose units come one by one.
+    pub(super) fn is_streaming(&self) -> bool {
+        self.streams
+    }
+
     /// Units for which there is room: the peer must read first.
     pub(super) fn stream_room(&self) -> usize {
         STREAM_FULL.saturating_sub(self.out.len() - self.out_start) / UNIT_LEN

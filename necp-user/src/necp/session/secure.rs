@@ -3,8 +3,10 @@
 use std::vec;
 
 use super::link::Incoming;
-use crate::necp::auth::{CREDENTIAL_LEN, Credentials, Freshness, Inbound, Key, Rejection, Signer, apart_from};
-use crate::necp::wire::{Flags, Header, Opcode, UNIT_LEN, Unit};
+use crate::necp::auth::{
+    CREDENTIAL_LEN, Credentials, Freshness, Inbound, Key, Rejection, Signer, apart_from, is_apart,
+};
+use crate::necp::wire::{Flags, Header, Opcode, UNIT_LEN, Unit, VERSION};
 
 /// Rejected messages in a row that end the connection (§5.8.3).
 pub(super) const MAX_REJECTED: u32 = 3;
@@ -99,17 +101,20 @@ impl Secure {
 
     // ---- the handshake ----
 
-    /// NE: a verified INIT demands `theirs`. Returns the number to demand in INIT_ACK, which is sent next.
-    pub(super) fn accept_init(&mut self, theirs: u64) -> u64 {
+    /// NE: a verified INIT demands `theirs`. Returns the number to demand in INIT_ACK, which is sent next; `None` if there is
+    /// none.
+    pub(super) fn accept_init(&mut self, theirs: u64) -> Option<u64> {
         let first = match self.numbers {
-            // INIT again, before the session is confirmed: the same demand stands.
-            Numbers::Inbound(_) => self.first,
+            // INIT again, before the session is confirmed: the same demand stands. Another one might be near to numbers that
+            // an earlier INIT has made us use, and this one near to what is demanded: what we sent could be sent back to us.
+            Numbers::Inbound(_) if is_apart(self.first, theirs) => self.first,
+            Numbers::Inbound(_) => return None,
             Numbers::Any | Numbers::Exactly(_) => apart_from(self.first, theirs),
         };
         self.first = first;
         self.numbers = Numbers::Inbound(Inbound::starting_at(first));
         self.outbound = Outbound::Next(Some(theirs));
-        first
+        Some(first)
     }
 
     /// NE: a verified INIT on a session that is open. Both its numbers and the offered ones are good from now on; `None`
@@ -178,8 +183,10 @@ impl Secure {
             Numbers::Any => Ok(false),
             Numbers::Exactly(number) if header.seq_num == *number => Ok(false),
             Numbers::Exactly(_) => Err(Rejection::BadSequence),
-            // It begins a numbering of its own (§5.9.2).
-            Numbers::Inbound(_) if header.opcode == Opcode::INIT && self.takes_init => Ok(false),
+            // It begins a numbering of its own (§5.9.2). In another version it is no INIT, and would open nothing.
+            Numbers::Inbound(_) if header.opcode == Opcode::INIT && header.version == VERSION && self.takes_init => {
+                Ok(false)
+            }
             Numbers::Inbound(inbound) => match inbound.accept(header.seq_num) {
                 Freshness::Fresh => Ok(false),
                 Freshness::Restarted => Ok(true),

@@ -16,72 +16,30 @@
 //!       └─ INIT that is not authentic: refused bare, closed                               of an INIT in place demands
 //! ```
 
+mod event;
 mod listing;
+mod opening;
 mod requests;
 
 use std::collections::VecDeque;
 use std::time::Instant;
 
+pub use self::event::NeEvent;
 use self::listing::{Listings, Query};
 use self::requests::Requests;
 use super::health::{Queries, Reply};
 use super::keepalive::Tick;
 use super::link::{Incoming, Link};
-use super::secure::{Rejected, Secure, Stamp};
-use super::{Counters, MAX_MISSED, Notice, SessionConfig, Token};
-use crate::necp::auth::{Access, CREDENTIAL_LEN, Rejection};
+use super::secure::{Rejected, Secure};
+use super::{Counters, MAX_MISSED, SessionConfig, Token};
+use crate::necp::auth::{Access, Rejection};
 use crate::necp::error::CloseReason;
-use crate::necp::message::{Filter, HEALTH_MAX, HealthAnswer, Init, InitAck, Listed, Operation};
+use crate::necp::message::{Filter, HEALTH_MAX, Init, InitAck, Listed};
 use crate::necp::service::ServiceKey;
-use crate::necp::wire::{Flags, Header, Opcode, UNIT_LEN, Unit, VERSION};
+use crate::necp::wire::{Flags, Header, Opcode, Unit, VERSION};
 
 /// Events that may wait for the caller before no more input is looked at.
 const MAX_EVENTS: usize = 256;
-
-/// What a [`NeSession`] tells its caller.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum NeEvent {
-    /// The SE opens the session, or starts over: delete its offers and exceptions, never its flows, then
-    /// [`NeSession::respond`]; INIT_ACK goes out then (§5.4). Tokens from before are void.
-    Init {
-        /// For [`NeSession::respond`].
-        token: Token,
-    },
-    /// Carry these out in this order, write the maps, then [`NeSession::respond`] (§3).
-    Operations {
-        /// For [`NeSession::respond`].
-        token: Token,
-        /// At most [`super::MAX_BATCH`]; a message is handed over in as many pieces as it takes.
-        operations: Vec<Operation>,
-    },
-    /// Delete all exceptions of this SE, write the maps, then [`NeSession::respond`]; a non-empty `failed` says that it
-    /// could not be done (§5.7.5).
-    Reset {
-        /// For [`NeSession::respond`].
-        token: Token,
-    },
-    /// The SE asks for the exceptions in force, of any SE, that match (§5.7.7), as they are after the operations told
-    /// before: count them, then [`NeSession::list`].
-    Query {
-        /// For [`NeSession::list`].
-        token: Token,
-        /// Which.
-        filter: Filter,
-    },
-    /// There is room for more of the list: [`NeSession::list_more`], once.
-    ListMore {
-        /// That of the [`NeEvent::Query`].
-        token: Token,
-        /// How many entries, at most; 1 at least.
-        max: usize,
-    },
-    /// The SE answered for these services (§5.5.2).
-    Health(Vec<HealthAnswer>),
-    /// Worth a line in the log.
-    Notice(Notice),
-    /// The session has ended; the last event.
-    Closed(CloseReason),
-}
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum State {
@@ -345,43 +303,10 @@ impl NeSession {
         }
     }
 
-    /// INIT of a connection that is not authenticated, or not yet.
-    fn on_init(&mut self, header: Header) {
-        let has_credential = header.flags.has(Flags::AUTH_CREDENTIAL_PROVIDED);
-        let well_formed =
-            header.flags.has(Flags::BASIC_PAYLOAD) && header.payload_len as usize == UNIT_LEN + CREDENTIAL_LEN;
-        match (has_credential, self.required) {
-            (false, true) => self.refuse_init(&header, CloseReason::AuthRequired),
-            (false, false) => self.on_init_unit(header),
-            (true, _) if self.link.secure().is_none() => self.refuse_init(&header, CloseReason::NoKey),
-            (true, _) if well_formed => self.link.hold(header),
-            (true, _) => self.refuse_init(&header, CloseReason::BadInit),
-        }
-    }
-
-    fn on_init_unit(&mut self, header: Header) {
-        match header.units() {
-            Some(1) => self.body = Body::Init(header, None),
-            _ => self.malformed(&header),
-        }
-    }
-
-    /// An INIT that fails for want of authentication: answered bare, and the connection closed (§5.4.2, §5.8.3).
-    fn refuse_init(&mut self, header: &Header, reason: CloseReason) {
-        let rejected = &mut self.link.counters.rejected;
-        match reason {
-            CloseReason::AuthRequired => rejected.unauthenticated += 1,
-            CloseReason::NoKey => rejected.no_key += 1,
-            _ => rejected.bad_credential += 1,
-        }
-        self.link.refuse(header, Flags::AUTH_REQUIRED, &[]);
-        self.link.close(reason);
-    }
-
     /// A message whose credential and number are right.
     fn on_verified(&mut self, header: Header, restarted: bool) {
         self.body = Body::Skip;
-        if header.opcode == Opcode::INIT && header.version == VERSION {
+        if (header.opcode, header.version) == (Opcode::INIT, VERSION) {
             return self.on_init_unit(header);
         }
         let confirmed = matches!(self.state, State::Tentative { .. }) || restarted;
@@ -500,15 +425,6 @@ impl NeSession {
         }
     }
 
-    fn on_init_end(&mut self, header: &Header, init: Init) {
-        match (init.authenticate, self.link.secure().is_some()) {
-            (None, false) => self.start_over(header.request_id),
-            (Some(_), false) => self.refuse_init(header, CloseReason::NoKey),
-            (None, true) => self.refuse_init(header, CloseReason::AuthRequired),
-            (Some(theirs), true) => self.on_authentic_init(header.request_id, theirs),
-        }
-    }
-
     fn on_query(&mut self, query: &Query) {
         let Query { header, unit: Some(unit) } = query else { return };
         match Filter::parse(unit) {
@@ -523,61 +439,6 @@ impl NeSession {
                 self.link.refuse(header, Flags::NONE, &[*unit]);
             }
         }
-    }
-
-    /// INIT: everything begins anew (§5.4). Before INIT_ACK was sent, a repeated INIT gets that same INIT_ACK.
-    fn start_over(&mut self, request_id: u16) {
-        match &mut self.state {
-            State::InitPending { unanswered, .. } => *unanswered = Some(request_id),
-            _ => self.begin(Some(request_id)),
-        }
-    }
-
-    fn begin(&mut self, unanswered: Option<u16>) {
-        self.requests.clear();
-        self.listings.clear();
-        if unanswered.is_some() {
-            self.link.keepalive.stop();
-        }
-        let token = self.requests.next_token();
-        self.state = State::InitPending { token, unanswered };
-        self.events.push_back(NeEvent::Init { token });
-    }
-
-    /// An INIT with the right credential, which may be a recorded one: it is answered, and changes nothing yet.
-    fn on_authentic_init(&mut self, request_id: u16, theirs: u64) {
-        let Some(secure) = self.link.secure() else { return };
-        let (ours, stamp) = match self.state {
-            // Its INIT_ACK is on the way.
-            State::Tentative { request_id: answered, theirs: demanded, .. }
-                if (answered, demanded) == (request_id, theirs) =>
-            {
-                return;
-            }
-            State::AwaitInit { .. } | State::Tentative { .. } => (Some(secure.accept_init(theirs)), None),
-            State::InitPending { .. } | State::Ready => {
-                self.restart = Some(theirs);
-                (secure.offer_restart(theirs), Some(Stamp::Number(theirs)))
-            }
-        };
-        let Some(first_seq_num) = ours else {
-            self.link.close(CloseReason::NumbersExhausted);
-            return;
-        };
-        let units = [InitAck { first_seq_num }.unit()];
-        match stamp {
-            Some(stamp) => self.link.send_as(stamp, Opcode::INIT_ACK, Flags::NONE, request_id, &units),
-            None => self.link.send(Opcode::INIT_ACK, Flags::NONE, request_id, &units),
-        }
-        self.state = match self.state {
-            State::AwaitInit { .. } => {
-                // Its first answer confirms the session, if nothing else does.
-                self.link.keepalive.start(self.link.now);
-                State::Tentative { deadline: self.link.now + self.link.config.init_deadline, request_id, theirs }
-            }
-            State::Tentative { deadline, .. } => State::Tentative { deadline, request_id, theirs },
-            open => open,
-        };
     }
 
     fn on_reply(&mut self, reply: Reply) {
@@ -602,6 +463,10 @@ impl NeSession {
             return;
         }
         let moved = self.link.take_moved();
+        if moved && self.link.is_streaming() {
+            // A KEEPALIVE would come after the list, and count as unanswered before it came: that the peer reads is life enough.
+            return self.link.keepalive.postpone(self.link.now);
+        }
         let waits_for_caller = self.waits_for_caller() || self.listings.waits_for_caller();
         let excused = moved || waits_for_caller || self.waits_for_init();
         match self.link.keepalive.tick(self.link.now, excused) {

@@ -6,25 +6,29 @@
 //!     └──┘ INIT again after 1, 2, 4 … s (§5.4), the same request; closed when that was done often enough
 //! ```
 
+mod answers;
+mod event;
 mod exceptions;
+mod opening;
 mod requests;
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::Instant;
 
+pub use self::event::{RequestId, SeEvent};
 use self::exceptions::{Exceptions, Listing};
 use self::requests::{Answer, Request};
 use super::health::{Queries, Reply};
 use super::keepalive::Tick;
 use super::link::{Incoming, Link};
-use super::secure::{Rejected, Secure, Stamp};
-use super::{Counters, MAX_MISSED, Notice, SessionConfig, Token};
-use crate::necp::auth::{CREDENTIAL_LEN, Credentials, Rejection};
+use super::secure::Secure;
+use super::{Counters, MAX_MISSED, SessionConfig, Token};
+use crate::necp::auth::Credentials;
 use crate::necp::backoff::Backoff;
 use crate::necp::error::CloseReason;
-use crate::necp::message::{Flows, Init, InitAck, Listed, Operation, Query, ServiceUnit};
+use crate::necp::message::{InitAck, Operation, Query, ServiceUnit};
 use crate::necp::service::ServiceKey;
-use crate::necp::wire::{Flags, Header, Opcode, UNIT_LEN, Unit, VERSION};
+use crate::necp::wire::{Flags, Header, Opcode, Unit, VERSION};
 
 /// KEEPALIVEs with queries that may wait for the caller before no more input is looked at.
 const MAX_QUESTIONS: usize = 16;
@@ -32,67 +36,6 @@ const MAX_QUESTIONS: usize = 16;
 const MAX_OUTSTANDING: usize = 256;
 /// Events that may wait for the caller before no more input is looked at.
 const MAX_EVENTS: usize = 1024;
-
-/// Names a request of this session.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct RequestId(u64);
-
-/// What an [`SeSession`] tells its caller.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum SeEvent {
-    /// INIT_ACK came: the NE holds nothing for us yet (§5.4); what was queued goes out now.
-    Ready,
-    /// The NE asks for the Health Index of these services: [`SeSession::answer_health`].
-    HealthQuery {
-        /// For [`SeSession::answer_health`].
-        token: Token,
-        /// The queries, in the order of the answers.
-        queries: Vec<Query>,
-    },
-    /// The NE answered a START or STOP.
-    Acked {
-        /// What [`SeSession::start`] or [`SeSession::stop`] returned.
-        id: RequestId,
-        /// The services of the request that failed; empty if all is well.
-        failed: Vec<ServiceKey>,
-    },
-    /// The NE answered an EXCEPTION_ADD or EXCEPTION_DEL, or all messages that it was cut into.
-    Excepted {
-        /// What [`SeSession::except_add`] or [`SeSession::except_del`] returned.
-        id: RequestId,
-        /// The flows of the request that failed, each once; empty if all is well.
-        failed: Vec<Flows>,
-    },
-    /// The NE answered an EXCEPTION_RESET.
-    Reset {
-        /// What [`SeSession::except_reset`] returned.
-        id: RequestId,
-        /// Whether it was done.
-        done: bool,
-    },
-    /// A piece of the answer to an EXCEPTION_QUERY. Take it soon: while pieces wait, nothing more is read from the NE,
-    /// which closes a session that does not read for three keepalives.
-    Listed {
-        /// What [`SeSession::except_query`] returned.
-        id: RequestId,
-        /// At most [`super::MAX_BATCH`] entries that match the filter, of any SE; the last piece may be empty. One may be
-        /// named twice: an NE keeps the number that it announced, though entries have gone meanwhile.
-        entries: Vec<Listed>,
-        /// No more follow.
-        last: bool,
-    },
-    /// The NE refused an EXCEPTION_QUERY, or answered what makes no sense. Pieces that came before are not all.
-    ListFailed {
-        /// What [`SeSession::except_query`] returned.
-        id: RequestId,
-    },
-    /// The NE's own Health Index, 0 to 100.
-    NeHealth(u8),
-    /// Worth a line in the log; a version mismatch is told here.
-    Notice(Notice),
-    /// The session has ended; the last event.
-    Closed(CloseReason),
-}
 
 #[derive(Debug)]
 enum State {
@@ -317,20 +260,6 @@ impl SeSession {
         }
     }
 
-    fn send_init(&mut self) {
-        let State::Opening { request_id, attempts, next, backoff } = &mut self.state else { return };
-        if *attempts >= self.link.config.init_attempts.max(1) {
-            let attempts = *attempts;
-            self.link.close(CloseReason::InitUnanswered { attempts });
-            return;
-        }
-        *attempts += 1;
-        *next = self.link.now + backoff.next_delay();
-        let authenticate = self.link.secure().map(|secure| secure.first());
-        let stamp = authenticate.map_or(Stamp::Bare, |_| Stamp::Number(0));
-        self.link.send_as(stamp, Opcode::INIT, Flags::NONE, *request_id, &[Init { authenticate }.unit()]);
-    }
-
     fn work(&mut self) {
         let mut consumed = 0;
         if self.link.is_paused() && self.reads() {
@@ -397,71 +326,6 @@ impl SeSession {
         }
     }
 
-    /// INIT_ACK is the only message that is held back before the session is open.
-    fn hold_init_ack(&mut self, header: &Header) {
-        if header.payload_len as usize <= UNIT_LEN + CREDENTIAL_LEN {
-            self.link.hold(*header);
-        } else {
-            self.link.close(CloseReason::MessageTooLarge(header.payload_len));
-        }
-    }
-
-    /// A message that is not executed; if it may be the answer to a request of ours, that is assumed to have failed, and
-    /// made again (§5.8.3).
-    fn on_rejected(&mut self, rejected: &Rejected) {
-        self.body = Body::Skip;
-        self.link.reject(rejected);
-        let Some(doubtful) = self.outstanding.get_mut(&rejected.header.request_id) else { return };
-        if doubtful.opcode.answer() != Some(rejected.header.opcode) {
-            return;
-        }
-        if doubtful.in_doubt_too_often() {
-            self.link.close(CloseReason::Rejected(rejected.cause));
-        } else {
-            let from = doubtful.id;
-            self.ask_again(from);
-        }
-    }
-
-    /// Makes a request again, and those after it: what they do depends on their order.
-    fn ask_again(&mut self, from: RequestId) {
-        let mut again: Vec<Request> =
-            self.outstanding.extract_if(.., |_, request| request.id >= from).map(|(_, request)| request).collect();
-        again.sort_by_key(|request| request.id);
-        for request in again.into_iter().rev() {
-            self.queue.push_front(request);
-        }
-        self.send_queued();
-    }
-
-    fn on_init_ack(&mut self, header: &Header, verified: bool) {
-        let State::Opening { request_id, .. } = self.state else { return };
-        let has_key = self.link.secure().is_some();
-        if header.request_id != request_id {
-            self.link.skip_payload();
-            self.link.unexpected(header.opcode);
-        } else if has_key && header.flags.has(Flags::AUTH_CREDENTIAL_PROVIDED) {
-            self.hold_init_ack(header);
-        } else if header.flags.has(Flags::PROTOCOL_VERSION_MISMATCH) {
-            self.link.skip_payload();
-            self.link.notice(Notice::VersionMismatch { version: header.version });
-        } else if header.flags.has(Flags::AUTH_REQUIRED) {
-            self.link.close(if has_key { CloseReason::KeyRefused } else { CloseReason::AuthRequired });
-        } else if header.flags.has(Flags::ERROR) {
-            self.link.close(CloseReason::InitRefused);
-        } else if has_key && !verified {
-            // Somebody would have us believe that the session is open, without knowing the key.
-            self.link.skip_payload();
-            let rejected = Rejected { header: *header, cause: Rejection::NoCredential, units: Vec::new() };
-            self.link.reject(&rejected);
-        } else if header.units() == Some(1) {
-            self.body = Body::InitAck(InitAck::default());
-        } else {
-            self.link.skip_payload();
-            self.link.malformed(header.opcode);
-        }
-    }
-
     fn on_ready_header(&mut self, header: &Header) {
         match header.opcode {
             Opcode::NOOP => self.link.skip_payload(),
@@ -502,34 +366,6 @@ impl SeSession {
         }
     }
 
-    fn on_request_ack(&mut self, header: &Header) {
-        let Some(request) = self.take_outstanding(header) else {
-            self.link.skip_payload();
-            return self.link.unexpected(header.opcode);
-        };
-        let answer = Answer::new(request);
-        let failed = header.flags.has(Flags::ERROR);
-        if header.flags.has(Flags::AUTH_REQUIRED) || header.flags.has(Flags::BAD_SEQUENCE_NUMBER) {
-            self.link.notice(Notice::RejectedByPeer(header.opcode));
-        }
-        match header.units() {
-            Some(1..) if failed => self.body = Body::Answer(answer),
-            units => {
-                // Success repeats nothing; a failure that names no unit is one of all units.
-                self.link.skip_payload();
-                if units != Some(0) {
-                    self.link.malformed(header.opcode);
-                }
-                self.acked(answer, failed);
-            }
-        }
-    }
-
-    fn take_outstanding(&mut self, header: &Header) -> Option<Request> {
-        let request = self.outstanding.get(&header.request_id)?;
-        (request.opcode.answer() == Some(header.opcode)).then(|| self.outstanding.remove(&header.request_id)).flatten()
-    }
-
     fn on_unit(&mut self, unit: Unit) {
         match &mut self.body {
             Body::Skip => {}
@@ -564,54 +400,6 @@ impl SeSession {
                 }
             }
         }
-    }
-
-    fn on_opened(&mut self, ack: InitAck) {
-        self.state = State::Ready;
-        self.link.keepalive.start(self.link.now);
-        self.events.push_back(SeEvent::Ready);
-        if let Some(secure) = self.link.secure() {
-            secure.accept_init_ack(ack.first_seq_num);
-            // Until the NE has seen a fresh message, it cannot know that our INIT was no recorded one.
-            if self.queue.is_empty() {
-                self.link.send_keepalive(Vec::new(), |_| false);
-            }
-        }
-        self.send_queued();
-    }
-
-    /// A request whose units are answered for; all of them failed, or those that the answer names.
-    fn acked(&mut self, answer: Answer, all_failed: bool) {
-        match answer.request.opcode {
-            Opcode::START | Opcode::STOP => self.acked_services(&answer, all_failed),
-            _ => self.excepted(&answer, all_failed),
-        }
-        self.send_queued();
-    }
-
-    fn acked_services(&mut self, answer: &Answer, all_failed: bool) {
-        let Answer { request, failed, .. } = answer;
-        let failed = if all_failed { &request.units } else { failed };
-        let failed: BTreeSet<ServiceKey> = failed.iter().map(requests::service).collect();
-        self.link.counters.failed_units += failed.len() as u64;
-        for service in request.units.iter().map(requests::service).filter(|service| !failed.contains(service)) {
-            if request.opcode == Opcode::START {
-                self.started.insert(service);
-            } else {
-                self.started.remove(&service);
-            }
-        }
-        self.events.push_back(SeEvent::Acked { id: request.id, failed: failed.into_iter().collect() });
-    }
-
-    /// A request that failed as a whole, without an answer of its own.
-    fn refused(&mut self, request: Request) {
-        match request.opcode {
-            Opcode::EXCEPTION_RESET => self.events.push_back(SeEvent::Reset { id: request.id, done: false }),
-            Opcode::EXCEPTION_QUERY => self.events.push_back(SeEvent::ListFailed { id: request.id }),
-            _ => self.acked(Answer::new(request), true),
-        }
-        self.send_queued();
     }
 
     fn on_queries(&mut self, queries: Queries) {

@@ -611,3 +611,35 @@ fn an_se_whose_caller_is_slow() {
     se.pass(seconds(10));
     assert_eq!(se.closed(), Some(CloseReason::DeadPeer(3)));
 }
+
+/// §5.5: a KEEPALIVE would wait behind the list, so none is sent as long as the list is read; after it, three count as ever.
+#[test]
+fn no_keepalive_is_sent_into_a_list_that_is_read() {
+    const ENTRIES: u32 = 100_000;
+    let mut ne = Ne::ready();
+    ne.input(&message(Opcode::EXCEPTION_QUERY, Flags::NONE, 7, &[Unit::default()]));
+    let events = ne.events();
+    let [NeEvent::Query { token, .. }] = events[..] else { panic!("{events:?}") };
+    let (entry, sent) = (
+        Listed { scope: Scope::Local, installer: [10, 0, 0, 11].into(), flows: Flows::ALL },
+        ne.session.counters().keepalives_sent,
+    );
+    assert!(ne.session.list(token, ENTRIES));
+    let (began, mut bytes) = (ne.now, 0);
+    while bytes < 20 + 32 * ENTRIES as usize {
+        for event in ne.events() {
+            if let NeEvent::ListMore { token, max } = event {
+                ne.session.list_more(token, &vec![entry; max]);
+            }
+        }
+        // A piece a second is slow, and is reading.
+        ne.pass(Duration::from_secs(1));
+        bytes += ne.session.poll_transmit().map_or(0, |piece| piece.len());
+    }
+    assert!(ne.now - began > Duration::from_secs(60), "{:?}", ne.now - began);
+    assert_eq!((ne.session.counters().keepalives_sent, ne.closed()), (sent, None));
+    ne.pass(Duration::from_secs(12));
+    assert_eq!(ne.closed(), None, "it has its full time from the list's end on");
+    ne.pass(Duration::from_secs(24));
+    assert_eq!((ne.session.counters().keepalives_sent, ne.closed()), (sent + 3, Some(CloseReason::DeadPeer(3))));
+}

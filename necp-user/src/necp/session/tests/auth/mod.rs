@@ -3,6 +3,7 @@
 mod ne;
 mod random;
 mod se;
+mod table;
 
 use super::*;
 use crate::necp::auth::{Access, Credentials, Key};

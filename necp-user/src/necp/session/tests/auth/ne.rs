@@ -200,6 +200,52 @@ fn a_recorded_session_changes_nothing() {
     assert_eq!(ne.rejected().unconfirmed, 1);
 }
 
+/// An INIT in a version that is not spoken opens nothing, so it does not show either that the INIT before it was no
+/// recording.
+#[test]
+fn an_init_of_another_version_confirms_nothing() {
+    let unit = crate::necp::message::Init { authenticate: Some(TO_SE) }.unit();
+    let plain = Header::new(Opcode::INIT, Flags::AUTH_CREDENTIAL_PROVIDED, 7, 1);
+    let header = Header { version: 2, payload_len: plain.payload_len + 20, ..plain };
+    let mut signer = key().sign(&header);
+    signer.update(&unit.encode());
+    let of_version_2 = [&header.encode()[..], &unit.encode(), &signer.credential()].concat();
+    let mut ne = Ne::secured(SessionConfig::default(), &key());
+    ne.input(&hex(INIT));
+    ne.output();
+    ne.input(&of_version_2);
+    assert!(ne.events().iter().all(is_harmless));
+    assert_eq!((ne.rejected().bad_sequence, ne.session.is_ready()), (1, false));
+    let sent = verified(&ne.output());
+    assert_eq!((sent.len(), sent[0].0.flags.0, sent[0].1.len()), (1, 0x0e, 0), "version mismatch, signed");
+}
+
+/// Two recorded INITs on one connection, the second of which demands what the NE demands: what the NE then sends would be
+/// fresh if it were sent back.
+#[test]
+fn a_second_recorded_init_cannot_make_reflections_fresh() {
+    let mut ne = Ne::secured(SessionConfig::default(), &key());
+    ne.input(&hex(INIT));
+    ne.input(&init_of(TO_NE, 7));
+    let sent = ne.output();
+    assert_eq!(verified(&sent).len(), 1, "the first one's INIT_ACK");
+    assert_eq!(ne.closed(), Some(CloseReason::NumbersExhausted));
+    ne.input(&sent);
+    assert!(ne.events().iter().all(is_harmless));
+
+    // The same in an open session, where the answer itself would have the next number.
+    let mut ne = Ne::confirmed();
+    ne.input(&init_of(TO_NE + 1, 7));
+    assert_eq!((ne.output(), ne.closed()), (Vec::new(), Some(CloseReason::NumbersExhausted)));
+
+    // One that is far away is answered, and the demand stands.
+    let mut ne = Ne::secured(SessionConfig::default(), &key());
+    ne.input(&hex(INIT));
+    ne.input(&init_of(TO_SE + (1 << 32), 7));
+    let sent = verified(&ne.output());
+    assert_eq!((sent[1].0.seq_num, sent[1].1[0]), (TO_SE + (1 << 32), sent[0].1[0]));
+}
+
 /// §5.8.3: three rejected messages in a row end the connection; a good one in between begins the count anew.
 #[test]
 fn three_rejected_in_a_row_end_the_session() {

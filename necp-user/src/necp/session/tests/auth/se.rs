@@ -4,14 +4,14 @@ use super::*;
 use crate::necp::auth::Rejection;
 
 impl Se {
-    fn secured() -> Self {
+    pub(super) fn secured() -> Self {
         let now = Instant::now();
         let credentials = Credentials { key: key(), first_seq_num: TO_SE };
         Self { session: SeSession::with_credentials(SessionConfig::default(), Some(credentials), now, 11), now }
     }
 
     /// One whose INIT was answered; the KEEPALIVE that shows the NE that it is alive was read.
-    fn joined() -> Self {
+    pub(super) fn joined() -> Self {
         let mut se = Self::secured();
         let sent = verified(&se.output());
         se.input(&init_ack(sent[0].0.request_id, TO_SE));
@@ -22,7 +22,7 @@ impl Se {
         se
     }
 
-    fn rejected(&self) -> Rejections {
+    pub(super) fn rejected(&self) -> Rejections {
         self.session.counters().rejected
     }
 }
