@@ -237,6 +237,8 @@ pub struct Found<'a> {
     pub record: Seen,
     /// The bucket in which any of them was found.
     home: Option<&'a FlowBucketWords>,
+    /// Its index.
+    home_index: u32,
 }
 
 /// An entry of a bucket, as it was read.
@@ -297,23 +299,22 @@ pub fn find<'a, T: Tables>(tables: &'a T, buckets: [u32; 2], key: u64) -> Found<
         }
         let candidate = bucket.see(hits, State::Candidate, key);
         let record = bucket.see(hits, State::Record, key);
-        return Found { candidate, record, home: Some(bucket) };
+        return Found { candidate, record, home: Some(bucket), home_index: index };
     }
     Found::default()
 }
 
-/// Makes a new entry; false if there is no room for it.
+/// Makes a new entry, beside the flow's others if there are any; false if there is no room for it.
 #[inline(always)]
 pub fn insert<T: Tables>(tables: &T, buckets: [u32; 2], found: &Found<'_>, key: u64, value: FlowWord) -> bool {
-    let bucket = match found.home {
-        Some(home) => home,
-        None => {
-            let [Some(first), Some(second)] = [tables.flow_bucket(buckets[0]), tables.flow_bucket(buckets[1])] else {
-                return false;
-            };
-            emptier(first, second, key)
-        }
-    };
+    tables.insert(if found.home.is_some() { [found.home_index; 2] } else { buckets }, key, value)
+}
+
+/// Makes a new entry in one of two buckets, which may be the same one; false if there is no room for it.
+#[inline(always)]
+pub fn insert_into<T: Tables>(tables: &T, [first, second]: [u32; 2], key: u64, value: FlowWord) -> bool {
+    let [Some(first), Some(second)] = [tables.flow_bucket(first), tables.flow_bucket(second)] else { return false };
+    let bucket = emptier(first, second, key);
     if bucket.is_closed_to(key) != 0 {
         return false;
     }

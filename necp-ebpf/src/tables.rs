@@ -4,7 +4,7 @@ use crate::{
     abi::{ALIVE, FORWARDING_SHIFT, REACHABLE, Server, ServiceBucket},
     choice::{Chosen, NewFlow},
     exceptions::{ExceptionBucketWords, ExceptionMasksWords, ExceptionWords, Tuple},
-    flows::FlowBucketWords,
+    flows::{FlowBucketWords, FlowWord, insert_into},
     routed::Reply,
     word::Word,
 };
@@ -45,6 +45,14 @@ pub trait Tables {
         Self: Sized,
     {
         flow.choose(self)
+    }
+    /// [`insert_into`] these tables.
+    #[inline(always)]
+    fn insert(&self, buckets: [u32; 2], key: u64, value: FlowWord) -> bool
+    where
+        Self: Sized,
+    {
+        insert_into(self, buckets, key, value)
     }
     /// [`Tuple::matches`] on these tables.
     #[inline(always)]

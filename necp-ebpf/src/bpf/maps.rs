@@ -12,7 +12,7 @@ use necp_ebpf::{
     },
     choice::{Chosen, NewFlow},
     exceptions::{ExceptionBucketWords, ExceptionMasksWords, ExceptionWords, Tuple},
-    flows::FlowBucketWords,
+    flows::{FlowBucketWords, FlowWord, insert_into},
     routed::Reply,
     tables::{FarEnd, NextHop, Tables},
     verdict::REASONS,
@@ -243,6 +243,11 @@ impl Tables for Maps {
     }
 
     #[inline(always)]
+    fn insert(&self, buckets: [u32; 2], key: u64, value: FlowWord) -> bool {
+        insert_flow((buckets[0] as u64) << 32 | buckets[1] as u64, key, value.0) != 0
+    }
+
+    #[inline(always)]
     fn matches(&self, flow: Tuple) -> u64 {
         let [a, b] = flow.to_words();
         match_exceptions(a, b)
@@ -268,6 +273,13 @@ impl Tables for Maps {
 #[inline(never)]
 extern "C" fn choose_server(a: u64, b: u64, c: u64, d: u64, e: u64) -> u64 {
     NewFlow::from_words([a, b, c, d, e]).choose(&Maps).0
+}
+
+/// [`insert_into`].
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn insert_flow(buckets: u64, key: u64, value: u64) -> u64 {
+    insert_into(&Maps, [(buckets >> 32) as u32, buckets as u32], key, FlowWord(value)) as u64
 }
 
 /// [`Tuple::matches`].
