@@ -3,6 +3,7 @@
 use std::{
     cell::{Cell, RefCell},
     collections::BTreeMap,
+    ops::Range,
 };
 
 use necp_ebpf::{
@@ -63,7 +64,18 @@ impl HostPath {
 
     /// Runs one frame.
     pub fn run(&mut self, frame: &[u8]) -> Outcome {
-        let device = Buffer::new(frame, &self.allowance);
+        let mut memory = [&[0; HEADROOM][..], frame].concat();
+        let (verdict, reason, place) = self.run_in(&mut memory, HEADROOM..HEADROOM + frame.len());
+        Outcome { verdict, frame: memory[place].to_vec(), reason }
+    }
+
+    /// Runs the frame that lies at `place` in this memory, behind at least [`HEADROOM`] bytes; where it lies then.
+    ///
+    /// # Panics
+    /// If `place` is not in the memory.
+    pub fn run_in(&mut self, memory: &mut [u8], place: Range<usize>) -> (Verdict, Reason, Range<usize>) {
+        let length = memory[place.clone()].len() as u64;
+        let device = Buffer::new(memory, place, &self.allowance);
         let view = self.tables.view();
         let decision = decide(&device.frame(), OWN_MAC, &view);
         let ending = match decision.action() {
@@ -82,7 +94,7 @@ impl HostPath {
         if decision.action() == Action::Transmit && matches!(ending.out(), Out::Port(_) | Out::Pass) {
             let stats = self.stats.entry(decision.server).or_default();
             stats.packets += 1;
-            stats.bytes += frame.len() as u64;
+            stats.bytes += length;
             stats.flows += u64::from(decision.begins);
         }
         let reason = Reason::ALL[ending.reason() as usize];
@@ -93,7 +105,7 @@ impl HostPath {
             Out::Port(1) | Out::Link(_) => (Verdict::Redirect, reason),
             Out::Port(_) => (Verdict::Drop, Reason::NoNextHop),
         };
-        Outcome { verdict, frame: device.into_bytes(), reason }
+        (verdict, reason, device.start.get()..device.end.get())
     }
 }
 
@@ -107,32 +119,27 @@ fn transmit(device: &Buffer<'_>, decision: Decision) -> Ending {
     }
 }
 
-/// Room before a frame, as the kernel keeps for programs.
-const HEADROOM: usize = 256;
+/// Most bytes that are put in front of a frame; the kernel keeps more.
+pub const HEADROOM: usize = 256;
 
-/// A frame in a buffer of its own.
+/// A frame in a caller's memory.
 struct Buffer<'a> {
-    bytes: RefCell<Vec<u8>>,
+    memory: RefCell<&'a mut [u8]>,
     start: Cell<usize>,
     end: Cell<usize>,
     allowance: &'a Cell<u64>,
 }
 
 impl<'a> Buffer<'a> {
-    fn new(frame: &[u8], allowance: &'a Cell<u64>) -> Self {
-        let bytes = [&[0; HEADROOM][..], frame].concat();
-        Self { end: Cell::new(bytes.len()), bytes: RefCell::new(bytes), start: Cell::new(HEADROOM), allowance }
-    }
-
-    fn into_bytes(self) -> Vec<u8> {
-        self.bytes.into_inner()[self.start.get()..self.end.get()].to_vec()
+    fn new(memory: &'a mut [u8], place: Range<usize>, allowance: &'a Cell<u64>) -> Self {
+        Self { memory: RefCell::new(memory), start: Cell::new(place.start), end: Cell::new(place.end), allowance }
     }
 }
 
 impl Device for Buffer<'_> {
     fn frame(&self) -> Frame {
-        let base = self.bytes.borrow_mut().as_mut_ptr().expose_provenance();
-        // SAFETY: the buffer outlives the frame, is never moved, and nobody else touches it meanwhile.
+        let base = self.memory.borrow_mut().as_mut_ptr().expose_provenance();
+        // SAFETY: the memory outlives the frame, is never moved, and nobody else touches it meanwhile.
         unsafe { Frame::new(base + self.start.get(), base + self.end.get()) }
     }
 
