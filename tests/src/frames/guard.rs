@@ -1,4 +1,5 @@
-//! Memory for one frame, on both sides of which is nothing: whoever reads or writes beyond it dies, or is noticed.
+//! Memory for one frame, at whose end is nothing: whoever reads or writes beyond it dies. What is written before it, or behind
+//! one that does not lie at the end, is noticed. Reads before it are not, within the bytes that a rewrite may take for itself.
 
 use std::{
     io::{self, Write as _},
