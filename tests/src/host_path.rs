@@ -3,6 +3,7 @@
 use std::{
     cell::{Cell, RefCell},
     collections::{BTreeMap, HashMap},
+    ops::Range,
 };
 
 use necp_ebpf::{
@@ -85,7 +86,18 @@ impl HostPath {
 
     /// Runs one frame.
     pub fn run(&mut self, frame: &[u8]) -> Outcome {
-        let device = Buffer::new(frame, &self.world);
+        let mut memory = [&[0; HEADROOM][..], frame].concat();
+        let (verdict, reason, place) = self.run_in(&mut memory, HEADROOM..HEADROOM + frame.len());
+        Outcome { verdict, frame: memory[place].to_vec(), reason }
+    }
+
+    /// Runs the frame that lies at `place` in this memory, behind at least [`HEADROOM`] bytes; where it lies then.
+    ///
+    /// # Panics
+    /// If `place` is not in the memory.
+    pub fn run_in(&mut self, memory: &mut [u8], place: Range<usize>) -> (Verdict, Reason, Range<usize>) {
+        let length = memory[place.clone()].len() as u64;
+        let device = Buffer::new(memory, place, &self.world);
         let view = self.tables.view();
         let decision = decide(&device.frame(), OWN_MAC, &view);
         let ending = match decision.action() {
@@ -105,7 +117,7 @@ impl HostPath {
         };
         let ending = reply.map_or(ending, |sent| sent.ending);
         if decision.action() == Action::Transmit && matches!(ending.out(), Out::Port(_) | Out::Pass) {
-            device.count(decision.server, frame.len() as u64, decision.begins);
+            device.count(decision.server, length, decision.begins);
         }
         let reason = Reason::ALL[ending.reason() as usize];
         let (verdict, reason) = match ending.out() {
@@ -115,7 +127,7 @@ impl HostPath {
             Out::Port(1) | Out::Link(_) => (Verdict::Redirect, reason),
             Out::Port(_) => (Verdict::Drop, Reason::NoNextHop),
         };
-        Outcome { verdict, frame: device.into_bytes(), reason }
+        (verdict, reason, device.start.get()..device.end.get())
     }
 }
 
@@ -129,32 +141,27 @@ fn transmit(device: &Buffer<'_>, decision: Decision) -> Ending {
     }
 }
 
-/// Room before a frame, as the kernel keeps for programs.
-const HEADROOM: usize = 256;
+/// Most bytes that are put in front of a frame; the kernel keeps more.
+pub const HEADROOM: usize = 256;
 
-/// A frame in a buffer of its own.
+/// A frame in a caller's memory.
 struct Buffer<'a> {
-    bytes: RefCell<Vec<u8>>,
+    memory: RefCell<&'a mut [u8]>,
     start: Cell<usize>,
     end: Cell<usize>,
     world: &'a World,
 }
 
 impl<'a> Buffer<'a> {
-    fn new(frame: &[u8], world: &'a World) -> Self {
-        let bytes = [&[0; HEADROOM][..], frame].concat();
-        Self { end: Cell::new(bytes.len()), bytes: RefCell::new(bytes), start: Cell::new(HEADROOM), world }
-    }
-
-    fn into_bytes(self) -> Vec<u8> {
-        self.bytes.into_inner()[self.start.get()..self.end.get()].to_vec()
+    fn new(memory: &'a mut [u8], place: Range<usize>, world: &'a World) -> Self {
+        Self { memory: RefCell::new(memory), start: Cell::new(place.start), end: Cell::new(place.end), world }
     }
 }
 
 impl Device for Buffer<'_> {
     fn frame(&self) -> Frame {
-        let base = self.bytes.borrow_mut().as_mut_ptr().expose_provenance();
-        // SAFETY: the buffer outlives the frame, is never moved, and nobody else touches it meanwhile.
+        let base = self.memory.borrow_mut().as_mut_ptr().expose_provenance();
+        // SAFETY: the memory outlives the frame, is never moved, and nobody else touches it meanwhile.
         unsafe { Frame::new(base + self.start.get(), base + self.end.get()) }
     }
 

@@ -21,6 +21,7 @@ pub mod daemon;
 pub mod demo;
 pub mod echo;
 pub mod frame;
+pub mod frames;
 pub mod hand;
 pub mod host_path;
 pub mod kernel;

@@ -1,8 +1,12 @@
 //! Debian packages, without a terminal and without a service coming up.
 
-use std::{fs, path::Path, process::Command};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::Command,
+};
 
-use anyhow::{Result, bail};
+use anyhow::{Context as _, Result, bail};
 
 use crate::host::{self, Host, say};
 
@@ -33,6 +37,48 @@ pub fn install(host: &Host, packages: &[&str]) -> Result<()> {
     }
     drop(quiet);
     Ok(())
+}
+
+/// What a package depends on, of those whose names begin so.
+///
+/// # Errors
+/// If the archive has no such package.
+pub fn dependency(host: &Host, package: &str, prefix: &str) -> Result<String> {
+    if host.which("apt-cache").is_none() {
+        bail!("there is no apt-cache here, so no package {package}");
+    }
+    if !has_lists(Path::new(LISTS)) && host::is_root() {
+        update(host)?;
+    }
+    let output = host.command("apt-cache").args(["depends", "--important", package]).output()?;
+    let text = String::from_utf8_lossy(&output.stdout);
+    let found = first_dependency(&text, prefix).map(str::to_owned);
+    found.with_context(|| format!("the archive in /etc/apt has no package {package}"))
+}
+
+/// Downloads a package into a directory, and does not install it.
+///
+/// # Errors
+/// With apt's message above.
+pub fn download(host: &Host, package: &str, dir: &Path) -> Result<PathBuf> {
+    let fetch = || {
+        // Root may write there, apt's own user may not.
+        let mut command = apt_get(host, "download", &[]);
+        command.args(["-o", "APT::Sandbox::User=root", package]).current_dir(dir);
+        host::execute(&mut command, "see apt's message above; check the network and /etc/apt")
+    };
+    if fetch().is_err() {
+        update(host)?;
+        fetch()?;
+    }
+    let files = fs::read_dir(dir)?.flatten().map(|entry| entry.path());
+    let mut archives = files.filter(|file| file.extension().is_some_and(|ending| ending == "deb"));
+    archives.next().with_context(|| format!("apt-get downloaded no {package}"))
+}
+
+/// `  Depends: linux-image-6.1.0-56-cloud-amd64`
+fn first_dependency<'a>(text: &'a str, prefix: &str) -> Option<&'a str> {
+    text.lines().filter_map(|line| line.trim().strip_prefix("Depends: ")).find(|name| name.starts_with(prefix))
 }
 
 fn update(host: &Host) -> Result<()> {
@@ -95,6 +141,13 @@ impl Drop for KeptStopped<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_dependency_is_found_by_the_beginning_of_its_name() {
+        let text = "linux-image-cloud-amd64\n  Depends: linux-base\n  Depends: linux-image-6.1.0-56-cloud-amd64\n";
+        assert_eq!(first_dependency(text, "linux-image-"), Some("linux-image-6.1.0-56-cloud-amd64"));
+        assert_eq!(first_dependency(text, "nginx"), None);
+    }
 
     #[test]
     fn package_lists_are_known_by_name() {

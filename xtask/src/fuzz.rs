@@ -1,4 +1,5 @@
-//! `cargo xtask fuzz`: the fuzz targets of necp-user/fuzz, from seeds that the messages written by hand give.
+//! `cargo xtask fuzz`: the fuzz targets of necp-user/fuzz, from seeds that the messages written by hand give; and the
+//! packet path's own fuzzer, `necp-frames` of the tests.
 
 use std::{
     fs,
@@ -22,8 +23,9 @@ const SMOKE: u64 = 10;
 
 /// Arguments of `cargo xtask fuzz`.
 #[derive(Args)]
+#[command(after_help = EXAMPLES)]
 pub struct FuzzArgs {
-    /// Which target; both if none is named
+    /// Which target; those of the protocol core if none is named
     #[arg(value_enum)]
     target: Option<Target>,
     /// Seconds for each target
@@ -32,13 +34,23 @@ pub struct FuzzArgs {
     /// Executions of each target, instead of a time
     #[arg(long, value_name = "N")]
     runs: Option<u64>,
-    /// A short run of both, as continuous integration does
+    /// A short run of all, as continuous integration does
     #[arg(long, conflicts_with_all = ["seconds", "runs", "target", "blind"])]
     smoke: bool,
     /// Without coverage: random changes to what was found so far, several times as fast
     #[arg(long, conflicts_with = "runs")]
     blind: bool,
+    /// Further arguments for the fuzzer of frames, e.g. `-- --host`
+    #[arg(last = true, value_name = "ARG")]
+    rest: Vec<String>,
 }
+
+const EXAMPLES: &str = "Examples:
+  cargo xtask fuzz session --seconds 600
+  cargo xtask fuzz wire --blind --seconds 600
+  cargo xtask fuzz frames --seconds 600                  kernel program, host build and etherparse (root)
+  cargo xtask fuzz frames --seconds 600 -- --host        host build and etherparse, many times as fast
+  cargo xtask fuzz frames -- --seed 7 --history 12       one history again, as a finding says";
 
 /// A fuzz target.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -47,6 +59,8 @@ enum Target {
     Wire,
     /// The session machines of both roles, against any peer
     Session,
+    /// The packet path: kernel program and host build on random frames, judged by etherparse (root)
+    Frames,
 }
 
 impl Target {
@@ -54,6 +68,7 @@ impl Target {
         match self {
             Self::Wire => "wire",
             Self::Session => "session",
+            Self::Frames => "frames",
         }
     }
 
@@ -69,12 +84,17 @@ impl Target {
                 };
                 [1, 0x10, 0x11].into_iter().flat_map(|start| [fed(0, start), fed(1, start)]).collect()
             }
+            // It makes its own.
+            Self::Frames => Vec::new(),
         }
     }
 }
 
 /// Runs the targets; a crash fails, and its input is kept below necp-user/fuzz/artifacts.
 pub fn fuzz(host: &Host, args: &FuzzArgs) -> Result<ExitCode> {
+    if args.target == Some(Target::Frames) {
+        return frames(host, args);
+    }
     setup::fuzz(host)?;
     let messages = messages(&host.root)?;
     let targets = args.target.map_or_else(|| vec![Target::Wire, Target::Session], |target| vec![target]);
@@ -93,7 +113,33 @@ pub fn fuzz(host: &Host, args: &FuzzArgs) -> Result<ExitCode> {
         eprintln!("xtask: an input that fails is below necp-user/fuzz/artifacts/{target}, or named above; put it into");
         eprintln!("xtask: the table in necp-user/src/necp/chaos/tests.rs, and fix what it shows");
     }
-    Ok(if failed.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    let core = if failed.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE };
+    if !args.smoke {
+        return Ok(core);
+    }
+    let frames = frames(host, args)?;
+    Ok(if frames == ExitCode::SUCCESS { core } else { frames })
+}
+
+/// The packet path's fuzzer.
+fn frames(host: &Host, args: &FuzzArgs) -> Result<ExitCode> {
+    ensure!(args.runs.is_none() && !args.blind, "frames are fuzzed for a time, and never with coverage");
+    if !args.rest.iter().any(|word| word == "--host") {
+        host.require_root("running the kernel program (without root: `cargo xtask fuzz frames -- --host`)")?;
+    }
+    setup::build(host)?;
+    let mut command =
+        host.cargo(["run", "--quiet", "--release", "--package", "necp-tests", "--bin", "necp-frames", "--"]);
+    let seconds = if args.smoke { SMOKE } else { args.seconds };
+    command.args(["--seconds", &seconds.to_string()]).args(&args.rest);
+    let passed = command.status().context("cargo did not start")?.success();
+    say(format_args!("fuzz frames: {}", if passed { "ok" } else { "FAILED" }));
+    if !passed {
+        eprintln!(
+            "xtask: put the frame, with what it is an example of, into tests/src/frames/kept.txt, and fix what it shows"
+        );
+    }
+    Ok(if passed { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
 /// libFuzzer, guided by coverage. The pinned toolchain is no nightly: no sanitizer, and leave to use `-Z`.

@@ -4,9 +4,10 @@ use std::{
     env,
     ffi::{OsStr, OsString},
     fs,
+    io::{BufRead as _, BufReader},
     os::unix::fs::{MetadataExt as _, PermissionsExt as _},
     path::{Path, PathBuf},
-    process::{Command, Stdio},
+    process::{Command, ExitStatus, Stdio},
 };
 
 use anyhow::{Context as _, Result, bail, ensure};
@@ -87,6 +88,18 @@ pub fn execute(command: &mut Command, advice: &str) -> Result<()> {
         bail!("`{program} {}` failed ({status}); {advice}", args.join(" "));
     }
     Ok(())
+}
+
+/// Runs a command to its end, and hands each line of its standard output on as it comes.
+pub fn lines(command: &mut Command, mut take: impl FnMut(&str)) -> Result<ExitStatus> {
+    let program = command.get_program().to_string_lossy().into_owned();
+    let child = command.stdout(Stdio::piped()).spawn();
+    let mut child = child.with_context(|| format!("`{program}` did not start"))?;
+    let output = child.stdout.take().with_context(|| format!("`{program}` has no output"))?;
+    for line in BufReader::new(output).split(b'\n') {
+        take(String::from_utf8_lossy(&line?).trim_end_matches('\r'));
+    }
+    Ok(child.wait()?)
 }
 
 /// The search path with the directories that a fresh shell may lack: cargo's own, where `cargo install` puts things,

@@ -7,6 +7,7 @@ mod apt;
 mod conformance;
 mod fuzz;
 mod host;
+mod kernels;
 mod lint;
 mod report;
 mod run;
@@ -35,7 +36,9 @@ const EXAMPLES: &str = "Examples:
   cargo xtask load --iface eth0 --config ne.toml    attach the packet path only (root)
   cargo xtask test                                  every test, with a total (root)
   cargo xtask test --only unit session              unit tests whose name holds `session`
+  cargo xtask test --kernels                        the kernel program on Debian's kernels in QEMU (root)
   cargo xtask fuzz session --seconds 600            the session machines against any peer
+  cargo xtask fuzz frames --seconds 600             the packet path, in the kernel and on the host (root)
   cargo xtask lint                                  formatting, clippy for host and BPF, architecture";
 
 #[derive(Subcommand)]
@@ -52,7 +55,7 @@ enum Task {
     Test(test::TestArgs),
     /// Check formatting, clippy for host and BPF code, and the architecture's invariants
     Lint,
-    /// Fuzz the protocol core: the decoder, and the sessions of both roles
+    /// Fuzz the protocol core (the decoder, the sessions of both roles) and the packet path
     Fuzz(fuzz::FuzzArgs),
     /// Measure the cost per packet of the packet path (root)
     Bench(run::BenchArgs),

@@ -20,10 +20,20 @@ const BPF_FS: &str = "/sys/fs/bpf";
 const PROGRAMS: [(&str, &str); 5] =
     [("ip", "iproute2"), ("nginx", "nginx"), ("bpftool", "bpftool"), ("tshark", "tshark"), ("python3", "python3")];
 
+/// What booting other kernels takes.
+const GUEST_PROGRAMS: [(&str, &str); 5] = [
+    ("qemu-system-x86_64", "qemu-system-x86"),
+    ("busybox", "busybox-static"),
+    ("xz", "xz-utils"),
+    ("strip", "binutils"),
+    ("dpkg-deb", "dpkg"),
+];
+
 /// `cargo xtask setup`: all of it.
 pub fn everything(host: &Host) -> Result<()> {
     build(host)?;
     traffic(host)?;
+    guests(host)?;
     say("nothing is missing");
     Ok(())
 }
@@ -36,7 +46,17 @@ pub fn build(host: &Host) -> Result<()> {
 
 /// What running traffic takes: programs and the BPF file system.
 pub fn traffic(host: &Host) -> Result<()> {
-    let missing: Vec<_> = PROGRAMS.iter().filter(|(program, _)| host.which(program).is_none()).collect();
+    programs(host, &PROGRAMS)?;
+    bpf_file_system(host)
+}
+
+/// What `cargo xtask test --kernels` takes: an emulator, and what makes a guest's RAM disk.
+pub fn guests(host: &Host) -> Result<()> {
+    programs(host, &GUEST_PROGRAMS)
+}
+
+fn programs(host: &Host, wanted: &[(&str, &str)]) -> Result<()> {
+    let missing: Vec<_> = wanted.iter().filter(|(program, _)| host.which(program).is_none()).collect();
     if !missing.is_empty() {
         let packages: Vec<_> = missing.iter().map(|(_, package)| *package).collect();
         apt::install(host, &packages)?;
@@ -44,7 +64,7 @@ pub fn traffic(host: &Host) -> Result<()> {
             ensure!(host.which(program).is_some(), "package {package} is installed, yet there is no `{program}`");
         }
     }
-    bpf_file_system(host)
+    Ok(())
 }
 
 /// The toolchain and the components that building and linting use.

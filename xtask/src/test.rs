@@ -5,16 +5,17 @@
 
 use std::{
     fs,
-    io::{BufRead as _, BufReader, Write as _},
-    process::{Command, ExitCode, Stdio},
+    io::Write as _,
+    process::{Command, ExitCode},
     time::Instant,
 };
 
-use anyhow::{Context as _, Result};
+use anyhow::Result;
 use clap::{Args, ValueEnum};
 
 use crate::{
     host::{self, Host, say},
+    kernels,
     report::{Group, table},
     setup,
 };
@@ -27,6 +28,9 @@ pub struct TestArgs {
     /// Run only these groups
     #[arg(long, value_enum, value_name = "GROUP", value_delimiter = ',')]
     only: Vec<Kind>,
+    /// Instead: the kernel program on Debian's kernels in QEMU, and on the running one (root)
+    #[arg(long, conflicts_with_all = ["filter", "only", "rest"])]
+    kernels: bool,
     /// Further arguments for the test programs, e.g. `-- --nocapture`
     #[arg(last = true, value_name = "ARG")]
     rest: Vec<String>,
@@ -72,6 +76,9 @@ impl Kind {
 
 /// Runs the groups; the total is the last line on standard output, and nothing follows it.
 pub fn test(host: &Host, args: &TestArgs) -> Result<ExitCode> {
+    if args.kernels {
+        return kernels::test(host);
+    }
     let kinds: Vec<_> = Kind::ALL.into_iter().filter(|kind| args.only.is_empty() || args.only.contains(kind)).collect();
     if kinds.iter().any(|kind| kind.needs_root()) {
         host.require_root("this group of tests (without root: `cargo xtask test --only unit,property`)")?;
@@ -160,15 +167,11 @@ fn run_tests(host: &Host, group: &mut Group, targets: &[&str], args: &TestArgs) 
 
 /// Shows each line as it comes, and counts.
 fn follow(command: &mut Command, group: &mut Group) -> Result<bool> {
-    let mut child = command.stdout(Stdio::piped()).spawn().context("cargo did not start")?;
-    let output = child.stdout.take().context("cargo has no output")?;
-    for line in BufReader::new(output).split(b'\n') {
-        let line = line?;
-        let line = String::from_utf8_lossy(&line);
+    let status = host::lines(command, |line| {
         println!("{line}");
-        group.read_line(&line);
-    }
-    Ok(child.wait()?.success())
+        group.read_line(line);
+    })?;
+    Ok(status.success())
 }
 
 fn test_programs(host: &Host) -> Result<Vec<String>> {

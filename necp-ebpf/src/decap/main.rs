@@ -24,7 +24,7 @@ mod bpf {
         // SAFETY: the kernel's own bounds of the frame.
         let frame = unsafe { Frame::new(ctx.data(), ctx.data_end()) };
         let Some(wrapped) = find(&frame) else { return XDP_PASS };
-        let Some(packets) = SOURCES.get_ptr_mut(&wrapped.source) else { return XDP_PASS };
+        let Some(packets) = SOURCES.get_ptr_mut(wrapped.source) else { return XDP_PASS };
         if !unwrap(&frame, wrapped.overhead) {
             return XDP_PASS;
         }

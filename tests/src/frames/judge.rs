@@ -1,0 +1,323 @@
+//! etherparse as the judge of what a frame is, and what therefore must become of it.
+//!
+//! 1. The frame's class, as etherparse's strict parsers see it, is the class of the reason that was counted; where we mean
+//!    to differ, [`Difference`] says so and why.
+//! 2. A frame that is passed on is not changed. What becomes of the bytes of one that is dropped does not matter.
+//! 3. A transmitted one was a packet for a service, and is changed as its server's forwarding type says, and no further; so is
+//!    one that the kernel is to fragment, and a server's reply.
+//! 4. If its IPv4 and transport checksums were valid, they are; those of outer headers and of ICMP errors are.
+//! 5. An ICMP error goes to the sender, from the address that he asked, and quotes what he sent.
+
+mod sent;
+
+use std::ops::Range;
+
+use etherparse::{EtherType, Ethernet2Slice, Ipv4HeaderSlice, TcpSlice, UdpSlice, ip_number};
+use necp_ebpf::{
+    host::View,
+    verdict::{Action, Reason},
+};
+
+use super::{
+    scene::{SERVICES, VIP, is_server},
+    stack::{fold, sum},
+};
+use crate::kernel::{OWN_MAC, Verdict};
+
+/// What a frame is to the packet path.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Class {
+    /// Another protocol than IPv4 follows its Ethernet header.
+    NotIpv4,
+    /// Its lengths or versions do not add up.
+    Malformed,
+    /// An IPv4 fragment.
+    Fragment,
+    /// IPv4, for another machine on the link.
+    OtherHost,
+    /// IPv4, but for no service: a server's reply may be among these.
+    NotOurs,
+    /// TCP or UDP for a service.
+    Ours,
+}
+
+impl Class {
+    /// The classes that a reason may claim. A new reason has to be entered here.
+    pub const fn of(reason: Reason) -> &'static [Self] {
+        match reason {
+            Reason::NotIpv4 => &[Self::NotIpv4],
+            Reason::Malformed => &[Self::Malformed],
+            Reason::Fragment | Reason::Part | Reason::StrayPart => &[Self::Fragment],
+            Reason::NotOurs | Reason::Reply | Reason::ReplyRouted | Reason::Icmp | Reason::Quoted => &[Self::NotOurs],
+            Reason::OtherHost => &[Self::OtherHost],
+            // Of packets to a server, and of its replies.
+            Reason::TooBig | Reason::Expired | Reason::Untold => &[Self::Ours, Self::NotOurs],
+            Reason::NoServer
+            | Reason::Direct
+            | Reason::Plain
+            | Reason::Record
+            | Reason::Adopted
+            | Reason::Legacy
+            | Reason::Owner
+            | Reason::New
+            | Reason::NewUnrecorded
+            | Reason::Repeated
+            | Reason::Confirmed
+            | Reason::NoNextHop
+            | Reason::BadTables
+            | Reason::Fragmenting => &[Self::Ours],
+        }
+    }
+}
+
+/// Where we mean to say something else than etherparse.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(usize)]
+pub enum Difference {
+    /// A UDP length of 0: etherparse takes it for "to the end of the datagram", which is a rule of IPv6 jumbograms
+    /// (RFC 2675 §4). Over IPv4 the length is at least 8 (RFC 768): malformed.
+    UdpLengthZero,
+    /// An authentication header (RFC 4302): etherparse looks through it, for us it is a protocol without a service.
+    Authentication,
+    /// A VLAN tag: etherparse looks behind it; we do not yet, and pass the frame on as not IPv4.
+    Tagged,
+    /// IPv6: etherparse reads it, we do not yet.
+    Ipv6,
+    /// A protocol that we do not look into: etherparse checks the headers of ICMP and others, which only matters to who
+    /// reads them.
+    OtherProtocol,
+}
+
+impl Difference {
+    /// All of them, in the order of their numbers.
+    pub const ALL: [Self; 5] =
+        [Self::UdpLengthZero, Self::Authentication, Self::Tagged, Self::Ipv6, Self::OtherProtocol];
+}
+
+/// A frame's class, and which difference decided it.
+pub fn class(frame: &[u8]) -> (Class, Option<Difference>) {
+    let Ok(ethernet) = Ethernet2Slice::from_slice_without_fcs(frame) else { return (Class::Malformed, None) };
+    match ethernet.ether_type() {
+        EtherType::IPV4 => {}
+        EtherType::VLAN_TAGGED_FRAME | EtherType::PROVIDER_BRIDGING | EtherType::VLAN_DOUBLE_TAGGED_FRAME => {
+            return (Class::NotIpv4, Some(Difference::Tagged));
+        }
+        EtherType::IPV6 => return (Class::NotIpv4, Some(Difference::Ipv6)),
+        _ => return (Class::NotIpv4, None),
+    }
+    let Some((header, payload)) = ipv4(ethernet.payload_slice()) else { return (Class::Malformed, None) };
+    if header.is_fragmenting_payload() {
+        return (Class::Fragment, None);
+    }
+    let (port, difference) = match header.protocol() {
+        ip_number::TCP => match TcpSlice::from_slice(payload) {
+            Ok(tcp) => (Some(tcp.destination_port()), None),
+            Err(_) => return (Class::Malformed, None),
+        },
+        ip_number::UDP => match UdpSlice::from_slice(payload) {
+            Ok(udp) if udp.length() == 0 => return (Class::Malformed, Some(Difference::UdpLengthZero)),
+            Ok(udp) => (Some(udp.destination_port()), None),
+            Err(_) => return (Class::Malformed, None),
+        },
+        ip_number::AUTH => (None, Some(Difference::Authentication)),
+        _ => (None, Some(Difference::OtherProtocol)),
+    };
+    let is_ours = |port| header.destination() == VIP && SERVICES.contains(&(header.protocol().0, port));
+    let class = if ethernet.destination() != OWN_MAC {
+        Class::OtherHost
+    } else if port.is_some_and(is_ours) {
+        Class::Ours
+    } else {
+        Class::NotOurs
+    };
+    (class, difference)
+}
+
+/// A valid IPv4 header and what its total length says is behind it.
+fn ipv4(packet: &[u8]) -> Option<(Ipv4HeaderSlice<'_>, &[u8])> {
+    // Not `Ipv4Slice`, which looks through the authentication header.
+    let header = Ipv4HeaderSlice::from_slice(packet).ok()?;
+    let behind: Range<usize> = header.slice().len()..usize::from(header.total_len());
+    Some((header, packet.get(behind)?))
+}
+
+/// What the packet path did with a frame.
+#[derive(Clone, Copy, Debug)]
+pub struct Deed<'a> {
+    /// The verdict.
+    pub verdict: Verdict,
+    /// The reason that was counted.
+    pub reason: Reason,
+    /// The frame as it was left.
+    pub frame: &'a [u8],
+}
+
+/// Holds what was done with `frame` against the relations above; which difference was needed.
+///
+/// # Errors
+/// The relation that does not hold.
+pub fn judge(frame: &[u8], deed: Deed<'_>, tables: View<'_>) -> Result<Option<Difference>, String> {
+    let (class, difference) = class(frame);
+    if !Class::of(deed.reason).contains(&class) {
+        return Err(format!("counted as {:?}, but to etherparse it is {class:?}", deed.reason));
+    }
+    let verdicts: &[Verdict] = match deed.reason.action() {
+        Action::Pass | Action::Route => &[Verdict::Pass],
+        Action::Drop => &[Verdict::Drop],
+        Action::Transmit => &[Verdict::Tx, Verdict::Redirect],
+        Action::Answer => &[Verdict::Tx],
+    };
+    if !verdicts.contains(&deed.verdict) {
+        return Err(format!("{:?} for {:?}", deed.verdict, deed.reason));
+    }
+    let from_server = || frame.get(26..30).is_some_and(is_server);
+    if class == Class::NotOurs && deed.reason != Reason::NotOurs && !from_server() {
+        return Err(format!("{:?} for what is for no service and comes from no server", deed.reason));
+    }
+    match deed.reason.action() {
+        Action::Pass if deed.frame != frame => return Err("passed on, but changed".into()),
+        Action::Pass | Action::Drop => {}
+        Action::Answer => sent::answer(frame, deed)?,
+        Action::Transmit if deed.reason == Reason::Reply => sent::reply(frame, deed.frame, 1)?,
+        Action::Route if deed.reason == Reason::ReplyRouted => sent::reply(frame, deed.frame, 0)?,
+        Action::Transmit => sent::to_server(frame, deed, tables)?,
+        Action::Route => sent::to_be_fragmented(frame, deed.frame, tables)?,
+    }
+    Ok(difference)
+}
+
+/// Whether the checksums of an IPv4 packet are valid.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Checksums {
+    /// The header's.
+    pub header: bool,
+    /// TCP's or UDP's; UDP may go without. `None`: there is no such header, or not all of it.
+    pub transport: Option<bool>,
+}
+
+impl Checksums {
+    /// Of the packet that begins here; `None` if it is none.
+    pub fn of(packet: &[u8]) -> Option<Self> {
+        let (header, payload) = ipv4(packet)?;
+        // The sums by hand: etherparse leaves the reserved flag out, and knows one of the two zeroes only.
+        let pseudo = sum(&header.slice()[12..20]) + u32::from(header.protocol().0);
+        let adds_up = |segment: &[u8]| fold(pseudo + segment.len() as u32 + sum(segment)) == 0xffff;
+        let transport = match header.protocol() {
+            _ if header.is_fragmenting_payload() => None,
+            ip_number::TCP => TcpSlice::from_slice(payload).ok().map(|tcp| adds_up(tcp.slice())),
+            ip_number::UDP => UdpSlice::from_slice(payload).ok().map(|udp| udp.checksum() == 0 || adds_up(udp.slice())),
+            _ => None,
+        };
+        Some(Self { header: fold(sum(header.slice())) == 0xffff, transport })
+    }
+
+    /// Valid wherever the other is.
+    fn as_good_as(self, other: Self) -> bool {
+        (self.header || !other.header) && (self.transport == Some(true) || other.transport != Some(true))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        frame::{Flow, flags},
+        frames::scene::{self, Scene, server_mac},
+        host_path::HostPath,
+    };
+    use necp_ebpf::abi::{ACCEPTS, ALIVE, FORWARDING_SHIFT, GRE, LAYER_3, REACHABLE, Server};
+    use rand::{SeedableRng as _, rngs::SmallRng};
+    use std::net::SocketAddrV4;
+
+    fn flow(port: u16) -> Flow {
+        Flow {
+            source_mac: [2, 0, 0, 0, 8, 8],
+            destination_mac: OWN_MAC,
+            source: SocketAddrV4::new([198, 51, 100, 1].into(), 40_000),
+            destination: SocketAddrV4::new(VIP.into(), port),
+            ttl: 64,
+        }
+    }
+
+    /// The host build with server 2 behind interface `port`.
+    fn tables(port: u8) -> HostPath {
+        let mut host = HostPath::new(scene::SLOTS as usize, scene::FLOW_BUCKETS as usize);
+        Scene::random(&mut SmallRng::seed_from_u64(1)).install(host.view());
+        let flags = ALIVE | ACCEPTS | REACHABLE;
+        let server = Server { mac: server_mac(2), flags, port, forwarding: 1, ..Server::default() };
+        assert!(host.view().set_server(2, &server));
+        host
+    }
+
+    /// As it would come out for server 2.
+    fn sent(frame: &[u8]) -> Vec<u8> {
+        [&server_mac(2)[..], &OWN_MAC, &frame[12..]].concat()
+    }
+
+    fn says(frame: &[u8], verdict: Verdict, reason: Reason, out: &[u8]) -> Result<Option<Difference>, String> {
+        judge(frame, Deed { verdict, reason, frame: out }, tables(0).view())
+    }
+
+    #[test]
+    fn what_is_right_is_not_complained_of() {
+        let frame = flow(80).tcp(flags::ACK, 1, 1, b"hello");
+        assert_eq!(says(&frame, Verdict::Tx, Reason::Plain, &sent(&frame)), Ok(None));
+        assert_eq!(says(&frame, Verdict::Pass, Reason::NoServer, &frame), Ok(None));
+        let other = flow(82).tcp(flags::ACK, 1, 1, b"hello");
+        assert_eq!(says(&other, Verdict::Pass, Reason::NotOurs, &other), Ok(None));
+        let mut udp = flow(53).udp(b"hello");
+        udp[38..40].fill(0);
+        assert_eq!(says(&udp, Verdict::Pass, Reason::Malformed, &udp), Ok(Some(Difference::UdpLengthZero)));
+    }
+
+    #[test]
+    fn every_wrong_deed_is_noticed() {
+        let frame = flow(80).tcp(flags::ACK, 1, 1, b"hello");
+        let out = sent(&frame);
+        let wrong = |verdict, reason, out: &[u8]| says(&frame, verdict, reason, out).unwrap_err();
+        assert!(wrong(Verdict::Pass, Reason::Malformed, &frame).contains("to etherparse it is Ours"));
+        assert!(wrong(Verdict::Pass, Reason::NotOurs, &frame).contains("to etherparse it is Ours"));
+        assert!(wrong(Verdict::Drop, Reason::Plain, &frame).contains("Drop for Plain"));
+        assert!(wrong(Verdict::Aborted, Reason::NoServer, &frame).contains("Aborted for NoServer"));
+        assert!(wrong(Verdict::Pass, Reason::NoServer, &out).contains("passed on, but changed"));
+        assert!(wrong(Verdict::Redirect, Reason::Plain, &out).contains("at port 0"));
+        assert!(wrong(Verdict::Tx, Reason::Plain, &frame).contains("no server"));
+        let mut changed = out.clone();
+        changed[22] -= 1;
+        assert!(wrong(Verdict::Tx, Reason::Plain, &changed).contains("more than the MAC addresses"));
+        let short = &frame[..frame.len() - 1];
+        let malformed = says(short, Verdict::Tx, Reason::Plain, &sent(short)).unwrap_err();
+        assert!(malformed.contains("to etherparse it is Malformed"));
+        let deed = Deed { verdict: Verdict::Tx, reason: Reason::Plain, frame: &out };
+        assert!(judge(&frame, deed, tables(1).view()).unwrap_err().contains("at port 1"));
+        for forwarding in [GRE, LAYER_3] {
+            let mut host = tables(0);
+            let server = host.view().server(2).unwrap();
+            let flags = server.flags | forwarding << FORWARDING_SHIFT;
+            host.view().set_server(2, &Server { flags, forwarding, ..server });
+            assert!(judge(&frame, deed, host.view()).is_err(), "sent as to a layer-2 server");
+        }
+        let mut host = tables(0);
+        let server = host.view().server(2).unwrap();
+        host.view().set_server(2, &Server { flags: ALIVE, ..server });
+        assert!(judge(&frame, deed, host.view()).unwrap_err().contains("no server that can be reached"));
+        assert!(wrong(Verdict::Tx, Reason::Expired, &out).contains("hops"));
+        assert!(wrong(Verdict::Pass, Reason::ReplyRouted, &frame).contains("to etherparse it is Ours"));
+    }
+
+    #[test]
+    fn checksums_are_valid_or_not() {
+        let mut frame = flow(80).tcp(flags::ACK, 1, 1, b"hello");
+        let valid = Checksums { header: true, transport: Some(true) };
+        assert_eq!(Checksums::of(&frame[14..]), Some(valid));
+        frame[22] -= 1;
+        let header = Checksums { header: false, ..valid };
+        assert_eq!(Checksums::of(&frame[14..]), Some(header));
+        assert!(valid.as_good_as(header) && !header.as_good_as(valid));
+        *frame.last_mut().unwrap() ^= 1;
+        let none = Checksums { header: false, transport: Some(false) };
+        assert_eq!(Checksums::of(&frame[14..]), Some(none));
+        assert!(!none.as_good_as(header) && header.as_good_as(none));
+        assert_eq!(Checksums::of(&frame[14..40]), None);
+    }
+}

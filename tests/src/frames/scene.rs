@@ -1,0 +1,239 @@
+//! The tables that frames meet: services of every kind, slots in every state, servers of every kind, exceptions.
+
+use necp_ebpf::{
+    abi::{
+        ACCEPTS, ALIVE, ALWAYS_TRACKED, DIRECT, EXCEPTION_GLOBAL, EXCEPTION_LOCAL, Exception, ExceptionMask,
+        ExceptionMasks, FIRST_SERVER, FORWARDING_SHIFT, GRE, LAYER_2, LAYER_3, REACHABLE, REPLY, Server, Service,
+        UDP_CLASS, UNTRACKED,
+    },
+    hash::service_bucket,
+    host::View,
+    packet::{Packet, protocol},
+    slot::{COLLECTING, SlotWord, TRACKED},
+};
+use rand::{RngExt as _, rngs::SmallRng};
+
+use super::{once_in, pick};
+
+/// The address of all services.
+pub const VIP: [u8; 4] = [192, 0, 2, 10];
+/// IP protocol and port of each service; the last one's slots are outside the slot table.
+pub const SERVICES: [(u8, u16); 7] = [
+    (protocol::TCP, 80),
+    (protocol::TCP, 443),
+    (protocol::TCP, 8080),
+    (protocol::UDP, 53),
+    (protocol::UDP, 443),
+    (protocol::UDP, 514),
+    (protocol::TCP, 81),
+];
+/// Flags of each service.
+const FLAGS: [u16; SERVICES.len()] = [0, 0, ALWAYS_TRACKED, ALWAYS_TRACKED, UNTRACKED, ALWAYS_TRACKED, 0];
+/// Slots of all services, and buckets of the flow table: few, so that the table is full now and then.
+pub const SLOTS: u32 = SLOTS_PER_SERVICE * SERVICES.len() as u32;
+/// A power of two.
+pub const FLOW_BUCKETS: u32 = 16;
+/// One more than the last server id.
+pub const SERVERS: u32 = 10;
+
+const SLOTS_PER_SERVICE: u32 = 7;
+const SEED: u64 = 7;
+const EXCEPTIONS: usize = 6;
+
+/// A server's MAC address, as its id says.
+pub const fn server_mac(id: u32) -> [u8; 6] {
+    [2, 0, 0, 0, 9, id as u8]
+}
+
+/// The server that this MAC address belongs to.
+pub fn server_of(mac: [u8; 6]) -> Option<u32> {
+    (FIRST_SERVER..SERVERS).find(|&id| server_mac(id) == mac)
+}
+
+/// A server's own address.
+pub const fn server_address(id: u32) -> [u8; 4] {
+    [10, 0, 0, id as u8]
+}
+
+/// Whether an address is a server's.
+pub fn is_server(address: &[u8]) -> bool {
+    (FIRST_SERVER..SERVERS).any(|id| server_address(id) == address)
+}
+
+/// Tables to begin with.
+pub struct Scene {
+    slots: Vec<u64>,
+    servers: Vec<Server>,
+    exceptions: Vec<Exception>,
+    masks: ExceptionMasks,
+}
+
+/// What user space does between two frames.
+#[derive(Clone, Copy)]
+pub enum Change {
+    /// A slot's new owner.
+    Owner(usize, u32),
+    /// A server's record.
+    Server(u32, Server),
+}
+
+impl Scene {
+    /// Other tables.
+    pub fn random(random: &mut SmallRng) -> Self {
+        let servers = (FIRST_SERVER..SERVERS).map(|id| server(id, random)).collect();
+        let calm = once_in(random, 3);
+        let slots = (0..SLOTS).map(|_| if calm { SlotWord::plain(FIRST_SERVER) } else { slot(random) }.0).collect();
+        let mut scene = Self { slots, servers, exceptions: Vec::new(), masks: ExceptionMasks::default() };
+        if once_in(random, 3) {
+            (0..random.random_range(1..=EXCEPTIONS)).for_each(|number| scene.except(number, random));
+        }
+        scene
+    }
+
+    /// Writes it all, in place of another scene.
+    ///
+    /// # Panics
+    /// If the tables are too small.
+    pub fn install(&self, view: View<'_>) {
+        for (slot, word) in view.slots().iter().zip(&self.slots) {
+            slot.store(*word);
+        }
+        for entry in view.flows().iter().flat_map(|bucket| &bucket.entries) {
+            entry.key.store(0);
+            entry.word.store(0);
+        }
+        view.clear_exceptions();
+        for (number, exception) in (0..).zip(&self.exceptions) {
+            assert_eq!(view.set_exception(number, exception), Ok(true));
+        }
+        assert!(view.set_exception_masks(0, &self.masks));
+        for (id, server) in (FIRST_SERVER..).zip(&self.servers) {
+            assert!(view.set_server(id, server));
+        }
+        let mut taken = std::collections::BTreeMap::new();
+        for (key, service) in (0..SERVICES.len()).flat_map(|index| [(key(index), service(index)), reply(index)]) {
+            let place = taken.entry(service_bucket(key)).or_insert(0);
+            assert!(view.set_service(service_bucket(key), *place, &service));
+            *place += 1;
+        }
+    }
+
+    /// Something that user space may do at any time.
+    pub fn change(random: &mut SmallRng) -> Change {
+        if once_in(random, 3) {
+            let id = random.random_range(FIRST_SERVER..SERVERS);
+            return Change::Server(id, server(id, random));
+        }
+        Change::Owner(random.random_range(0..SLOTS as usize), random.random_range(DIRECT..SERVERS))
+    }
+
+    /// An exception for some clients, under a mask of its own.
+    fn except(&mut self, number: usize, random: &mut SmallRng) {
+        let (protocol, port) = pick(random, &SERVICES);
+        let mask = ExceptionMask {
+            source_len: pick(random, &[24, 30, 31, 32]),
+            destination_len: pick(random, &[0, 32]),
+            protocol: random.random_range(0..2),
+            port: random.random_range(0..2),
+            used: 1,
+            ..ExceptionMask::default()
+        };
+        if self.masks.masks.contains(&mask) {
+            return;
+        }
+        self.masks.masks[number] = mask;
+        self.masks.count = number as u32 + 1;
+        let host =
+            if mask.source_len == 24 { 0 } else { random.random_range(0..4u8) & 0xffu8 << (32 - mask.source_len) };
+        let global = once_in(random, 2);
+        let mut installers = [0; necp_ebpf::abi::EXCEPTION_INSTALLERS];
+        installers[0] = if global { 0 } else { random.random_range(FIRST_SERVER..SERVERS) as u16 };
+        self.exceptions.push(Exception {
+            source: [198, 51, 100, host],
+            destination: if mask.destination_len == 0 { [0; 4] } else { VIP },
+            farm: 0,
+            port: if mask.port == 1 { port.to_be_bytes() } else { [0; 2] },
+            protocol: if mask.protocol == 1 { protocol } else { 0 },
+            mask: number as u8,
+            state: if global { EXCEPTION_GLOBAL } else { EXCEPTION_LOCAL },
+            reserved: 0,
+            installers,
+        });
+    }
+}
+
+impl Change {
+    /// Does it.
+    pub fn apply(self, view: View<'_>) {
+        match self {
+            Self::Owner(slot, owner) => {
+                let word = &view.slots()[slot];
+                word.store(SlotWord(word.load()).moved_to(owner, |_| true).0);
+            }
+            Self::Server(id, server) => assert!(view.set_server(id, &server), "no server {id}"),
+        }
+    }
+}
+
+/// A service by its place in [`SERVICES`].
+fn service(index: usize) -> Service {
+    let (protocol, port) = SERVICES[index];
+    let class = if protocol == protocol::TCP { 0 } else { UDP_CLASS };
+    let last = index + 1 == SERVICES.len();
+    Service {
+        address: VIP,
+        port: port.to_be_bytes(),
+        protocol,
+        state: 1,
+        slots_base: if last { 1 << 21 } else { index as u32 * SLOTS_PER_SERVICE },
+        slots_size: SLOTS_PER_SERVICE,
+        seed: SEED,
+        id: (index as u16 + 1) | class,
+        flags: FLAGS[index],
+        farm: 0,
+    }
+}
+
+/// What says that layer-3 servers of a service may reply through us, and its key.
+fn reply(index: usize) -> (u64, Service) {
+    let (protocol, port) = SERVICES[index];
+    let (vip, port) = (u32::from_ne_bytes(VIP), port.to_be_bytes());
+    let service = Service { port, protocol, state: REPLY, slots_base: vip, ..Service::default() };
+    let packet = Packet { source_port: u16::from_ne_bytes(port), protocol, ..Packet::default() };
+    (packet.reply_key(0), service)
+}
+
+fn key(index: usize) -> u64 {
+    let (protocol, port) = SERVICES[index];
+    let destination_port = port.to_be();
+    Packet { destination: u32::from_ne_bytes(VIP), destination_port, protocol, ..Packet::default() }.service_key()
+}
+
+fn slot(random: &mut SmallRng) -> SlotWord {
+    let owner = random.random_range(0..SERVERS);
+    let mut word = SlotWord::plain(owner);
+    if once_in(random, 3) {
+        word = word.with_legacy(random.random_range(DIRECT..SERVERS));
+    }
+    word.with_bits(pick(random, &[0, 0, 0, TRACKED, COLLECTING, TRACKED | COLLECTING]), 0)
+}
+
+/// Two of three are in good health; some are behind the other interface, one is behind none; some take GRE, some layer 3,
+/// and what is long does not get to all of them.
+fn server(id: u32, random: &mut SmallRng) -> Server {
+    let flags = if once_in(random, 3) { random.random_range(0..8) } else { ALIVE | ACCEPTS | REACHABLE };
+    let forwarding = pick(random, &[LAYER_2, LAYER_2, GRE, LAYER_3]);
+    let mapped = |[a, b, c, d]: [u8; 4]| [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, a, b, c, d];
+    Server {
+        mac: server_mac(id),
+        flags: flags | forwarding << FORWARDING_SHIFT,
+        // By layer 2 only: of other types the kernel program counts for the server what it then has no interface for.
+        port: if forwarding == LAYER_2 { pick(random, &[0, 0, 0, 0, 1, 1, 9]) } else { pick(random, &[0, 0, 1]) },
+        address: mapped(server_address(id)),
+        source: mapped([10, 0, 0, 1]),
+        mtu: pick(random, &[0, 1500, 68, 100]),
+        forwarding,
+        host: id as u16,
+        ..Server::default()
+    }
+}
