@@ -91,7 +91,7 @@ pub fn handle<D: Device, T: Tables>(device: &D, tables: &T) -> Option<Ending> {
 
 /// Where the datagram is, and its header; or how the frame ends without one.
 #[inline(always)]
-fn head<D: Device>(device: &D) -> Result<(usize, Datagram), Ending> {
+pub(crate) fn head<D: Device>(device: &D) -> Result<(usize, Datagram), Ending> {
     let pass = |reason| Ending::new(reason, Out::Pass);
     let (l3, frame) = (device.datagram_at(), device.frame());
     if l3 == 0 {
@@ -141,7 +141,7 @@ pub fn with_ports<D: Device, T: Tables>(device: &D, tables: &T) -> Ending {
 }
 
 #[inline(always)]
-fn remember<D: Device>(device: &D, head: &Datagram, server: u32, vip: u32) {
+pub(crate) fn remember<D: Device>(device: &D, head: &Datagram, server: u32, vip: u32) {
     if matches!(head.part, Part::First) {
         device.remember(&FragmentKey::of(head), FragmentPlace { at: 0, server, vip });
     }
@@ -175,7 +175,7 @@ fn stray<T: Tables>(tables: &T, head: &Datagram) -> Ending {
 
 /// Sends it as its server wants it.
 #[inline(always)]
-fn send<D: Device, T: Tables>(device: &D, tables: &T, l3: usize, decision: &Decision) -> Ending {
+pub(crate) fn send<D: Device, T: Tables>(device: &D, tables: &T, l3: usize, decision: &Decision) -> Ending {
     match decision.action() {
         Action::Transmit => {}
         Action::Drop => return Ending::drop(decision.reason),
@@ -241,7 +241,7 @@ fn to_server<D: Device, T: Tables>(device: &D, tables: &T, l3: usize, total: u16
 
 /// The packet that an ICMP error quotes, as far as its flow goes.
 #[inline(always)]
-fn quoted(packet: &Frame, head: &Datagram) -> Option<Packet> {
+pub(crate) fn quoted(packet: &Frame, head: &Datagram) -> Option<Packet> {
     let icmp = packet.skip(head.header);
     if !STEERED.contains(&icmp.read::<u8>(0)?) {
         return None;

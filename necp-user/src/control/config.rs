@@ -69,8 +69,10 @@ impl Forwarding {
 pub struct FarmConfig {
     /// Its name, unique.
     pub name: String,
-    /// The VIPs; all offer all services.
+    /// The VIPs; all offer all services. None if the farm intercepts.
     pub vips: Vec<Ipv4Addr>,
+    /// Destinations whose packets it takes when they cross this host, other than to VIPs and to this host itself.
+    pub intercept: Vec<Ipv4Net>,
     /// What may be served.
     pub services: Vec<ServiceKey>,
     /// What forwarding types servers may ask for.
@@ -103,6 +105,7 @@ impl FarmConfig {
         Self {
             name: name.into(),
             vips: Vec::new(),
+            intercept: Vec::new(),
             services: Vec::new(),
             forwarding: vec![Forwarding::Layer2, Forwarding::Gre],
             servers: Vec::new(),
@@ -121,6 +124,16 @@ impl FarmConfig {
     /// The seed in force.
     pub fn seed(&self) -> u64 {
         self.hash_seed.unwrap_or_else(|| super::stable::hash_bytes(self.name.as_bytes()))
+    }
+
+    /// Whether it takes what crosses this host, instead of having VIPs.
+    pub fn intercepts(&self) -> bool {
+        !self.intercept.is_empty()
+    }
+
+    /// Addresses of its services in the service table: its VIPs, or 0.0.0.0 for what it intercepts.
+    pub fn fronts(&self) -> &[Ipv4Addr] {
+        if self.intercepts() { &[Ipv4Addr::UNSPECIFIED] } else { &self.vips }
     }
 
     /// Whether replies must find their flow: then every flow is recorded.
@@ -235,6 +248,19 @@ pub enum ConfigError {
         /// The other.
         second: String,
     },
+    /// Two farms intercept the same service.
+    #[error("{service} is intercepted by farm {first:?} and by farm {second:?}: give it to one of them, with all prefixes")]
+    Intercepted {
+        /// The service.
+        service: ServiceKey,
+        /// One farm.
+        first: String,
+        /// The other.
+        second: String,
+    },
+    /// A farm that intercepts and has VIPs, or allows layer 3, whose packets are addressed to the server.
+    #[error("farm {0:?} intercepts: it can have no VIPs, and its servers are reached by l2 or gre")]
+    Interception(String),
     /// START names no farm (draft §5.6.1), so this would be ambiguous.
     #[error(
         "servers in {prefix} may join both farm {first:?} and farm {second:?} for {service}, and START names no farm: make `servers` of the two disjoint"
@@ -333,6 +359,9 @@ impl FarmConfig {
             if capacity > super::weight::CAPACITY_MAX {
                 return Err(ConfigError::Capacity { farm: farm(), address });
             }
+        }
+        if self.intercepts() && (!self.vips.is_empty() || self.expects_replies()) {
+            return Err(ConfigError::Interception(farm()));
         }
         for &service in &self.services {
             let has_port = matches!(service.protocol, protocol::TCP | protocol::UDP);

@@ -5,6 +5,7 @@ mod exceptions;
 mod frames;
 mod fuzz;
 mod headers;
+mod intercept;
 mod rare;
 mod routed;
 mod services;
@@ -23,7 +24,7 @@ use setup::Setup;
 const VERIFIED_INSTRUCTIONS: u32 = 500_000;
 
 fn all_cases() -> Vec<Case> {
-    [headers::cases(), tracking::cases(), services::cases(), exceptions::cases(), routed::cases(), rare::cases()]
+    [headers::cases(), tracking::cases(), services::cases(), exceptions::cases(), routed::cases(), rare::cases(), intercept::cases()]
         .into_iter()
         .flatten()
         .collect()

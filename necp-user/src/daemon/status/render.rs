@@ -50,9 +50,10 @@ fn head(status: &Status) -> String {
 }
 
 fn farm_text(farm: &Farm) -> String {
-    let vips: Vec<String> = farm.vips.iter().map(ToString::to_string).collect();
+    let (vips, prefixes) = (words(&farm.vips), words(&farm.intercept));
+    let place = if prefixes.is_empty() { format!("at {vips}") } else { format!("intercepts {prefixes}") };
     let authenticated = if farm.authenticated { ", authenticated" } else { "" };
-    let mut text = format!("farm {} at {}{authenticated}\n", farm.name, vips.join(" "));
+    let mut text = format!("farm {} {place}{authenticated}\n", farm.name);
     let mut table = table(&[
         "SERVICE",
         "SERVER",
@@ -95,6 +96,10 @@ fn farm_text(farm: &Farm) -> String {
     finish(table, 4, &mut text);
     text.push_str(&exceptions(farm));
     text
+}
+
+fn words<T: ToString>(items: &[T]) -> String {
+    items.iter().map(T::to_string).collect::<Vec<_>>().join(" ")
 }
 
 /// One line, of farms that have some.
@@ -256,6 +261,7 @@ mod tests {
             farms: vec![Farm {
                 name: "web".into(),
                 vips: vec![Ipv4Addr::new(192, 0, 2, 10)],
+                intercept: Vec::new(),
                 authenticated: true,
                 services: vec![
                     Service {
