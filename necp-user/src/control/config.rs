@@ -435,6 +435,13 @@ mod tests {
         assert!(matches!(check(vec![hasty]), Err(ConfigError::Time { what: "udp_idle", .. })));
         let portless = FarmConfig { services: vec![ServiceKey { protocol: 6, port: 0 }], ..good() };
         assert!(matches!(check(vec![portless]), Err(ConfigError::Service { .. })));
+        let interception = ConfigError::Interception("a".into());
+        let intercept: Vec<Ipv4Net> = vec!["0.0.0.0/0".parse().expect("a prefix")];
+        let both = FarmConfig { intercept: intercept.clone(), ..good() };
+        assert_eq!(check(vec![both.clone()]), Err(interception.clone()));
+        let layer_3 = FarmConfig { vips: Vec::new(), forwarding: vec![Forwarding::Layer3], ..both.clone() };
+        assert_eq!(check(vec![layer_3]), Err(interception));
+        assert_eq!(check(vec![FarmConfig { vips: Vec::new(), ..both }]), Ok(()));
         let strong = FarmConfig { capacity: [(Ipv4Addr::LOCALHOST, 1_000_001)].into(), ..good() };
         assert!(matches!(check(vec![strong]), Err(ConfigError::Capacity { .. })));
     }

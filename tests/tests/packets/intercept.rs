@@ -152,7 +152,7 @@ fn excepted() -> Vec<Case> {
         Case::new("intercepted but for a destination", why, owned_by(OWNER).global([ANY, origin], TCP, F.port))
             .frame(F.syn(1000), DIRECTLY)
             .leaves(candidate(DIRECT, 1000))
-            .frame(G.syn(1000), to_owner(Reason::New)),
+            .frame(G.syn(1000), to_owner(Reason::Plain)),
         Case::new("intercepted by another server", why, {
             owned_by(OTHER).slot_of(F, SlotWord::plain(OWNER)).local([ANY, origin], 0, 0, &[OWNER])
         })
