@@ -17,7 +17,7 @@ use aya::{
 };
 use ipnet::Ipv4Net;
 use necp_ebpf::{
-    abi::{AddressSet, Allowance, ICMP_BURST, Layout, Port, exception_buckets, exception_records, names},
+    abi::{AddressSet, Allowance, ICMP_BURST, Layout, Port, Stage, exception_buckets, exception_records, names},
     host::View,
     verdict::{REASONS, Reason},
 };
@@ -135,6 +135,18 @@ impl Kernel {
     /// If the object lacks it.
     pub fn program(&self) -> Result<&Xdp> {
         Ok(self.program.program(names::PROGRAM).context("no program `necp` in the object")?.try_into()?)
+    }
+
+    /// Instructions that the verifier followed, by program: the one of [`Kernel::program`] and those that it hands over to.
+    ///
+    /// # Errors
+    /// If the object lacks one, or the kernel does not tell (before 5.16).
+    pub fn verified_instructions(&self) -> Result<Vec<(&'static str, u32)>> {
+        let of = |name| {
+            let program: &Xdp = self.program.program(name).context("no such program in the object")?.try_into()?;
+            Ok((name, program.info()?.verified_instruction_count().context("the kernel does not tell")?))
+        };
+        std::iter::once(names::PROGRAM).chain(Stage::ALL.map(Stage::program)).map(of).collect()
     }
 
     /// From now on as many ICMP errors may be sent as at the beginning.

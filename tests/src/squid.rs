@@ -27,7 +27,8 @@ impl Squid {
         let config = topology.dir().join(format!("squid-{name}.conf"));
         fs::write(&config, configuration(name))?;
         // What names its shared memory, of letters and digits only.
-        let service: String = format!("{}{name}", topology.name()).chars().filter(char::is_ascii_alphanumeric).collect();
+        let service: String =
+            format!("{}{name}", topology.name()).chars().filter(char::is_ascii_alphanumeric).collect();
         let mut command = ns.command("squid");
         command.args(["-N", "-d", "1", "-n", &service, "-f"]).arg(&config);
         let process = Process::spawn(command, &format!("squid-{name}"), topology.dir())?;

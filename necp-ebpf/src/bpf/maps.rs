@@ -7,9 +7,10 @@ use aya_ebpf::{
 };
 use necp_ebpf::{
     abi::{
-        AddressSet, Allowance, DEFAULT_EXCEPTIONS, DEFAULT_FLOW_BUCKETS, DEFAULT_SLOTS, Exception, ExceptionBucket, ExceptionMasks,
-        FlowBucket, Layout, MAX_CROSSINGS, MAX_FARMS, MAX_FRAGMENTS, MAX_PORTS, MAX_SERVERS, MAX_STAGES, Port, SERVICE_BUCKETS,
-        Server, ServerStats, ServiceBucket, Slot, Stage, exception_buckets, exception_records,
+        AddressSet, Allowance, DEFAULT_EXCEPTIONS, DEFAULT_FLOW_BUCKETS, DEFAULT_SLOTS, Exception, ExceptionBucket,
+        ExceptionMasks, FlowBucket, Layout, MAX_CROSSINGS, MAX_FARMS, MAX_FRAGMENTS, MAX_PORTS, MAX_SERVERS,
+        MAX_STAGES, Port, SERVICE_BUCKETS, Server, ServerStats, ServiceBucket, Slot, Stage, exception_buckets,
+        exception_records,
     },
     choice::{Chosen, NewFlow},
     exceptions::{ExceptionBucketWords, ExceptionMasksWords, ExceptionWords, Tuple},

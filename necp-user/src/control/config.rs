@@ -249,7 +249,9 @@ pub enum ConfigError {
         second: String,
     },
     /// Two farms intercept the same service.
-    #[error("{service} is intercepted by farm {first:?} and by farm {second:?}: give it to one of them, with all prefixes")]
+    #[error(
+        "{service} is intercepted by farm {first:?} and by farm {second:?}: give it to one of them, with all prefixes"
+    )]
     Intercepted {
         /// The service.
         service: ServiceKey,

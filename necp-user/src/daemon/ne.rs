@@ -8,6 +8,7 @@
 //! ```
 
 pub mod commands;
+pub mod crossings;
 pub mod hosts;
 pub mod input;
 pub mod keys;
@@ -16,7 +17,6 @@ pub mod listener;
 pub mod load;
 pub mod lock;
 pub mod owner;
-pub mod crossings;
 pub mod vips;
 
 use std::collections::{BTreeSet, HashMap};
@@ -33,6 +33,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 
+use self::crossings::Crossings;
 use self::hosts::Hosts;
 use self::input::Input;
 use self::keys::{Keys, Reloaded};
@@ -40,7 +41,6 @@ use self::limits::Limits;
 use self::listener::{Door, Protections};
 use self::lock::InstanceLock;
 use self::owner::Owner;
-use self::crossings::Crossings;
 use self::vips::Vips;
 use super::admin::AdminSocket;
 use crate::config::ne::{Mode, NeConfig};

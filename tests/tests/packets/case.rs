@@ -142,7 +142,8 @@ pub struct Bench {
 
 impl Bench {
     pub fn load() -> Self {
-        let mut kernel = Kernel::load(SLOTS, FLOW_BUCKETS).expect("root, and a BPF file system at /sys/fs/bpf, are needed");
+        let mut kernel =
+            Kernel::load(SLOTS, FLOW_BUCKETS).expect("root, and a BPF file system at /sys/fs/bpf, are needed");
         let mut host = HostPath::new(SLOTS as usize, FLOW_BUCKETS as usize);
         kernel.set_crossings(&crossings()).expect("the map has room");
         let words = |net: Ipv4Net| [net.network(), net.netmask()].map(|address| u32::from_ne_bytes(address.octets()));

@@ -56,11 +56,14 @@ fn captured() -> Vec<Case> {
         case("in a tagged frame", owned_by(OWNER)).frame(tagged(F.data(1), &[VLAN]), to_owner(Reason::Plain)),
         case("its server's MAC address is not known", owned_by(UNREACHABLE))
             .frame(F.data(1), Fate::Drop(Reason::NoNextHop)),
-        case("a server that takes no new flows is passed over", on(SlotWord::plain(OWNER)).slot_of(F, SlotWord::plain(STOPPED)))
-            .frame(F.syn(1000), to_owner(Reason::New))
-            .leaves(candidate(OWNER, 1000))
-            .frame(F.ack(1001), to_owner(Reason::Confirmed))
-            .leaves(record(OWNER, 1000)),
+        case(
+            "a server that takes no new flows is passed over",
+            on(SlotWord::plain(OWNER)).slot_of(F, SlotWord::plain(STOPPED)),
+        )
+        .frame(F.syn(1000), to_owner(Reason::New))
+        .leaves(candidate(OWNER, 1000))
+        .frame(F.ack(1001), to_owner(Reason::Confirmed))
+        .leaves(record(OWNER, 1000)),
         case("the broadcast address of a network that is not this host's", owned_by(OWNER))
             .frame(Flow { destination: [203, 0, 113, 255], ..F }.data(1), to_owner(Reason::Plain)),
     ]
@@ -68,10 +71,8 @@ fn captured() -> Vec<Case> {
 
 fn let_through() -> Vec<Case> {
     let case = |name: &str, why, flow: Flow| {
-        Case::new(format!("not intercepted: {name}"), why, owned_by(OWNER)).frame(
-            if flow.protocol == UDP { flow.udp(b"?") } else { flow.syn(1000) },
-            CROSSING,
-        )
+        Case::new(format!("not intercepted: {name}"), why, owned_by(OWNER))
+            .frame(if flow.protocol == UDP { flow.udp(b"?") } else { flow.syn(1000) }, CROSSING)
     };
     let vip = Flow { destination: VIP, port: 80, ..F };
     let elsewhere = [198, 51, 100, 9];

@@ -5,14 +5,14 @@ use std::collections::BTreeSet;
 use ipnet::Ipv4Net;
 use necp_ebpf::{
     abi::{
-        ACCEPTS, ALIVE, AddressSet, ALWAYS_TRACKED, DIRECT, EXCEPTION_GLOBAL, EXCEPTION_INSTALLERS, EXCEPTION_LOCAL, Exception,
-        ExceptionMask, ExceptionMasks, FLOWS_PER_BUCKET, FORWARDING_SHIFT, GRE, LAYER_2, LAYER_3, REACHABLE, INTERCEPT, REPLY,
-        SERVICES_PER_BUCKET, Server, Service, UDP_CLASS, UNTRACKED, VIP as VIP_STATE,
+        ACCEPTS, ALIVE, ALWAYS_TRACKED, AddressSet, DIRECT, EXCEPTION_GLOBAL, EXCEPTION_INSTALLERS, EXCEPTION_LOCAL,
+        Exception, ExceptionMask, ExceptionMasks, FLOWS_PER_BUCKET, FORWARDING_SHIFT, GRE, INTERCEPT, LAYER_2, LAYER_3,
+        REACHABLE, REPLY, SERVICES_PER_BUCKET, Server, Service, UDP_CLASS, UNTRACKED, VIP as VIP_STATE,
     },
     flows::{FlowWord, flow_key},
-    intercept::named,
     hash::{flow_buckets, flow_hash, service_bucket, slot_index},
     host::View,
+    intercept::named,
     packet::{Packet, protocol},
     slot::{COLLECTING, SlotWord, TRACKED},
 };

@@ -216,7 +216,10 @@ impl Check<'_> {
             self.at(l3, "l3 addresses packets to the server, which could not tell whom they were for; a farm with `intercept` has l2 and gre".into());
         }
         if farm.udp_tracking == Some(false) {
-            self.at(prefixes, "what is intercepted is on record, so that exceptions hold; drop udp_tracking = false".into());
+            self.at(
+                prefixes,
+                "what is intercepted is on record, so that exceptions hold; drop udp_tracking = false".into(),
+            );
         }
         self.some(prefixes, "intercept", "destinations whose packets it takes, such as intercept = [\"0.0.0.0/0\"]");
         self.distinct(prefixes, |prefix: &Text<Destination>| prefix.0.0, "prefix")

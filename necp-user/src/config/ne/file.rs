@@ -148,7 +148,11 @@ impl FromStr for Destination {
     fn from_str(text: &str) -> Result<Self, String> {
         match text.parse::<Ipv4Net>().or_else(|_| text.parse::<Ipv4Addr>().map(Ipv4Net::from)) {
             Ok(net) if net.trunc() == net => Ok(Self(net)),
-            Ok(net) => Err(format!("`{text}` has host bits set; write {} (or {}/32 for that one address)", net.trunc(), net.addr())),
+            Ok(net) => Err(format!(
+                "`{text}` has host bits set; write {} (or {}/32 for that one address)",
+                net.trunc(),
+                net.addr()
+            )),
             Err(_) if is_ipv6(text) => Err(not_ipv6(text)),
             Err(_) => Err(format!(
                 "`{text}` is no IPv4 prefix; write destinations to intercept as 0.0.0.0/0 (all) or 203.0.113.0/24"

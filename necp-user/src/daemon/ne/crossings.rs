@@ -34,7 +34,9 @@ impl Crossings {
     pub async fn refresh(&self, plane: &mut Plane) {
         let own = match self.addresses.list().await {
             Ok(own) => own,
-            Err(error) => return tracing::error!(%error, "this host's addresses are not known: `intercept` goes by the old ones"),
+            Err(error) => {
+                return tracing::error!(%error, "this host's addresses are not known: `intercept` goes by the old ones");
+            }
         };
         let own = own.iter().map(|one| (AddressSet::OWN, Ipv4Net::from(one.net.addr())));
         let all: BTreeSet<_> = self.fixed.iter().copied().chain(own).collect();

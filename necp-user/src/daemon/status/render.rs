@@ -329,6 +329,13 @@ rejected by authentication: 2 wrong credential, 1 INIT sent again
     }
 
     #[test]
+    fn a_farm_that_intercepts_shows_its_prefixes() {
+        let intercept = ["203.0.113.0/24", "10.0.0.0/8"].map(|net| net.parse().expect("a prefix")).to_vec();
+        let farm = Farm { vips: Vec::new(), intercept, ..sample().farms.remove(0) };
+        assert!(farm_text(&farm).starts_with("farm web intercepts 203.0.113.0/24 10.0.0.0/8, authenticated\n"));
+    }
+
+    #[test]
     fn a_status_survives_json() {
         let text = serde_json::to_string(&sample()).expect("JSON");
         assert_eq!(serde_json::from_str::<Status>(&text).expect("the same"), sample());
