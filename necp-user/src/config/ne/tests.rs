@@ -102,7 +102,7 @@ fn a_farm_intercepts_in_place_of_vips() {
     assert!(neither[0].starts_with("5:8: farm `web` has neither `vips` nor `intercept`; write "), "{neither:?}");
     only(
         mistakes(vips, INTERCEPT),
-        "8:29: l3 addresses packets to the server, which could not tell whom they were for; a farm with `intercept` has l2 and gre",
+        "8:28: l3 addresses packets to the server, which could not tell whom they were for; a farm with `intercept` has l2 and gre",
     );
     let prefix = |text: &str| NeConfig::parse(&good.replace("0.0.0.0/0", text)).expect_err(text)[0].to_string();
     assert_eq!(
