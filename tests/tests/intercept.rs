@@ -183,6 +183,20 @@ fn an_excepted_client_reaches_the_origin_itself() -> Result<()> {
 }
 
 #[test]
+fn an_address_that_comes_to_the_network_element_is_its_own() -> Result<()> {
+    let mut scene = Scene::new()?;
+    scene.start("l2", &[])?;
+    let to = SocketAddrV4::new(Ipv4Addr::new(203, 0, 113, 99), 80);
+    // The proxy takes every connection; nobody on the network element listens there.
+    let connects = || scene.client().run(|| connect(Some(fresh_source()), to, SOON)).is_ok();
+    ensure!(connects(), "somebody's address: the proxy answers");
+    scene.bed.ne().ip_batch(&format!("addr add {}/32 dev lo\n", to.ip()))?;
+    wait_until("the network element refuses", SOON, || !connects())?;
+    scene.bed.ne().ip_batch(&format!("addr del {}/32 dev lo\n", to.ip()))?;
+    wait_until("the proxy answers again", SOON, connects)
+}
+
+#[test]
 fn a_proxy_is_reached_by_gre() -> Result<()> {
     let mut scene = Scene::new()?;
     scene.start("gre", &["--decap"])?;
