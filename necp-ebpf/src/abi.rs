@@ -152,8 +152,10 @@ pub struct Service {
 /// In [`Service::state`]: one of the VIPs whose servers' replies from this port may pass here (layer 3). `address` is its number
 /// among those of the port, from 0 on in the host's order; `slots_base` is the VIP, as it stands in a header; the rest is 0.
 pub const REPLY: u8 = 2;
-/// In [`Service::state`]: `address` is a VIP, whatever the protocol and port, which are 0 like the rest.
+/// In [`Service::state`]: `address` is a VIP, whatever the protocol and port, which are 0 like the rest but for `flags`.
 pub const VIP: u8 = 3;
+/// In the flags of a [`VIP`]: ICMP echo to it is dropped.
+pub const NO_ECHO: u16 = 1;
 /// VIPs of one protocol and port whose servers may ask for layer 3: a reply looks at each of them.
 pub const REPLY_VIPS: u32 = 16;
 /// In [`Service::id`]: records of this service count against the quota of flows that show no beginning.

@@ -10,7 +10,7 @@
 use network_types::ip::Ipv4Hdr;
 
 use crate::{
-    abi::{GRE, LAYER_3},
+    abi::{GRE, LAYER_3, NO_ECHO},
     device::{Device, Ending, Out},
     frame::Frame,
     packet::{Packet, protocol},
@@ -20,7 +20,7 @@ use crate::{
         l3::{End, translate_error},
     },
     routed::{self, Reply},
-    steer::{Decision, is_vip, steer, whose},
+    steer::{Decision, find_vip, steer, whose},
     tables::Tables,
     verdict::{Action, Reason},
 };
@@ -71,6 +71,8 @@ const TAG_LEN: usize = 4;
 /// ICMP types that say something to the sender of what they quote: unreachable, time exceeded, parameter problem. A redirect is
 /// for the host itself, and nobody heeds a source quench (RFC 6633).
 const STEERED: [u8; 3] = [3, 11, 12];
+/// ICMP type of an echo request.
+const ECHO: u8 = 8;
 const ICMP_LEN: usize = 8;
 
 /// Handles a frame that the fast path knows nothing of; `None`: it has ports, and [`with_ports`] is to handle it.
@@ -166,7 +168,7 @@ fn later_part<D: Device, T: Tables>(device: &D, tables: &T, l3: usize, head: &Da
 /// A part whose first one is not known: to a VIP it is of no use to anybody.
 #[inline(always)]
 fn stray<T: Tables>(tables: &T, head: &Datagram) -> Ending {
-    if is_vip(head.packet.destination, tables) {
+    if find_vip(head.packet.destination, tables).is_some() {
         Ending::drop(Reason::StrayPart)
     } else {
         Ending::new(Reason::Fragment, Out::Pass)
@@ -209,6 +211,10 @@ fn bridge<D: Device>(device: &D, decision: &Decision) -> Ending {
 fn icmp_error<D: Device, T: Tables>(device: &D, tables: &T, l3: usize, head: &Datagram) -> Ending {
     let other = Ending::new(Reason::Icmp, Out::Pass);
     let packet = device.frame().skip(l3);
+    if packet.skip(head.header).read::<u8>(0) == Some(ECHO) {
+        let vip = find_vip(head.packet.destination, tables);
+        return if vip.is_some_and(|vip| vip.flags & NO_ECHO != 0) { Ending::drop(Reason::Echo) } else { other };
+    }
     let Some(quoted) = quoted(&packet, head) else { return other };
     // To a VIP: what it quotes was sent as the VIP, so the flow is the other way round.
     if quoted.source == head.packet.destination

@@ -48,7 +48,9 @@ impl Class {
             Reason::NotIpv4 => &[Self::NotIpv4],
             Reason::Malformed => &[Self::Malformed],
             Reason::Fragment | Reason::Part | Reason::StrayPart => &[Self::Fragment],
-            Reason::NotOurs | Reason::Reply | Reason::ReplyRouted | Reason::Icmp | Reason::Quoted => &[Self::NotOurs],
+            Reason::NotOurs | Reason::Reply | Reason::ReplyRouted | Reason::Icmp | Reason::Quoted | Reason::Echo => {
+                &[Self::NotOurs]
+            }
             Reason::OtherHost => &[Self::OtherHost],
             // Of packets to a server, and of its replies.
             Reason::TooBig | Reason::Expired | Reason::Untold => &[Self::Ours, Self::NotOurs],

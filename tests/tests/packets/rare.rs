@@ -326,6 +326,15 @@ fn errors_that_are_none() -> Vec<Case> {
         let frame = icmp(3, 4, VIP, &whole[..length]);
         cases.push(Case::new(format!("error cut to {} bytes", length + 4), why, Setup::plain()).bytes(frame, fate));
     }
+    let echo = |to| icmp(8, 0, to, &[0, 1, 0, 1, b'?', b'!']);
+    cases.extend([
+        Case::new("echo to a VIP", "the host answers", Setup::plain()).bytes(echo(VIP), host),
+        Case::new("echo to a silent VIP", "as configured", Setup::plain().silent())
+            .bytes(echo(VIP), Fate::Drop(Reason::Echo)),
+        Case::new("echo to another address", "the host's own", Setup::plain().silent()).bytes(echo(OWN_ADDRESS), host),
+        Case::new("echo reply to a silent VIP", "the host's own", Setup::plain().silent())
+            .bytes(icmp(0, 0, VIP, &[0; 4]), host),
+    ]);
     for kind in [0, 4, 5, 8, 9, 10, 13, 14, 30, 255] {
         cases.push(Case::new(format!("ICMP type {kind}"), why, Setup::plain()).bytes(icmp(kind, 0, VIP, &whole), host));
     }
