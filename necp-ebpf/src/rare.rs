@@ -127,7 +127,11 @@ pub fn with_ports<D: Device, T: Tables>(device: &D, tables: &T) -> Ending {
         Err(ending) => return ending,
     };
     if let Err(reason) = ports(&device.frame().skip(l3), &mut head) {
-        return if reason == Reason::Icmp { leave(device, tables, &head, reason) } else { Ending::new(reason, Out::Pass) };
+        return if reason == Reason::Icmp {
+            leave(device, tables, &head, reason)
+        } else {
+            Ending::new(reason, Out::Pass)
+        };
     }
     let decision = steer(&head.packet, tables);
     if decision.reason == Reason::NotOurs {

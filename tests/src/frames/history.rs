@@ -99,7 +99,15 @@ impl Bench {
     /// Without memory.
     pub fn host() -> Result<Self> {
         let host = HostPath::new(SLOTS as usize, FLOW_BUCKETS as usize);
-        Ok(Self { host, kernel: None, room: Room::new()?, out: Vec::new(), parts: Parts::default(), tally: Tally::default(), told: 0 })
+        Ok(Self {
+            host,
+            kernel: None,
+            room: Room::new()?,
+            out: Vec::new(),
+            parts: Parts::default(),
+            tally: Tally::default(),
+            told: 0,
+        })
     }
 
     /// With the kernel program, on tables of its own.

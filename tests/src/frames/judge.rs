@@ -221,12 +221,7 @@ pub struct Deed<'a> {
 ///
 /// # Errors
 /// The relation that does not hold.
-pub fn judge(
-    frame: &[u8],
-    deed: Deed<'_>,
-    tables: View<'_>,
-    parts: &mut Parts,
-) -> Result<Option<Difference>, String> {
+pub fn judge(frame: &[u8], deed: Deed<'_>, tables: View<'_>, parts: &mut Parts) -> Result<Option<Difference>, String> {
     let (class, difference) = class(frame);
     if !Class::of(deed.reason).contains(&class) {
         return Err(format!("counted as {:?}, but to etherparse it is {class:?}", deed.reason));
@@ -378,7 +373,11 @@ mod tests {
         let mut host = tables(0);
         let server = host.view().server(2).unwrap();
         host.view().set_server(2, &Server { flags: ALIVE, ..server });
-        assert!(judge(&frame, deed, host.view(), &mut Parts::default()).unwrap_err().contains("no server that can be reached"));
+        assert!(
+            judge(&frame, deed, host.view(), &mut Parts::default())
+                .unwrap_err()
+                .contains("no server that can be reached")
+        );
         assert!(wrong(Verdict::Tx, Reason::Expired, &out).contains("hops"));
         assert!(wrong(Verdict::Pass, Reason::ReplyRouted, &frame).contains("to etherparse it is Ours"));
     }

@@ -199,8 +199,10 @@ impl Stack {
     /// Echo, or an error that quotes a packet or its first eight bytes.
     fn icmp(&mut self, random: &mut SmallRng, depth: u32) {
         let start = self.bytes.len();
-        let (kind, code) =
-            pick(random, &[(8, 0), (0, 0), (3, 1), (3, 3), (3, 4), (3, 4), (11, 0), (11, 0), (5, 1), (12, 0), (135, 0)]);
+        let (kind, code) = pick(
+            random,
+            &[(8, 0), (0, 0), (3, 1), (3, 3), (3, 4), (3, 4), (11, 0), (11, 0), (5, 1), (12, 0), (135, 0)],
+        );
         self.bytes.extend([kind, code, 0, 0, 0, 1]);
         self.word(pick(random, &[0, 1280, 1500]));
         if !matches!(kind, 3 | 11 | 5 | 12) || depth > 1 {

@@ -169,7 +169,8 @@ fn changed(before: &[u8], after: &[u8], address: Option<Address>, hops: u8) -> R
     if wanted != after {
         return Err("changed in what should stay".into());
     }
-    let with_addresses = |bytes: &[u8]| fold(sum(&bytes[SOURCE.start..DESTINATION.end]) + sum(&bytes[transport.clone()]));
+    let with_addresses =
+        |bytes: &[u8]| fold(sum(&bytes[SOURCE.start..DESTINATION.end]) + sum(&bytes[transport.clone()]));
     let unsummed = sums.get(1).is_some_and(|place| before[9] == ip_number::UDP.0 && before[place.clone()] == [0, 0]);
     if place.is_some() && !unsummed && with_addresses(before) != with_addresses(after) {
         return Err("the transport's checksum does not follow the address".into());
