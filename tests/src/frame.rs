@@ -74,6 +74,41 @@ impl Flow {
     }
 }
 
+/// ICMP "fragmentation needed" (RFC 1191 §4) of a router: no more than `mtu` bytes get on from there. `quoted` is the head of
+/// the datagram that was too long.
+pub fn needs_fragmentation(to_mac: [u8; 6], router: Ipv4Addr, mtu: u16, quoted: &[u8]) -> Vec<u8> {
+    let mut icmp = vec![3, 4, 0, 0, 0, 0];
+    icmp.extend(mtu.to_be_bytes());
+    icmp.extend(quoted);
+    let sum = checksum(&icmp);
+    icmp[2..4].copy_from_slice(&sum.to_be_bytes());
+    // It goes to whoever sent what it quotes (RFC 791 §3.1: bytes 12 to 15).
+    let sender = quoted.get(12..16).map_or(Ipv4Addr::UNSPECIFIED, |a| Ipv4Addr::new(a[0], a[1], a[2], a[3]));
+    let outer = ipv4_header(ip_number::ICMP.0, 20 + icmp.len() as u16, router, sender);
+    [&to_mac[..], &[2, 0, 0, 0, 0, 0x77], &[0x08, 0x00], &outer, &icmp].concat()
+}
+
+/// An IPv4 header without options of a datagram that must not be fragmented; `length` is that of the whole.
+pub fn ipv4_header(protocol: u8, length: u16, source: Ipv4Addr, destination: Ipv4Addr) -> Vec<u8> {
+    let mut header = vec![0x45, 0];
+    header.extend(length.to_be_bytes());
+    header.extend([0, 0, 0x40, 0, 64, protocol, 0, 0]);
+    header.extend(source.octets());
+    header.extend(destination.octets());
+    let sum = checksum(&header);
+    header[10..12].copy_from_slice(&sum.to_be_bytes());
+    header
+}
+
+/// The Internet checksum (RFC 1071) of an even number of bytes.
+fn checksum(bytes: &[u8]) -> u16 {
+    let mut sum: u32 = bytes.chunks(2).map(|pair| u32::from(pair[0]) << 8 | u32::from(pair[1])).sum();
+    while sum > 0xffff {
+        sum = (sum & 0xffff) + (sum >> 16);
+    }
+    !(sum as u16)
+}
+
 /// A TCP or UDP packet over IPv4 that was read off a link.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Seen {

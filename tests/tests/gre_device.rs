@@ -1,9 +1,12 @@
 //! GRE ends at the device that a server's own kernel makes (draft §5.6.1): the agent has no `--decap`.
 
+use std::net::UdpSocket;
+
 use anyhow::{Context as _, Result, ensure};
 use necp_tests::{
-    conversation::{all_answer, there_and_back},
-    line::{Line, TALK_AT_VIP, none_moved, one_farm},
+    conversation::{PATIENCE, all_answer, fresh_source, there_and_back},
+    line::{ECHO_AT_VIP, Line, TALK_AT_VIP, none_moved, one_farm},
+    netns::Namespace,
     topology::{Topology, VIP},
 };
 use serde_json::Value;
@@ -28,6 +31,11 @@ fn the_kernels_own_device_takes_what_comes_in_gre() -> Result<()> {
     none_moved("the kernel's GRE device", &mut echo)?;
     ensure!(talk.iter().all(|one| one.server() == "s1"), "somebody else answers");
 
+    // Each part is fragmented again on its way, so the server's kernel has to put them together twice.
+    for length in [1460, 4000, 20_000] {
+        echo_whole(line.bed().client(), length)?;
+    }
+
     assert_eq!(path_mtu(&line)?, "none");
     there_and_back(line.bed().client(), TALK_AT_VIP)?;
     assert_eq!(path_mtu(&line)?, "1476", "1500 less 24 (RFC 2784)");
@@ -36,6 +44,19 @@ fn the_kernels_own_device_takes_what_comes_in_gre() -> Result<()> {
     let taken = received(&line)?;
     println!("gre1 took {taken} datagrams");
     ensure!(taken > 700, "the device took only {taken} datagrams");
+    Ok(())
+}
+
+/// A datagram of this length, to the echo server and back.
+fn echo_whole(client: &Namespace, length: usize) -> Result<()> {
+    let question: Vec<u8> = (0..length as u32).map(|n| (n.wrapping_mul(0x9e37_79b1) >> 24) as u8).collect();
+    let socket = client.run(|| UdpSocket::bind(fresh_source()))?;
+    socket.connect(ECHO_AT_VIP)?;
+    socket.set_read_timeout(Some(PATIENCE))?;
+    socket.send(&question)?;
+    let mut answer = vec![0; length + 100];
+    let got = socket.recv(&mut answer).with_context(|| format!("no answer to {length} bytes"))?;
+    ensure!(answer[..got] == [b"s1 ", &question[..]].concat(), "what came back of {length} bytes is not what was sent");
     Ok(())
 }
 

@@ -8,7 +8,7 @@ use std::{
 use anyhow::{Context as _, Result, ensure};
 use necp_tests::{
     conversation::{Conversation, all_answer, fresh_source, there_and_back},
-    frame::{Flow, flags},
+    frame::{self, Flow, flags},
     line::{Line, TALK, TALK_AT_VIP, none_moved, one_farm},
     link,
     load::Client,
@@ -136,8 +136,10 @@ fn a_tunnel_is_narrower_and_the_client_is_told() -> Result<()> {
     // A router on the way to the server says that 1400 bytes are the most there (RFC 1191 §4).
     let switch = line.bed().switch();
     let router = RawSocket::open(switch, "ne0")?;
-    let error = needs_fragmentation(link::mac(line.bed().ne(), "eth0")?, server_address(0), 1400);
-    router.send(&error)?;
+    let mut quoted = frame::ipv4_header(47, 1500, NE, server_address(0));
+    quoted.extend([0, 0, 0x08, 0, 0x45, 0, 0x05, 0xc4]);
+    let ne_mac = link::mac(line.bed().ne(), "eth0")?;
+    router.send(&frame::needs_fragmentation(ne_mac, Ipv4Addr::new(10, 0, 0, 254), 1400, &quoted))?;
     let learned = |line: &Line| -> Result<bool> {
         let output = line.bed().ne().command("ip").args(["route", "get", &server_address(0).to_string()]).output()?;
         Ok(String::from_utf8_lossy(&output.stdout).contains("mtu 1400"))
@@ -146,39 +148,6 @@ fn a_tunnel_is_narrower_and_the_client_is_told() -> Result<()> {
     wait_until("the client has learned of it", SOON, || {
         there_and_back(line.bed().client(), TALK_AT_VIP).is_ok() && path_mtu(&line).is_ok_and(|mtu| mtu == "1376")
     })
-}
-
-/// ICMP "fragmentation needed", quoting the head of a datagram in GRE to this server.
-fn needs_fragmentation(to_mac: [u8; 6], server: Ipv4Addr, mtu: u16) -> Vec<u8> {
-    let router = Ipv4Addr::new(10, 0, 0, 254);
-    let quoted = header(47, 1500, NE, server);
-    let mut icmp = vec![3, 4, 0, 0, 0, 0];
-    icmp.extend(mtu.to_be_bytes());
-    icmp.extend(quoted);
-    icmp.extend([0, 0, 0x08, 0, 0x45, 0, 0x05, 0xc4]);
-    let sum = checksum(&icmp);
-    icmp[2..4].copy_from_slice(&sum.to_be_bytes());
-    let outer = header(1, 20 + icmp.len() as u16, router, NE);
-    [&to_mac[..], &[2, 0, 0, 0, 0, 0x77], &[0x08, 0x00], &outer, &icmp].concat()
-}
-
-fn header(protocol: u8, length: u16, source: Ipv4Addr, destination: Ipv4Addr) -> Vec<u8> {
-    let mut header = vec![0x45, 0];
-    header.extend(length.to_be_bytes());
-    header.extend([0, 0, 0x40, 0, 64, protocol, 0, 0]);
-    header.extend(source.octets());
-    header.extend(destination.octets());
-    let sum = checksum(&header);
-    header[10..12].copy_from_slice(&sum.to_be_bytes());
-    header
-}
-
-fn checksum(bytes: &[u8]) -> u16 {
-    let mut sum: u32 = bytes.chunks(2).map(|pair| u32::from(pair[0]) << 8 | u32::from(pair[1])).sum();
-    while sum > 0xffff {
-        sum = (sum & 0xffff) + (sum >> 16);
-    }
-    !(sum as u16)
 }
 
 #[test]

@@ -1,0 +1,122 @@
+//! Fragments and ICMP errors end to end, with all three forwarding types. (Tags: the packets described in `packets`; this
+//! kernel has no VLAN interfaces.)
+
+use std::{
+    io::ErrorKind,
+    net::{Ipv4Addr, SocketAddrV4, UdpSocket},
+    time::Duration,
+};
+
+use anyhow::{Context as _, Result, ensure};
+use necp_tests::{
+    conversation::{all_answer, fresh_source},
+    frame,
+    line::{ECHO_AT_VIP, Line, TALK_AT_VIP, one_farm},
+    link,
+    netns::{Namespace, wait_until},
+    raw::RawSocket,
+    topology::{NE, Topology, VIP, server_address},
+};
+
+const SOON: Duration = Duration::from_secs(10);
+/// A service that nobody listens on.
+const DEAF: u16 = 9;
+
+/// One server that is given its packets so; by layer 3 it answers by way of the network element.
+fn one_server(forwarding: &str) -> Result<Line> {
+    let bed = Topology::builder().servers(1).vip_on_servers(forwarding != "l3").build()?;
+    bed.ne().sysctl(&[("net/ipv4/ip_forward", "1")])?;
+    if forwarding == "l3" {
+        bed.server(0).ns().ip_batch(&format!("route replace 198.18.0.0/16 via {NE}\n"))?;
+    }
+    let config = one_farm(1.0)
+        .replace("[\"l2\"]", &format!("[\"{forwarding}\"]"))
+        .replace("\"udp/53\"", "\"udp/53\", \"udp/9\"");
+    let mut line = Line::start(bed, &config)?;
+    let offers = ["tcp/7", "udp/53", "udp/9"].map(|service| format!("{service}={forwarding}"));
+    let decap: &[&str] = if forwarding == "gre" { &["--decap"] } else { &[] };
+    line.start_agent(0, &offers.each_ref().map(String::as_str), decap)?;
+    line.wait_until_serving(0)?;
+    Ok(line)
+}
+
+fn ask(client: &Namespace, length: usize) -> Result<()> {
+    let question: Vec<u8> = (0..length as u32).map(|n| (n.wrapping_mul(0x9e37_79b1) >> 24) as u8).collect();
+    let socket = client.run(|| UdpSocket::bind(fresh_source()))?;
+    socket.connect(ECHO_AT_VIP)?;
+    socket.set_read_timeout(Some(SOON))?;
+    socket.send(&question)?;
+    let mut answer = vec![0; length + 100];
+    let got = socket.recv(&mut answer).with_context(|| format!("no answer to {length} bytes"))?;
+    let expected = [b"s1 ", &question[..]].concat();
+    ensure!(answer[..got] == expected, "{got} bytes came back for {length}, not as they were sent");
+    Ok(())
+}
+
+#[test]
+fn datagrams_in_parts_are_answered_whole() -> Result<()> {
+    for forwarding in ["l2", "gre", "l3"] {
+        let line = one_server(forwarding)?;
+        // A tunnel is narrower; what is fragmented outside, `--decap` cannot put together.
+        let route = format!("route replace {VIP}/32 dev eth0 mtu 1400\n");
+        line.bed().client().ip_batch(&route)?;
+        for length in [100, 1400, 2000, 4000, 9000, 30_000] {
+            ask(line.bed().client(), length).with_context(|| forwarding.to_owned())?;
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn a_router_tells_the_server_what_it_cannot_send() -> Result<()> {
+    for forwarding in ["l2", "gre", "l3"] {
+        let line = one_server(forwarding)?;
+        let at_client = RawSocket::open(line.bed().client(), "eth0")?;
+        let mut talk = line.talk(1)?;
+        let client = talk[0].local();
+        // What the server has sent last says what it would send next.
+        let mut next = None;
+        while let Some(bytes) = at_client.receive(Duration::from_millis(300), |bytes| {
+            frame::parse(bytes).is_some_and(|seen| seen.flow.source == TALK_AT_VIP && seen.flow.destination == client)
+        })? {
+            let tcp = &bytes[34..];
+            let sequence = u32::from_be_bytes([tcp[4], tcp[5], tcp[6], tcp[7]]);
+            let total = u32::from(u16::from_be_bytes([bytes[16], bytes[17]]));
+            let payload = total - 20 - u32::from(tcp[12] >> 4) * 4;
+            let syn = u32::from(tcp[13] & 0x02 != 0);
+            next = Some(sequence.wrapping_add(payload + syn));
+        }
+        let next = next.context("nothing of the server's was seen")?;
+        let mut quoted = frame::ipv4_header(6, 1500, VIP, *client.ip());
+        quoted.extend([TALK_AT_VIP.port().to_be_bytes(), client.port().to_be_bytes()].concat());
+        quoted.extend(next.to_be_bytes());
+        let ne_mac = link::mac(line.bed().ne(), "eth0")?;
+        let error = frame::needs_fragmentation(ne_mac, Ipv4Addr::new(198, 18, 255, 1), 1200, &quoted);
+        RawSocket::open(line.bed().switch(), "ne0")?.send(&error)?;
+        let learned = || -> Result<bool> {
+            let mut command = line.bed().server(0).ns().command("ip");
+            let source = if forwarding == "l3" { server_address(0) } else { VIP };
+            let output =
+                command.args(["route", "get", &client.ip().to_string(), "from", &source.to_string()]).output()?;
+            Ok(String::from_utf8_lossy(&output.stdout).contains("mtu 1200"))
+        };
+        wait_until(&format!("the server has learned of it ({forwarding})"), SOON, || learned().unwrap_or(false))?;
+        all_answer("afterwards", &mut talk)?;
+    }
+    Ok(())
+}
+
+#[test]
+fn a_client_hears_that_nobody_listens() -> Result<()> {
+    for forwarding in ["l2", "gre", "l3"] {
+        let line = one_server(forwarding)?;
+        let socket = line.bed().client().run(|| UdpSocket::bind(fresh_source()))?;
+        socket.connect(SocketAddrV4::new(VIP, DEAF))?;
+        socket.set_read_timeout(Some(SOON))?;
+        socket.send(b"anybody?")?;
+        // Only an error that quotes the VIP, from which the client expects an answer, comes out of this socket.
+        let heard = socket.recv(&mut [0; 16]).map_err(|error| error.kind());
+        assert_eq!(heard, Err(ErrorKind::ConnectionRefused), "{forwarding}");
+    }
+    Ok(())
+}
