@@ -298,7 +298,10 @@ mod tests {
         frames::scene::{self, Scene, server_mac},
         host_path::HostPath,
     };
-    use necp_ebpf::abi::{ACCEPTS, ALIVE, FORWARDING_SHIFT, GRE, LAYER_3, REACHABLE, Server};
+    use necp_ebpf::{
+        abi::{ACCEPTS, ALIVE, ExceptionMasks, FORWARDING_SHIFT, GRE, LAYER_2, LAYER_3, REACHABLE, Server},
+        slot::SlotWord,
+    };
     use rand::{SeedableRng as _, rngs::SmallRng};
     use std::net::SocketAddrV4;
 
@@ -380,6 +383,91 @@ mod tests {
         );
         assert!(wrong(Verdict::Tx, Reason::Expired, &out).contains("hops"));
         assert!(wrong(Verdict::Pass, Reason::ReplyRouted, &frame).contains("to etherparse it is Ours"));
+    }
+
+    /// The host build with all slots owned by server 2, which takes this forwarding type.
+    fn owned(forwarding: u8) -> HostPath {
+        let mut host = tables(0);
+        let [a, b, c, d] = scene::server_address(2);
+        let address = [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, a, b, c, d];
+        let server = host.view().server(2).unwrap();
+        let flags = server.flags | forwarding << FORWARDING_SHIFT;
+        host.view().set_server(2, &Server { flags, forwarding, address, ..server });
+        host.view().set_exception_masks(0, &ExceptionMasks::default());
+        host.view().slots().iter().for_each(|slot| slot.store(SlotWord::plain(2).0));
+        host
+    }
+
+    /// A router's error about what was sent from one end to the other.
+    fn error_about(flow: &Flow, router: [u8; 4]) -> Vec<u8> {
+        let quoted = &flow.tcp(flags::ACK, 1, 1, b"even")[14..];
+        crate::frame::needs_fragmentation(OWN_MAC, router.into(), 1280, quoted)
+    }
+
+    #[test]
+    fn every_byte_that_should_have_stayed_is_noticed() {
+        let to_server = Flow { destination: SocketAddrV4::new(scene::server_address(2).into(), 8080), ..flow(8080) };
+        let mut first = flow(53).udp(b"hello, this is a part");
+        (first[20], first[21]) = (0x20, 0);
+        crate::frames::stack::mend_header(&mut first, 14);
+        let frames = [
+            (flow(8080).tcp(flags::SYN, 1, 0, b""), Reason::New),
+            (flow(53).udp(b"hello"), Reason::New),
+            (first, Reason::Record),
+            (error_about(&flow(8080).reversed(), [198, 51, 100, 9]), Reason::Quoted),
+            (to_server.reversed().tcp(flags::ACK, 1, 1, b"hello"), Reason::ReplyRouted),
+            (error_about(&to_server, scene::server_address(2)), Reason::ReplyRouted),
+            (error_about(&to_server, [198, 51, 100, 9]), Reason::ReplyRouted),
+        ];
+        for forwarding in [LAYER_2, LAYER_3] {
+            let mut host = owned(forwarding);
+            for (frame, reason) in
+                frames.iter().filter(|(_, reason)| forwarding == LAYER_3 || *reason != Reason::ReplyRouted)
+            {
+                let mut frame = frame.clone();
+                frame[..6].copy_from_slice(&OWN_MAC);
+                let out = host.run(&frame);
+                assert_eq!(out.reason, *reason, "forwarding type {forwarding}");
+                let mut says = |bytes: &[u8]| {
+                    let deed = Deed { verdict: out.verdict, reason: out.reason, frame: bytes };
+                    judge(&frame, deed, host.view(), &mut Parts::default())
+                };
+                says(&out.frame).unwrap();
+                for place in 0..out.frame.len() {
+                    let mut wrong = out.frame.clone();
+                    wrong[place] ^= 0x10;
+                    assert!(says(&wrong).is_err(), "{reason:?}, forwarding type {forwarding}, byte {place}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn parts_and_errors_that_go_elsewhere_are_noticed() {
+        let mut host = owned(LAYER_2);
+        let mut parts = Parts::default();
+        let mut says = |frame: &[u8], verdict, reason, out: &[u8]| {
+            judge(frame, Deed { verdict, reason, frame: out }, host.view(), &mut parts)
+        };
+        let mut first = flow(443).udp(&[7; 64]);
+        (first[20], first[21]) = (0x20, 0);
+        let mut last = first.clone();
+        (last[20], last[21]) = (0, 9);
+        // Nobody has seen the first.
+        says(&last, Verdict::Drop, Reason::StrayPart, &last).unwrap();
+        assert!(says(&last, Verdict::Pass, Reason::Fragment, &last).is_err());
+        assert!(says(&last, Verdict::Tx, Reason::Part, &sent(&last)).is_err());
+        says(&first, Verdict::Tx, Reason::Plain, &sent(&first)).unwrap();
+        says(&last, Verdict::Tx, Reason::Part, &sent(&last)).unwrap();
+        assert!(says(&last, Verdict::Drop, Reason::StrayPart, &last).is_err());
+        assert!(says(&last, Verdict::Pass, Reason::Fragment, &last).is_err());
+        // An error about a flow of a service whose slots all have servers.
+        let error = error_about(&flow(80).reversed(), [198, 51, 100, 9]);
+        says(&error, Verdict::Tx, Reason::Quoted, &sent(&error)).unwrap();
+        assert!(says(&error, Verdict::Pass, Reason::Icmp, &error).unwrap_err().contains("nobody gets an error"));
+        let other = error_about(&flow(82).reversed(), [198, 51, 100, 9]);
+        says(&other, Verdict::Pass, Reason::Icmp, &other).unwrap();
+        assert!(says(&other, Verdict::Tx, Reason::Quoted, &sent(&other)).is_err());
     }
 
     #[test]
