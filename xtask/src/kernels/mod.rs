@@ -62,7 +62,9 @@ impl Outcome {
     fn read_line(&mut self, line: &str) {
         self.group.read_line(line);
         // After `test NAME ... ` on the same line, if the test has a thread to itself.
-        if let Some((_, what)) = line.split_once(VERIFIED) {
+        if let Some((_, what)) = line.split_once(VERIFIED)
+            && !self.verified.iter().any(|known| known == what)
+        {
             self.verified.push(what.into());
         }
         match line.strip_prefix(guest::MARK).map(|rest| rest.split_once(' ').unwrap_or((rest, ""))) {
