@@ -1,4 +1,6 @@
 //! GRE ends at the device that a server's own kernel makes (draft §5.6.1): the agent has no `--decap`.
+//!
+//! For a kernel that makes such devices: `cargo xtask test --kernels` boots some.
 
 use std::net::UdpSocket;
 
@@ -12,7 +14,6 @@ use necp_tests::{
 use serde_json::Value;
 
 #[test]
-#[ignore = "needs a kernel that makes GRE devices; `cargo xtask test --kernels` boots some"]
 fn the_kernels_own_device_takes_what_comes_in_gre() -> Result<()> {
     let bed = Topology::builder().servers(1).build()?;
     bed.ne().sysctl(&[("net/ipv4/ip_forward", "1")])?;
