@@ -38,7 +38,7 @@ pub(super) struct Sent<'a> {
 
 impl Sent<'_> {
     /// A packet that is sent to a server: which.
-    pub(super) fn to_server(&self) -> Result<u32, String> {
+    pub(super) fn to_server(self) -> Result<u32, String> {
         let (to, from) = macs(self.deed.frame)?;
         let (id, server) = server_with(to, self.tables)?;
         let (port, source) = if self.deed.verdict == Verdict::Tx { (0, OWN_MAC) } else { (1, OTHER_MAC) };
@@ -57,7 +57,7 @@ impl Sent<'_> {
     }
 
     /// A packet that is ready for a server but for its length: the kernel counts its own hop of one by layer 3.
-    pub(super) fn to_be_fragmented(&self) -> Result<u32, String> {
+    pub(super) fn to_be_fragmented(self) -> Result<u32, String> {
         let (to, from) = macs(self.deed.frame)?;
         let (id, server) = server_with(from, self.tables)?;
         if to != OWN_MAC {
