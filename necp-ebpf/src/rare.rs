@@ -10,7 +10,7 @@
 use network_types::ip::Ipv4Hdr;
 
 use crate::{
-    abi::{GRE, LAYER_3, NO_ECHO},
+    abi::{GRE, LAYER_3, NO_ECHO, NONE},
     device::{Device, Ending, Out},
     frame::Frame,
     packet::{Packet, protocol},
@@ -74,6 +74,8 @@ const STEERED: [u8; 3] = [3, 11, 12];
 /// ICMP type of an echo request.
 const ECHO: u8 = 8;
 const ICMP_LEN: usize = 8;
+/// What must be quoted of a datagram's payload: its ports. RFC 792 promises eight bytes.
+const QUOTED: usize = 4;
 
 /// Handles a frame that the fast path knows nothing of; `None`: it has ports, and [`with_ports`] is to handle it.
 ///
@@ -127,19 +129,32 @@ pub fn with_ports<D: Device, T: Tables>(device: &D, tables: &T) -> Ending {
         Err(ending) => return ending,
     };
     if let Err(reason) = ports(&device.frame().skip(l3), &mut head) {
-        return Ending::new(reason, Out::Pass);
+        return if reason == Reason::Icmp {
+            leave(device, tables, &head, reason)
+        } else {
+            Ending::new(reason, Out::Pass)
+        };
     }
     let decision = steer(&head.packet, tables);
     if decision.reason == Reason::NotOurs {
         let Some(sent) = routed::reply(device, tables, &head.packet, l3) else {
             let whole = matches!(head.part, Part::Whole);
-            return Ending::new(if whole { Reason::NotOurs } else { Reason::Fragment }, Out::Pass);
+            return leave(device, tables, &head, if whole { Reason::NotOurs } else { Reason::Fragment });
         };
         remember(device, &head, sent.server, sent.vip);
         return sent.ending;
     }
     remember(device, &head, decision.server, 0);
     send(device, tables, l3, &decision)
+}
+
+/// To this host's own stack, which wants the other parts too: at a VIP they would be strays.
+#[inline(always)]
+fn leave<D: Device, T: Tables>(device: &D, tables: &T, head: &Datagram, reason: Reason) -> Ending {
+    if matches!(head.part, Part::First) && is_vip(head.packet.destination, tables) {
+        remember(device, head, NONE, 0);
+    }
+    Ending::new(reason, Out::Pass)
 }
 
 #[inline(always)]
@@ -255,8 +270,12 @@ fn quoted(packet: &Frame, head: &Datagram) -> Option<Packet> {
     let inner = icmp.skip(ICMP_LEN);
     let ip: &Ipv4Hdr = inner.header(0)?;
     let header = ((ip.vihl & 0xf) << 2) as usize;
-    // A later fragment's eight bytes are no ports.
-    if ip.vihl >> 4 != 4 || header < Ipv4Hdr::LEN || u16::from_be_bytes(ip.frags) & 0x1fff != 0 {
+    // Behind the error there may be padding. A later fragment's eight bytes are no ports.
+    if ip.vihl >> 4 != 4
+        || header < Ipv4Hdr::LEN
+        || (head.total as usize) < head.header + ICMP_LEN + header + QUOTED
+        || u16::from_be_bytes(ip.frags) & 0x1fff != 0
+    {
         return None;
     }
     let mut quoted = Packet {

@@ -15,7 +15,7 @@ use aya::{
     programs::{TestRunOptions, Xdp},
 };
 use necp_ebpf::{
-    abi::{Allowance, ICMP_BURST, Layout, Port, exception_buckets, exception_records, names},
+    abi::{Allowance, ICMP_BURST, Layout, Port, Stage, exception_buckets, exception_records, names},
     host::View,
     verdict::{REASONS, Reason},
 };
@@ -121,6 +121,18 @@ impl Kernel {
     /// If the object lacks it.
     pub fn program(&self) -> Result<&Xdp> {
         Ok(self.program.program(names::PROGRAM).context("no program `necp` in the object")?.try_into()?)
+    }
+
+    /// The programs that a frame may pass, and how many instructions of each the verifier followed.
+    ///
+    /// # Errors
+    /// If the kernel does not tell (before 5.16).
+    pub fn verified(&self) -> Result<Vec<(&'static str, u32)>> {
+        let count = |name: &'static str| {
+            let program: &Xdp = self.program.program(name).context("a program that was loaded")?.try_into()?;
+            Ok((name, program.info()?.verified_instruction_count().context("not told by this kernel")?))
+        };
+        [names::PROGRAM].into_iter().chain(Stage::ALL.map(Stage::program)).map(count).collect()
     }
 
     /// From now on as many ICMP errors may be sent as at the beginning.
