@@ -95,7 +95,7 @@ pub fn handle<D: Device, T: Tables>(device: &D, tables: &T) -> Option<Ending> {
 
 /// Where the datagram is, and its header; or how the frame ends without one.
 #[inline(always)]
-fn head<D: Device>(device: &D) -> Result<(usize, Datagram), Ending> {
+pub(crate) fn head<D: Device>(device: &D) -> Result<(usize, Datagram), Ending> {
     let pass = |reason| Ending::new(reason, Out::Pass);
     let (l3, frame) = (device.datagram_at(), device.frame());
     if l3 == 0 {
@@ -151,14 +151,14 @@ pub fn with_ports<D: Device, T: Tables>(device: &D, tables: &T) -> Ending {
 /// To this host's own stack, which wants the other parts too: at a VIP they would be strays.
 #[inline(always)]
 fn leave<D: Device, T: Tables>(device: &D, tables: &T, head: &Datagram, reason: Reason) -> Ending {
-    if matches!(head.part, Part::First) && is_vip(head.packet.destination, tables) {
+    if matches!(head.part, Part::First) && find_vip(head.packet.destination, tables).is_some() {
         remember(device, head, NONE, 0);
     }
     Ending::new(reason, Out::Pass)
 }
 
 #[inline(always)]
-fn remember<D: Device>(device: &D, head: &Datagram, server: u32, vip: u32) {
+pub(crate) fn remember<D: Device>(device: &D, head: &Datagram, server: u32, vip: u32) {
     if matches!(head.part, Part::First) {
         device.remember(&FragmentKey::of(head), FragmentPlace { at: 0, server, vip });
     }
@@ -192,7 +192,7 @@ fn stray<T: Tables>(tables: &T, head: &Datagram) -> Ending {
 
 /// Sends it as its server wants it.
 #[inline(always)]
-fn send<D: Device, T: Tables>(device: &D, tables: &T, l3: usize, decision: &Decision) -> Ending {
+pub(crate) fn send<D: Device, T: Tables>(device: &D, tables: &T, l3: usize, decision: &Decision) -> Ending {
     match decision.action() {
         Action::Transmit => {}
         Action::Drop => return Ending::drop(decision.reason),
@@ -262,7 +262,7 @@ fn to_server<D: Device, T: Tables>(device: &D, tables: &T, l3: usize, total: u16
 
 /// The packet that an ICMP error quotes, as far as its flow goes.
 #[inline(always)]
-fn quoted(packet: &Frame, head: &Datagram) -> Option<Packet> {
+pub(crate) fn quoted(packet: &Frame, head: &Datagram) -> Option<Packet> {
     let icmp = packet.skip(head.header);
     if !STEERED.contains(&icmp.read::<u8>(0)?) {
         return None;

@@ -10,7 +10,8 @@ use necp_ebpf::{
     abi::{GRE, ICMP_BURST, LAYER_3, MAX_SERVERS, ServerStats},
     device::{Device, Ending, Out, Routed, Way},
     frame::Frame,
-    host::{Owned, View},
+    host::{Crossing, Owned, View},
+    intercept,
     packet::Packet,
     parse::{L2_LEN, datagram, parse, ports},
     path::decide,
@@ -69,6 +70,11 @@ impl HostPath {
         self.tables.view()
     }
 
+    /// Fills the sets of addresses that count when a packet crosses this host.
+    pub fn set_crossings(&mut self, crossings: Vec<Crossing>) {
+        self.tables.set_crossings(crossings);
+    }
+
     /// What this server id got so far.
     pub fn stats(&self, server: u32) -> ServerStats {
         self.world.stats.borrow().get(&server).copied().unwrap_or_default()
@@ -116,6 +122,7 @@ impl HostPath {
             _ => None,
         };
         let ending = reply.map_or(ending, |sent| sent.ending);
+        let ending = if intercept::is_open(ending) { intercept::handle(&device, &view) } else { ending };
         if decision.action() == Action::Transmit && matches!(ending.out(), Out::Port(_) | Out::Pass) {
             device.count(decision.server, length, decision.begins);
         }

@@ -6,6 +6,7 @@ mod exceptions;
 mod frames;
 mod fuzz;
 mod headers;
+mod intercept;
 mod rare;
 mod routed;
 mod services;
@@ -24,10 +25,18 @@ use setup::Setup;
 const VERIFIED_INSTRUCTIONS: u32 = 500_000;
 
 fn all_cases() -> Vec<Case> {
-    [headers::cases(), tracking::cases(), services::cases(), exceptions::cases(), routed::cases(), rare::cases()]
-        .into_iter()
-        .flatten()
-        .collect()
+    [
+        headers::cases(),
+        tracking::cases(),
+        services::cases(),
+        exceptions::cases(),
+        routed::cases(),
+        rare::cases(),
+        intercept::cases(),
+    ]
+    .into_iter()
+    .flatten()
+    .collect()
 }
 
 #[test]
