@@ -157,8 +157,10 @@ pub struct Service {
 /// In [`Service::state`]: one of the VIPs whose servers' replies from this port may pass here (layer 3). `address` is its number
 /// among those of the port, from 0 on in the host's order; `slots_base` is the VIP, as it stands in a header; the rest is 0.
 pub const REPLY: u8 = 2;
-/// In [`Service::state`]: `address` is a VIP, whatever the protocol and port, which are 0 like the rest.
+/// In [`Service::state`]: `address` is a VIP, whatever the protocol and port, which are 0 like the rest but for `flags`.
 pub const VIP: u8 = 3;
+/// In the flags of a [`VIP`]: ICMP echo to it is dropped.
+pub const NO_ECHO: u16 = 1;
 /// In [`Service::state`]: a service of a farm that intercepts. `address` is 0; [`AddressSet`] says whose packets it takes.
 pub const INTERCEPT: u8 = 4;
 /// VIPs of one protocol and port whose servers may ask for layer 3: a reply looks at each of them.

@@ -121,11 +121,11 @@ pub(crate) fn whose_at<T: Tables>(service: &Service, flow: &Packet, tables: &T) 
     Some((server, tables.next_hop(server)?))
 }
 
-/// Whether an address is a VIP.
+/// What is noted of an address, if it is a VIP.
 #[inline(always)]
-pub(crate) fn is_vip<T: Tables>(address: u32, tables: &T) -> bool {
+pub(crate) fn find_vip<T: Tables>(address: u32, tables: &T) -> Option<&Service> {
     let key = vip_key(address);
-    tables.service_bucket(service_bucket(key)).is_some_and(|bucket| find_entry(key, bucket).is_some())
+    find_entry(key, tables.service_bucket(service_bucket(key))?)
 }
 
 /// The service that a packet is for.

@@ -137,16 +137,16 @@ impl Kernel {
         Ok(self.program.program(names::PROGRAM).context("no program `necp` in the object")?.try_into()?)
     }
 
-    /// Instructions that the verifier followed, by program: the one of [`Kernel::program`] and those that it hands over to.
+    /// The programs that a frame may pass, and how many instructions of each the verifier followed.
     ///
     /// # Errors
-    /// If the object lacks one, or the kernel does not tell (before 5.16).
-    pub fn verified_instructions(&self) -> Result<Vec<(&'static str, u32)>> {
-        let of = |name| {
-            let program: &Xdp = self.program.program(name).context("no such program in the object")?.try_into()?;
-            Ok((name, program.info()?.verified_instruction_count().context("the kernel does not tell")?))
+    /// If the kernel does not tell (before 5.16).
+    pub fn verified(&self) -> Result<Vec<(&'static str, u32)>> {
+        let count = |name: &'static str| {
+            let program: &Xdp = self.program.program(name).context("a program that was loaded")?.try_into()?;
+            Ok((name, program.info()?.verified_instruction_count().context("not told by this kernel")?))
         };
-        std::iter::once(names::PROGRAM).chain(Stage::ALL.map(Stage::program)).map(of).collect()
+        [names::PROGRAM].into_iter().chain(Stage::ALL.map(Stage::program)).map(count).collect()
     }
 
     /// From now on as many ICMP errors may be sent as at the beginning.

@@ -95,6 +95,8 @@ pub struct FarmConfig {
     pub udp_idle: Duration,
     /// Whether UDP flows are recorded; true by default. If not, every datagram goes where the slot table says.
     pub udp_tracking: bool,
+    /// Whether the host answers ICMP echo to its VIPs; true by default. If not, the packet path drops it.
+    pub echo: bool,
     /// Whether this farm's servers may install exceptions for all of its servers (§5.7); false by default: then those are
     /// in force for the server that installed them.
     pub global_exceptions: bool,

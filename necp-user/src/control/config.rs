@@ -89,6 +89,8 @@ pub struct FarmConfig {
     pub udp_idle: Duration,
     /// Flows of protocols other than TCP are recorded; false: consistent hashing alone places every packet.
     pub udp_tracking: bool,
+    /// ICMP echo to its VIPs is the host's to answer; false: it is dropped.
+    pub echo: bool,
     /// Seed of the flow hash; none: derived from the name.
     pub hash_seed: Option<u64>,
     /// Capacity by server, in thousandths; 1000 for those not named, at most 1,000,000.
@@ -114,6 +116,7 @@ impl FarmConfig {
             tcp_idle: Duration::from_secs(2 * 3600 + 4 * 60),
             udp_idle: Duration::from_secs(180),
             udp_tracking: true,
+            echo: true,
             hash_seed: None,
             capacity: BTreeMap::new(),
             global_exceptions: false,

@@ -241,7 +241,9 @@ impl Layout {
             let (key, layer_3) = (placed.key, config.farms[placed.farm].expects_replies());
             let full = ConfigError::BucketFull { vip, service: key };
             if vips.insert(vip) {
-                let note = abi::Service { address: vip.octets(), state: abi::VIP, ..abi::Service::default() };
+                let silent = config.farms.iter().any(|farm| farm.vips.contains(&vip) && !farm.echo);
+                let flags = if silent { abi::NO_ECHO } else { 0 };
+                let note = abi::Service { address: vip.octets(), state: abi::VIP, flags, ..abi::Service::default() };
                 self.place_note(note, occupied).ok_or(full.clone())?;
             }
             if !layer_3 {

@@ -389,6 +389,7 @@ pub(super) fn cluster_config(config: &NeConfig) -> ClusterConfig {
         tcp_idle: farm.tcp_idle,
         udp_idle: farm.udp_idle,
         udp_tracking: farm.udp_tracking,
+        echo: farm.echo,
         hash_seed: farm.hash_seed,
         capacity: farm.capacity.iter().map(|(server, one)| (*server, (one * 1000.0).round() as u32)).collect(),
         global_exceptions: farm.global_exceptions,

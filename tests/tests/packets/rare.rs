@@ -152,7 +152,11 @@ fn fragments() -> Vec<Case> {
             .frame(first(Flow { destination: [192, 0, 2, 11], ..quic }), Fate::Pass(Reason::Fragment))
             .frame(last(Flow { destination: [192, 0, 2, 11], ..quic }), Fate::Pass(Reason::Fragment)),
         Case::new("parts to a port that is none", "the host's own", Setup::plain())
-            .frame(first(F.on(UDP, 9)), Fate::Pass(Reason::Fragment)),
+            .frame(first(F.on(UDP, 9)), Fate::Pass(Reason::Fragment))
+            .frame(last(F.on(UDP, 9)), Fate::Pass(Reason::Fragment)),
+        Case::new("parts of an echo request", "the host's own", Setup::plain())
+            .frame(first(F.on(ICMP, 0)), Fate::Pass(Reason::Icmp))
+            .frame(last(F.on(ICMP, 0)), Fate::Pass(Reason::Fragment)),
         Case::new("parts to another host", "as whole ones", Setup::plain())
             .frame(first(quic).with(|spec| spec.to_mac = [0xff; 6]), Fate::Pass(Reason::OtherHost))
             .frame(last(quic).with(|spec| spec.to_mac = [0xff; 6]), Fate::Pass(Reason::OtherHost)),
@@ -326,9 +330,24 @@ fn errors_that_are_none() -> Vec<Case> {
         let frame = icmp(3, 4, VIP, &whole[..length]);
         cases.push(Case::new(format!("error cut to {} bytes", length + 4), why, Setup::plain()).bytes(frame, fate));
     }
+    let echo = |to| icmp(8, 0, to, &[0, 1, 0, 1, b'?', b'!']);
+    cases.extend([
+        Case::new("echo to a VIP", "the host answers", Setup::plain()).bytes(echo(VIP), host),
+        Case::new("echo to a silent VIP", "as configured", Setup::plain().silent())
+            .bytes(echo(VIP), Fate::Drop(Reason::Echo)),
+        Case::new("echo to another address", "the host's own", Setup::plain().silent()).bytes(echo(OWN_ADDRESS), host),
+        Case::new("echo reply to a silent VIP", "the host's own", Setup::plain().silent())
+            .bytes(icmp(0, 0, VIP, &[0; 4]), host),
+    ]);
     for kind in [0, 4, 5, 8, 9, 10, 13, 14, 30, 255] {
         cases.push(Case::new(format!("ICMP type {kind}"), why, Setup::plain()).bytes(icmp(kind, 0, VIP, &whole), host));
     }
+    let mut padded = icmp(3, 4, VIP, &whole[..4]);
+    padded.extend(&whole[4..]);
+    cases.push(
+        Case::new("error with a quote in the padding behind it", "no part of the datagram", Setup::plain())
+            .bytes(padded, host),
+    );
     let edited = |edit: fn(&mut Spec)| icmp(3, 4, VIP, &quote(&sent_by_vip(F).with(edit), 8));
     cases.extend([
         Case::new("quotes version 6", why, Setup::plain()).bytes(edited(|spec| spec.version = 6), host),

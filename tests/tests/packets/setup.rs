@@ -7,7 +7,7 @@ use necp_ebpf::{
     abi::{
         ACCEPTS, ALIVE, ALWAYS_TRACKED, AddressSet, DIRECT, EXCEPTION_GLOBAL, EXCEPTION_INSTALLERS, EXCEPTION_LOCAL,
         Exception, ExceptionMask, ExceptionMasks, FLOWS_PER_BUCKET, FORWARDING_SHIFT, GRE, INTERCEPT, LAYER_2, LAYER_3,
-        REACHABLE, REPLY, SERVICES_PER_BUCKET, Server, Service, UDP_CLASS, UNTRACKED, VIP as VIP_STATE,
+        NO_ECHO, REACHABLE, REPLY, SERVICES_PER_BUCKET, Server, Service, UDP_CLASS, UNTRACKED, VIP as VIP_STATE,
     },
     flows::{FlowWord, flow_key},
     hash::{flow_buckets, flow_hash, service_bucket, slot_index},
@@ -203,6 +203,12 @@ impl Setup {
         let farm = 0;
         let new = Exception { source, destination, farm, port, protocol, mask, state, reserved: 0, installers };
         self.exceptions.push(new);
+        self
+    }
+
+    /// ICMP echo to the VIP is dropped.
+    pub fn silent(mut self) -> Self {
+        self.services.iter_mut().filter(|one| one.state == VIP_STATE).for_each(|vip| vip.flags = NO_ECHO);
         self
     }
 

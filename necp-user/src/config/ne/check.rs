@@ -178,6 +178,7 @@ impl Check<'_> {
             tcp_idle: self.seconds(&farm.tcp_idle, "tcp_idle", 7440.0, 1.0..=MAX_TIME),
             udp_idle: self.seconds(&farm.udp_idle, "udp_idle", 180.0, 1.0..=MAX_TIME),
             udp_tracking: farm.udp_tracking.unwrap_or(true),
+            echo: farm.echo.unwrap_or(true),
             global_exceptions: farm.global_exceptions.unwrap_or(false),
             max_exceptions: self.max_exceptions(&farm.max_exceptions, MAX_EXCEPTIONS_OF_ONE),
             hash_seed: self.hash_seed(farm),

@@ -51,6 +51,7 @@ pub(super) struct Farm {
     pub(super) tcp_idle: Option<Number>,
     pub(super) udp_idle: Option<Number>,
     pub(super) udp_tracking: Option<bool>,
+    pub(super) echo: Option<bool>,
     pub(super) global_exceptions: Option<bool>,
     pub(super) max_exceptions: Option<Spanned<i64>>,
     pub(super) hash_seed: Option<Spanned<i64>>,

@@ -64,14 +64,14 @@ fn every_optional_key_is_read() {
         .split_once("[[farm]]")
         .map(|(_, farm)| format!("{top}[[farm]]{farm}"))
         .expect("a farm")
-        + "table_size = 251\norphan_time = 10\ntcp_idle = 60\nudp_idle = 1.5\nudp_tracking = false\n\
+        + "table_size = 251\norphan_time = 10\ntcp_idle = 60\nudp_idle = 1.5\nudp_tracking = false\necho = false\n\
            global_exceptions = true\nmax_exceptions = 1000\nhash_seed = 7\ncapacity = { \"10.0.0.11\" = 2 }\n";
     let config = NeConfig::parse(&text).expect("no mistake in it");
     assert_eq!(config.listen.iter().map(ToString::to_string).collect::<Vec<_>>(), ["10.0.0.1:3262", "10.0.1.1:4000"]);
     assert_eq!((config.mode, config.manage_vips), (Mode::Native, false));
     assert_eq!((config.keepalive.as_millis(), config.grace.as_millis()), (1000, 2500));
     let farm = &config.farms[0];
-    assert_eq!((farm.table_size, farm.hash_seed, farm.udp_tracking), (251, Some(7), false));
+    assert_eq!((farm.table_size, farm.hash_seed, farm.udp_tracking, farm.echo), (251, Some(7), false, false));
     assert_eq!(farm.capacity, BTreeMap::from([(Ipv4Addr::new(10, 0, 0, 11), 2.0)]));
     assert_eq!(farm.udp_idle.as_millis(), 1500);
     assert_eq!((config.max_exceptions, farm.max_exceptions, farm.global_exceptions), (5000, 1000, true));
