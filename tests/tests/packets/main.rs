@@ -2,6 +2,7 @@
 
 mod case;
 mod exceptions;
+mod floods;
 mod frames;
 mod fuzz;
 mod headers;

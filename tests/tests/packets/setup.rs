@@ -232,6 +232,12 @@ impl Setup {
         self
     }
 
+    /// The last entry is this instead.
+    pub fn instead_of_one(mut self, word: FlowWord) -> Self {
+        self.entries.last_mut().expect("an entry").3 = word;
+        self
+    }
+
     /// The two buckets of a flow.
     pub fn buckets(&self, flow: Flow) -> [u32; 2] {
         flow_buckets(flow_hash(&flow.packet(), SEED), FLOW_BUCKETS - 1)
