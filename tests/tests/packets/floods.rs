@@ -204,8 +204,9 @@ fn report(name: &str, siege: &mut Siege) {
     );
 }
 
-/// All but the few that find one another in their reserved entry: 100 flows in 2048 such entries.
-const NEARLY_ALL: u32 = LATER * 9 / 10;
+/// All but those that find another of their own class in their reserved entry: of 2048 such entries, 150 are taken before the
+/// flood, and 100 are asked for.
+const NEARLY_ALL: u32 = LATER * 3 / 4;
 const ENTRIES: usize = BUCKETS * FLOWS_PER_BUCKET;
 
 #[test]
@@ -289,7 +290,9 @@ fn all_floods_at_once_move_nothing_and_leave_what_is_reserved() {
     let all = [WEB_FLOW.syn(0), WEB_FLOW.ack(1), WEB_FLOW.rst(9), WEB_FLOW.fin(9), DNS_FLOW.udp(b"query")];
     siege.flood(&frames(all));
     report("all at once", &mut siege);
-    assert!(siege.later_on_record(6, ALWAYS_FLOW) >= NEARLY_ALL);
+    let always = siege.later_on_record(6, ALWAYS_FLOW);
+    println!("{always} of {LATER} new flows of a service whose flows all are on record");
+    assert!(always >= NEARLY_ALL, "others were turned away");
     siege.later_in_transition();
 }
 

@@ -321,9 +321,6 @@ fn flooded() -> Vec<Case> {
             .leaves(candidate(OWNER, 1000))
             .frame(always.ack(1001), to(OWNER, Reason::Confirmed))
             .leaves(record(OWNER, 1000)),
-        Case::new("UDP and stray ACKs have their quota: one more of each", "no room", both(F))
-            .frame(F.ack(5000), legacy(Reason::Legacy))
-            .frame(F.syn(1000), legacy(Reason::NewUnrecorded)),
         Case::new(
             "SYNs and forged ACKs have filled a service on record: a UDP flow",
             why,
