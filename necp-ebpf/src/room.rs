@@ -14,6 +14,7 @@
 //! rate, UDP flows and lasting ones have an eighth of the table each.
 
 use crate::{
+    abi::FLOWS_PER_BUCKET,
     flows::{CHANGE_SHIFT, FlowBucketWords, FlowWord, State, count, is_in, lowest, opaque, udp_class},
     tables::Tables,
 };
@@ -98,7 +99,8 @@ fn claim(bucket: &FlowBucketWords, index: u32, key: u64, value: FlowWord, new: &
     if mask == 0 {
         return false;
     }
-    let words = &bucket.entries[lowest(mask)];
+    // Any of the candidates: were it always the same entry, the youngest would go first.
+    let words = &bucket.entries[lowest_from(key ^ key >> 32, mask)];
     let old = words.word.load();
     // A free entry that has just become a candidate is left alone: there may be other free ones.
     let takeable = if empty != 0 { is_in(old, State::Empty) } else { is_in(old, State::Candidate) };
@@ -108,6 +110,15 @@ fn claim(bucket: &FlowBucketWords, index: u32, key: u64, value: FlowWord, new: &
     words.key.store(key);
     words.word.store(value.0);
     true
+}
+
+/// Index of the first bit of a mask of four, from this one on (of the index, two bits count).
+#[inline(always)]
+fn lowest_from(start: u64, mask: u64) -> usize {
+    let start = opaque(start) & 3;
+    // Twice the mask, so that it goes round.
+    let turned = (mask | mask << FLOWS_PER_BUCKET) >> start & 0xf;
+    (lowest(turned) + start as usize) % FLOWS_PER_BUCKET
 }
 
 /// `yes` if the condition is 1, `no` if it is 0, without a branch.
@@ -132,7 +143,6 @@ fn at_least(number: u64, least: u64) -> u64 {
 mod tests {
     use super::*;
     use crate::{
-        abi::FLOWS_PER_BUCKET,
         flows::{Found, UDP_CLASS_BIT, insert},
         host::Owned,
     };
@@ -193,17 +203,30 @@ mod tests {
     }
 
     #[test]
+    fn every_entry_is_the_first_of_some_flow() {
+        for mask in 1..16u64 {
+            for start in 0..4u64 {
+                let expected = (start..start + 4).map(|index| index % 4).find(|index| mask >> index & 1 != 0);
+                assert_eq!(Some(lowest_from(start, mask) as u64), expected, "{mask:#06b} from {start}");
+            }
+        }
+    }
+
+    #[test]
     fn a_candidate_among_the_shared_entries_gives_way_and_the_reserved_one_stays() {
         let mut tables = Owned::new(1, 1, 2);
         assert_eq!(add(&mut tables, 0, Class::Change, 1), 3);
         let view = tables.view();
         let candidate = FlowWord(FlowWord::record(2, 0, false).0 - 1).for_change(true);
         assert_eq!(candidate.state(), State::Candidate);
-        view.flows()[0].entries[1].word.store(candidate.0);
+        let entries = &view.flows()[0].entries;
+        let free = entries.iter().position(|entry| entry.read().is_none());
+        let taken = entries.iter().position(|entry| entry.read().is_some()).expect("three are taken");
+        entries[taken].word.store(candidate.0);
         let (key, word) = Class::Change.entry(50);
         assert!(insert(&view, [0, 0], &Found::default(), key, word));
-        assert_eq!(view.flows()[0].entries[1].read(), Some((key, word)));
-        assert_eq!(view.flows()[0].entries[3].read(), None);
+        assert_eq!(entries[taken].read(), Some((key, word)));
+        assert_eq!(entries.iter().position(|entry| entry.read().is_none()), free);
         assert!(!insert(&view, [0, 0], &Found::default(), 51, word), "no candidate is left");
     }
 }

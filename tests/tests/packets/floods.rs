@@ -131,6 +131,17 @@ impl Siege {
         self.none_has_moved();
     }
 
+    /// So many SYNs from random sources, nobody being asked.
+    fn syns(&mut self, count: usize) {
+        let mut frame = WEB_FLOW.syn(0).build();
+        for _ in 0..count {
+            let [a, b, c, d, e, f, ..] = self.random().to_be_bytes();
+            frame[SOURCE..SOURCE + 4].copy_from_slice(&[11 + a % 150, b, c, d]);
+            frame[SOURCE_PORT..SOURCE_PORT + 2].copy_from_slice(&[e | 1, f]);
+            self.forge(&frame);
+        }
+    }
+
     fn none_has_moved(&mut self) {
         for (flow, server) in self.established.clone() {
             let next = if flow.protocol == protocol::UDP { flow.udp(b"more") } else { flow.data(5000) };
@@ -231,6 +242,31 @@ fn a_flood_of_syns_in_transition_costs_candidates_only() {
     assert_eq!(later, LATER, "who answers before the next thousand SYNs is on record");
     assert!(siege.later_on_record(5, DNS_FLOW) >= NEARLY_ALL);
     assert!(siege.later_on_record(6, ALWAYS_FLOW) >= NEARLY_ALL);
+}
+
+/// What `necp-user/docs/floods.md` says of handshakes under a flood of SYNs.
+#[test]
+fn a_candidate_lasts_as_many_syns_as_there_are_shared_entries() {
+    let shared = BUCKETS * SHARED_PER_BUCKET as usize;
+    let mut siege = Siege::new(&Setup::changed_from(LEGACY));
+    siege.flood(&frames([WEB_FLOW.syn(0)]));
+    for (name, syns) in [("a hundredth", shared / 100), ("a tenth", shared / 10), ("a third", shared / 3), ("all", shared)] {
+        let (mut whole, mut begun) = (0, 0);
+        for round in 0..20 {
+            let victims: Vec<Flow> = (0..LATER).map(|number| numbered(WEB_FLOW, 10 + round, number)).collect();
+            let proposed = victims.iter().filter(|flow| siege.send(&flow.syn(1000).build()).1 == Reason::New).count();
+            siege.syns(syns);
+            let confirmed = |flow: &&Flow| siege.send(&flow.ack(1001).build()).1 == Reason::Confirmed;
+            whole += victims.iter().filter(confirmed).count();
+            begun += proposed;
+            // What they left would be in the way of the next ones.
+            Setup::changed_from(LEGACY).install(siege.path.view());
+            siege.syns(2 * ENTRIES);
+        }
+        let (share, expected) = (whole as f64 / begun as f64, (-(syns as f64) / shared as f64).exp());
+        println!("{name} of {shared} entries' worth of SYNs: {share:.3} of {begun} handshakes whole, expected {expected:.3}");
+        assert!((share - expected).abs() < 0.08, "{name}: {share} of the handshakes, expected was {expected}");
+    }
 }
 
 #[test]
