@@ -10,10 +10,11 @@ mod bpf {
     use aya_ebpf::{
         bindings::xdp_action::{XDP_ABORTED, XDP_PASS},
         btf_maps::{Array, ProgramArray},
+        helpers::bpf_xdp_adjust_head,
         macros::{btf_map, xdp},
         programs::XdpContext,
     };
-    use necp_ebpf::frame::Frame;
+    use necp_ebpf::{frame::Frame, rewrite::gre::OVERHEAD};
 
     /// Words of a frame's template: an Ethernet frame of 64 bytes, whose source address and port come from the flow's number.
     const WORDS: usize = 16;
@@ -37,6 +38,12 @@ mod bpf {
     #[xdp(frags)]
     #[inline(always)]
     fn wrapper(ctx: XdpContext) -> u32 {
+        // What the last run put in front of the frame.
+        let more = (ctx.data_end() - ctx.data()) as i32 - (4 * WORDS) as i32;
+        // SAFETY: the context is valid; the frame is looked at afterwards.
+        if more != 0 && unsafe { bpf_xdp_adjust_head(ctx.ctx, more) } != 0 {
+            return XDP_ABORTED;
+        }
         // SAFETY: the kernel's own bounds of the frame.
         let frame = unsafe { Frame::new(ctx.data(), ctx.data_end()) };
         if write(&frame).is_none() {
@@ -65,10 +72,19 @@ mod bpf {
     }
 
     /// The floor.
-    #[xdp]
+    #[xdp(frags)]
     #[inline(always)]
     fn nothing(_: XdpContext) -> u32 {
         XDP_PASS
+    }
+
+    /// The floor of what grows: one call to grow by GRE's overhead, and with the next packet one to shrink again.
+    #[xdp(frags)]
+    #[inline(always)]
+    fn grow(ctx: XdpContext) -> u32 {
+        // SAFETY: the context is valid, and the frame is not looked at any more.
+        let grown = unsafe { bpf_xdp_adjust_head(ctx.ctx, -(OVERHEAD as i32)) };
+        if grown == 0 { XDP_PASS } else { XDP_ABORTED }
     }
 
     #[panic_handler]

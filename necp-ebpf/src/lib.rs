@@ -16,8 +16,12 @@
 //!
 //! 1. [`parse`]: bytes → [`Packet`](packet::Packet), or the [`Reason`](verdict::Reason) why it is passed on.
 //! 2. [`steer`]: a packet → a [`Decision`](steer::Decision); knows no map, asks [`Tables`](tables::Tables).
-//! 3. [`rewrite`]: edits the frame for the server's forwarding type.
+//! 3. [`rewrite`]: edits the frame for the server's forwarding type. GRE and layer 3 are [`routed`]: they need room in front of
+//!    the frame, a way, and [`icmp`] errors for what does not fit; layer-3 replies are among them.
 //! 4. [`verdict`]: every packet ends in exactly one reason, one action, one counter.
+//!
+//! What comes seldom (tags, fragments, ICMP errors, several buffers) goes to programs of their own, [`rare`]. What all of
+//! them ask of the interface is a [`device`], the kernel's or a test's. [`decap`] is the server's end of GRE, another program.
 //!
 //! The kernel program ([`abi::names::PROGRAM`]) is this crate's binary; `bpf/` has its maps and its entry point. [`host`] has the same
 //! tables as memory: of the kernel's own maps, or of a test.

@@ -95,10 +95,11 @@ pub fn whose<T: Tables>(packet: &Packet, tables: &T) -> Option<(u32, NextHop)> {
         let (record, candidate) = (at.if_alive(found.record.value), at.if_alive(found.candidate.value));
         if record != FlowWord::EMPTY {
             server = record.server();
-        } else if candidate != FlowWord::EMPTY {
-            server = candidate.server();
         } else if at.living(at.word.legacy()) {
             server = at.word.legacy();
+        } else if candidate != FlowWord::EMPTY && tracking == ALWAYS_TRACKED {
+            // Elsewhere a flow without a record may be the owner's, and anybody's SYN may have made the candidate.
+            server = candidate.server();
         }
     }
     if server <= DIRECT {

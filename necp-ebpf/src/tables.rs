@@ -81,7 +81,7 @@ pub trait Tables {
     }
 }
 
-/// Of a [`Server`](crate::abi::Server)'s record; addresses as they stand in a header, read as native integers.
+/// Of a [`Server`]'s record; addresses as they stand in a header, read as native integers.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct FarEnd {
     /// The server's own address.
@@ -100,7 +100,7 @@ impl FarEnd {
     }
 }
 
-/// The first word of a [`Server`](crate::abi::Server), read at once: MAC address, flags, port.
+/// The first word of a [`Server`], read at once: MAC address, flags, port.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct NextHop(pub u64);
 

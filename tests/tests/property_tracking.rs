@@ -19,14 +19,23 @@ use necp_tests::oracle::{
 use proptest::test_runner::{Config, RngSeed, TestCaseError, TestError, TestRunner};
 
 /// Tables of these sizes have room for both entries of every flow of the oracle's clients.
-const AMPLE: [Size; 3] = [
-    Size { slots: 3, buckets: AMPLE_BUCKETS },
-    Size { slots: 5, buckets: AMPLE_BUCKETS },
-    Size { slots: 11, buckets: AMPLE_BUCKETS },
-];
+const AMPLE: [Size; 3] = [ample(3), ample(5), ample(11)];
 /// These have not.
-const TINY: [Size; 3] = [Size { slots: 3, buckets: 1 }, Size { slots: 5, buckets: 2 }, Size { slots: 11, buckets: 8 }];
+const TINY: [Size; 3] = [tiny(3, 1), tiny(5, 2), tiny(11, 8)];
 const LENGTH: usize = 100;
+
+const fn ample(slots: u32) -> Size {
+    tiny(slots, AMPLE_BUCKETS)
+}
+
+const fn tiny(slots: u32, buckets: usize) -> Size {
+    Size { slots, buckets, layer_3: false }
+}
+
+/// The same sizes, in a farm that allows layer 3.
+const fn with_layer_3([a, b, c]: [Size; 3]) -> [Size; 3] {
+    [Size { layer_3: true, ..a }, Size { layer_3: true, ..b }, Size { layer_3: true, ..c }]
+}
 
 fn number(variable: &str, default: u64) -> u64 {
     env::var(variable).map_or(default, |text| {
@@ -128,4 +137,22 @@ fn a_recorded_flow_stays_even_if_the_flow_table_is_full() {
     for reason in [Reason::NewUnrecorded, Reason::Legacy] {
         assert!(played.reasons[reason as usize] > 0, "the flow table was never full");
     }
+}
+
+#[test]
+fn no_flow_moves_where_every_flow_is_on_record() {
+    let played = run(Promise::Every, &with_layer_3(AMPLE), number("NECP_TRACKING_CASES", 100_000) / 4);
+    assert_eq!(played.moved, 0);
+    for reason in [Reason::NewUnrecorded, Reason::Legacy, Reason::BadTables, Reason::NotOurs, Reason::Plain] {
+        assert_eq!(played.reasons[reason as usize], 0, "{reason:?}: the test's own tables are at fault");
+    }
+    for reason in [Reason::Record, Reason::New, Reason::Repeated, Reason::Confirmed, Reason::Direct] {
+        assert!(played.reasons[reason as usize] > 0, "no packet was ever {reason:?}: the histories are too tame");
+    }
+}
+
+#[test]
+fn a_recorded_flow_stays_where_every_flow_should_be_on_record_and_cannot() {
+    let played = run(Promise::Recorded, &with_layer_3(TINY), number("NECP_TRACKING_CASES", 100_000) / 8);
+    assert!(played.reasons[Reason::NewUnrecorded as usize] > 0, "the flow table was never full");
 }

@@ -15,7 +15,7 @@ use necp_tests::{
     link,
     netns::{Namespace, wait_until},
     raw::RawSocket,
-    topology::{NE, Topology, VIP, server_address},
+    topology::{NE, Topology, VIP, client_address, server_address},
 };
 
 const SOON: Duration = Duration::from_secs(10);
@@ -118,5 +118,48 @@ fn a_client_hears_that_nobody_listens() -> Result<()> {
         let heard = socket.recv(&mut [0; 16]).map_err(|error| error.kind());
         assert_eq!(heard, Err(ErrorKind::ConnectionRefused), "{forwarding}");
     }
+    Ok(())
+}
+
+#[test]
+fn other_protocols_are_told_apart_by_their_addresses() -> Result<()> {
+    /// SCTP (RFC 9260), of which nothing is read.
+    const SCTP: u8 = 132;
+    let bed = Topology::builder().servers(2).build()?;
+    let config = one_farm(1.0).replace("\"udp/53\"", "\"udp/53\", \"132\"");
+    let mut line = Line::start(bed, &config)?;
+    for index in 0..2 {
+        line.start_agent(index, &["tcp/7=l2", "132=l2"], &[])?;
+        line.wait_until_serving(index)?;
+    }
+    let bed = line.bed();
+    let at_servers = [0, 1].map(|index| RawSocket::open(bed.server(index).ns(), "eth0"));
+    let client = RawSocket::open(bed.client(), "eth0")?;
+    let (from, to) = (link::mac(bed.client(), "eth0")?, link::mac(bed.ne(), "eth0")?);
+    let mut got = [0, 0];
+    for number in 0..40 {
+        let source = client_address(number);
+        let header = frame::ipv4_header(SCTP, 36, source, VIP);
+        // The ports differ from packet to packet, and mean nothing.
+        let mut at = Vec::new();
+        for first in [1u8, 2, 3] {
+            let bytes =
+                [&to[..], &from, &[0x08, 0x00], &header, &[first, number as u8, 0, 0, 0, 0, 0, 0], &[0; 8]].concat();
+            client.send(&bytes)?;
+            let ours =
+                |bytes: &[u8]| bytes.get(23) == Some(&SCTP) && bytes[26..30] == source.octets() && bytes[34] == first;
+            for (index, socket) in at_servers.iter().enumerate() {
+                let socket = socket.as_ref().map_err(|error| anyhow::anyhow!("{error:#}"))?;
+                if socket.receive(Duration::from_millis(if index == 0 { 50 } else { 500 }), ours)?.is_some() {
+                    at.push(index);
+                    break;
+                }
+            }
+        }
+        ensure!(at.len() == 3 && at.iter().all(|index| *index == at[0]), "packets of {source} went to {at:?}");
+        got[at[0]] += 1;
+    }
+    // That one of two gets none of 40 has odds below 1 to 10^11.
+    ensure!(got[0] > 0 && got[1] > 0, "{got:?}");
     Ok(())
 }

@@ -12,8 +12,8 @@ use clap::Parser;
 use etherparse::PacketBuilder;
 use necp_ebpf::{
     abi::{
-        ACCEPTS, ALIVE, EXCEPTION_GLOBAL, Exception, ExceptionMask, ExceptionMasks, REACHABLE, Server, Service,
-        UDP_CLASS, exception_records,
+        ACCEPTS, ALIVE, ALWAYS_TRACKED, EXCEPTION_GLOBAL, Exception, ExceptionMask, ExceptionMasks, FORWARDING_SHIFT,
+        GRE, LAYER_2, LAYER_3, REACHABLE, Server, Service, UDP_CLASS, exception_records,
     },
     bench_flow,
     hash::service_bucket,
@@ -56,7 +56,11 @@ const RECORDED: u32 = 3;
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Case {
     Plain,
+    /// The same, to a server that wants GRE.
+    Gre,
     Record,
+    /// The same in a farm that allows layer 3, to a server that wants it.
+    Layer3,
     NotOurs,
     /// With this many exceptions, none of which is for the flow.
     Syn(u32),
@@ -68,9 +72,11 @@ const MASKS: u32 = 16;
 const EXCEPTIONS: u32 = 1_000_000;
 
 impl Case {
-    const ALL: [Self; 7] = [
+    const ALL: [Self; 9] = [
         Self::Plain,
+        Self::Gre,
         Self::Record,
+        Self::Layer3,
         Self::NotOurs,
         Self::Syn(0),
         Self::Syn(10 * MASKS),
@@ -81,7 +87,9 @@ impl Case {
     fn name(self) -> &'static str {
         match self {
             Self::Plain => "plain slot, established TCP",
+            Self::Gre => "the same, GRE",
             Self::Record => "tracked slot, record hit",
+            Self::Layer3 => "layer 3, record hit",
             Self::NotOurs => "not ours, passed on",
             Self::Syn(0) => "plain slot, new flow (SYN)",
             Self::Syn(EXCEPTIONS) => "SYN, 1,000,000 exceptions",
@@ -95,6 +103,8 @@ impl Case {
         match self {
             Self::Plain => [Some(18), Some(26), Some(26)],
             Self::Record => [Some(28), Some(130), Some(240)],
+            Self::Gre => [Some(36); 3],
+            Self::Layer3 => [Some(45), None, None],
             Self::NotOurs => [Some(12); 3],
             Self::Syn(_) | Self::Udp => [None; 3],
         }
@@ -102,15 +112,16 @@ impl Case {
 
     fn expected(self) -> Reason {
         match self {
-            Self::Plain | Self::Syn(_) => Reason::Plain,
-            Self::Record | Self::Udp => Reason::Record,
+            Self::Plain | Self::Gre | Self::Syn(_) => Reason::Plain,
+            Self::Record | Self::Layer3 | Self::Udp => Reason::Record,
             Self::NotOurs => Reason::NotOurs,
         }
     }
 
     fn service(self) -> Option<Service> {
         let protocol = if self == Self::Udp { 17 } else { 6 };
-        let flags = if self == Self::Udp { necp_ebpf::abi::ALWAYS_TRACKED } else { 0 };
+        let always = matches!(self, Self::Udp | Self::Layer3);
+        let flags = if always { ALWAYS_TRACKED } else { 0 };
         let id = if self == Self::Udp { 1 | UDP_CLASS } else { 1 };
         let service = Service {
             address: VIP,
@@ -197,12 +208,14 @@ fn measure(kernel: &Kernel, case: Case, flows: u32, args: &Args) -> Result<Cost>
         case.name(),
         args.packets
     );
-    let nothing = wrapper.nothing()?;
+    let nothing = wrapper.program("nothing")?;
+    // Growing is a part of the cost, shrinking again is not: half of what both cost is added to the floor.
+    let other = wrapper.program(if case == Case::Gre { "grow" } else { "nothing" })?;
     let mut net = Vec::new();
     for _ in 0..args.rounds {
         let floor = wrapper.run(&nothing, args.packets, &frame)?;
         let cost = wrapper.run(&target, args.packets, &frame)?;
-        let again = wrapper.run(&nothing, args.packets, &frame)?;
+        let again = wrapper.run(&other, args.packets, &frame)?;
         net.push(cost.as_nanos() as f64 - (floor + again).as_nanos() as f64 / 2.0);
     }
     net.sort_by(f64::total_cmp);
@@ -244,21 +257,28 @@ fn prepare(view: View<'_>, case: Case, flows: u32) -> Result<()> {
     if let Some(service) = case.service() {
         ensure!(view.set_service(service_bucket(packet(0).service_key()), 0, &service), "no such bucket");
     }
-    let flags = ALIVE | ACCEPTS | REACHABLE;
+    let forwarding = match case {
+        Case::Gre => GRE,
+        Case::Layer3 => LAYER_3,
+        _ => LAYER_2,
+    };
+    let flags = ALIVE | ACCEPTS | REACHABLE | forwarding << FORWARDING_SHIFT;
     for id in [OWNER, RECORDED] {
-        view.set_server(id, &Server { mac: [2, 0, 0, 0, 9, id as u8], flags, ..Server::default() });
+        let (mac, address) = ([2, 0, 0, 0, 9, id as u8], [10, 0, 0, id as u8].into());
+        let address = std::net::Ipv4Addr::to_ipv6_mapped(&address).octets();
+        view.set_server(id, &Server { mac, flags, address, source: address, mtu: 1500, ..Server::default() });
     }
     let set = |word: SlotWord| view.slots().iter().take(SLOTS as usize).for_each(|slot| slot.store(word.0));
     set(SlotWord::plain(OWNER));
-    if case == Case::Record {
+    if matches!(case, Case::Record | Case::Layer3) {
         // Flows of a legacy record themselves with their first packet.
         set(SlotWord::plain(OWNER).with_legacy(RECORDED));
     }
-    if matches!(case, Case::Record | Case::Udp) {
+    if matches!(case, Case::Record | Case::Layer3 | Case::Udp) {
         let recorded = (0..flows).filter(|&n| steer(&packet(n), &view).reason != Reason::Legacy).count();
         ensure!(recorded >= most(flows) as usize, "only {recorded} of {flows} flows found room");
     }
-    if case == Case::Record {
+    if matches!(case, Case::Record | Case::Layer3) {
         set(SlotWord(SlotWord::plain(OWNER).0 | TRACKED));
     }
     Ok(())
@@ -315,7 +335,7 @@ impl Wrapper {
         let mut template =
             Array::<_, Template>::try_from(ebpf.map_mut("template").context("no map `template` in the wrapper")?)?;
         template.set(0, Template(words), 0)?;
-        for name in ["wrapper", "nothing"] {
+        for name in ["wrapper", "nothing", "grow"] {
             let program: &mut Xdp = ebpf.program_mut(name).context("a program is missing")?.try_into()?;
             program.load()?;
         }
@@ -323,8 +343,8 @@ impl Wrapper {
         Ok(Self { ebpf, target })
     }
 
-    fn nothing(&self) -> Result<ProgramFd> {
-        let program: &Xdp = self.ebpf.program("nothing").context("a program is missing")?.try_into()?;
+    fn program(&self, name: &str) -> Result<ProgramFd> {
+        let program: &Xdp = self.ebpf.program(name).context("a program is missing")?.try_into()?;
         Ok(program.fd()?.try_clone()?)
     }
 

@@ -69,6 +69,8 @@ impl Se {
 #[derive(Clone, Copy, Debug)]
 struct Flow {
     place: Place,
+    /// Of the server id that it began with: another START may ask for another one.
+    forwarding: u8,
     id: u32,
     seen: Instant,
     limit: Duration,
@@ -135,6 +137,7 @@ impl<'a> Game<'a> {
             Step::Rest { seconds } => self.world.rest(Duration::from_secs(seconds.into())),
             Step::Collect => self.world.collect(),
             Step::Start(server) => self.start(server),
+            Step::Type(server) => self.world.change_type(server),
             Step::Stop(server) => {
                 self.world.stop(server);
                 self.servers[usize::from(server)].started = false;
@@ -172,6 +175,7 @@ impl<'a> Game<'a> {
             Step::Rst(client) => return self.segment(client, tcp::RST, 0),
             Step::Forge(client, what) => return self.forge(client, what),
             Step::Datagram(client) => return self.datagram(client),
+            Step::Error(client) => return self.error(client),
         }
         self.epoch += 1;
         let now = self.world.now;
@@ -304,7 +308,19 @@ impl<'a> Game<'a> {
 
     fn flow(&self, decision: &Decision, limit: Duration) -> Flow {
         let (place, seen, epoch) = (self.world.place(decision), self.world.now, self.epoch);
-        Flow { place, id: decision.server, seen, limit, isn: 0, next: 0, established: false, sure: false, epoch }
+        let forwarding = self.world.forwarding(decision.server);
+        Flow {
+            place,
+            forwarding,
+            id: decision.server,
+            seen,
+            limit,
+            isn: 0,
+            next: 0,
+            established: false,
+            sure: false,
+            epoch,
+        }
     }
 
     fn syn_again(&mut self, client: u8) -> Result<(), String> {
@@ -393,6 +409,23 @@ impl<'a> Game<'a> {
         Ok(())
     }
 
+    /// An ICMP error about an established flow finds its server, and leaves no trace.
+    fn error(&mut self, client: u8) -> Result<(), String> {
+        let Some(flow) = self.live(client).filter(|flow| flow.established && flow.place.is_some()) else {
+            return Ok(());
+        };
+        let packet = segment(client, 0, flow.next, 0);
+        let before = self.world.trace(&packet);
+        let found = self.world.whose(&packet);
+        if self.world.trace(&packet) != before {
+            return Err("an ICMP error left a trace".into());
+        }
+        if found == Some(flow.id) || self.promise == Promise::Recorded && !flow.sure {
+            return Ok(());
+        }
+        Err(format!("an ICMP error about a flow of id {} went to {found:?} ({packet:?}, {before:x?})", flow.id))
+    }
+
     /// The client's flow, unless it has been silent for too long.
     fn live(&mut self, client: u8) -> Option<Flow> {
         let flow = &mut self.flows[usize::from(client)];
@@ -403,7 +436,8 @@ impl<'a> Game<'a> {
 
     fn stayed(&self, flow: &Flow, decision: &Decision) -> Result<(), String> {
         let place = self.world.place(decision);
-        if place == flow.place || self.promise == Promise::Recorded && !flow.sure {
+        let same = place == flow.place && self.world.forwarding(decision.server) == flow.forwarding;
+        if same || self.promise == Promise::Recorded && !flow.sure {
             return Ok(());
         }
         Err(format!("the flow moved from {:?} to {place:?} ({decision:?}; {flow:?})", flow.place))
@@ -414,6 +448,7 @@ impl<'a> Game<'a> {
         let place = self.world.place(decision);
         self.played.moved += u64::from(place != flow.place);
         (flow.place, flow.id) = (place, decision.server);
+        flow.forwarding = self.world.forwarding(decision.server);
     }
 
     /// Initial sequence numbers far apart.

@@ -22,6 +22,8 @@ pub enum Step {
     },
     /// INIT if there is no session, and START: a server is new, or starts again, or comes back.
     Start(u8),
+    /// The next START asks for another forwarding type.
+    Type(u8),
     /// STOP.
     Stop(u8),
     /// A client begins a connection while a STOP is being written: the server's record is, the slots are not yet.
@@ -84,6 +86,8 @@ pub enum Step {
     Forge(u8, Forgery),
     /// The client sends UDP.
     Datagram(u8),
+    /// Somebody sends an ICMP error about a packet to the client.
+    Error(u8),
 }
 
 /// What is forged.
@@ -126,8 +130,10 @@ fn step(number: u32) -> Step {
         140..=144 => Step::Rst(client),
         145..=152 => Step::SynAgain(client),
         153..=167 => Step::Datagram(client),
-        168..=182 => Step::Forge(client, FORGERIES[usize::from(how) % FORGERIES.len()]),
-        183..=207 => Step::Start(server),
+        168..=179 => Step::Forge(client, FORGERIES[usize::from(how) % FORGERIES.len()]),
+        180..=182 => Step::Error(client),
+        183..=203 => Step::Start(server),
+        204..=207 => Step::Type(server),
         208..=214 => Step::Stop(server),
         215..=217 => Step::OpenDuringStop { client: how % CLIENTS, server },
         218..=223 => Step::LoseSession(server),

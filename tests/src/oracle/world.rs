@@ -12,7 +12,7 @@ use necp_ebpf::{
     host::{Owned, View},
     packet::{Packet, protocol},
     slot::SlotWord,
-    steer::{Decision, steer},
+    steer::{Decision, steer, whose},
     tables::Tables,
     verdict::{REASONS, Reason},
 };
@@ -54,6 +54,8 @@ pub struct Size {
     pub slots: u32,
     /// Buckets of the flow table; a power of two.
     pub buckets: usize,
+    /// The farm allows layer 3, so every flow is on record, or a candidate.
+    pub layer_3: bool,
 }
 
 impl Size {
@@ -77,6 +79,8 @@ pub struct World<'a> {
     pub reasons: [u64; REASONS as usize],
     collector: Collector,
     seed: u64,
+    /// What forwarding type each server asks for with its next START.
+    types: [Forwarding; SERVERS as usize],
 }
 
 impl<'a> World<'a> {
@@ -89,6 +93,9 @@ impl<'a> World<'a> {
         farm.servers = vec!["10.0.0.0/24".parse().expect("a prefix")];
         (farm.table_size, farm.orphan_time, farm.tcp_idle, farm.udp_idle) = (size.slots, ORPHAN, TCP_IDLE, UDP_IDLE);
         farm.global_exceptions = true;
+        if size.layer_3 {
+            farm.forwarding.push(Forwarding::Layer3);
+        }
         let config = ClusterConfig {
             farms: vec![farm],
             keepalive: KEEPALIVE,
@@ -102,7 +109,8 @@ impl<'a> World<'a> {
         let seed = config.farms[0].seed();
         let cluster = Cluster::new(config, now).expect("a valid configuration");
         let collector = Collector::new(now);
-        let mut world = Self { view, cluster, now, reasons: [0; REASONS as usize], collector, seed };
+        let types = [Forwarding::Layer2; SERVERS as usize];
+        let mut world = Self { view, cluster, now, reasons: [0; REASONS as usize], collector, seed, types };
         world.sync();
         world
     }
@@ -112,6 +120,24 @@ impl<'a> World<'a> {
         let decision = steer(packet, &self.view);
         self.reasons[decision.reason as usize] += 1;
         decision
+    }
+
+    /// From its next START on, the server asks for another forwarding type than it does now.
+    pub fn change_type(&mut self, server: u8) {
+        let types = &self.cluster.config().farms[0].forwarding;
+        let now = self.types[usize::from(server)];
+        let next = types.iter().position(|one| *one == now).map_or(0, |at| (at + 1) % types.len());
+        self.types[usize::from(server)] = types[next];
+    }
+
+    /// The forwarding type of a server id, as it stands in its record.
+    pub fn forwarding(&self, id: u32) -> u8 {
+        self.view.server(id).map_or(0, |server| server.forwarding)
+    }
+
+    /// Whose flow an ICMP error that quotes this packet is about.
+    pub fn whose(&self, packet: &Packet) -> Option<u32> {
+        whose(packet, &self.view).map(|(server, _)| server)
     }
 
     /// Where a decision sends its packet; none if that is no server.
@@ -165,7 +191,8 @@ impl<'a> World<'a> {
             self.cluster.init(address, true, now).expect("it may join");
         }
         for (protocol, port) in SERVICES {
-            self.cluster.start(address, Forwarding::Layer2, protocol, port, now).expect("it may start");
+            let forwarding = self.types[usize::from(server)];
+            self.cluster.start(address, forwarding, protocol, port, now).expect("it may start");
             self.cluster.health(address, protocol, port, 100, now);
         }
         self.sync();
@@ -257,6 +284,11 @@ impl<'a> World<'a> {
             word.state() != State::Empty && self.is_alive(word.server()) && word.isn() == packet.sequence
         };
         self.entries(packet).into_iter().any(known)
+    }
+
+    /// All that the flow table and the slot say of a flow.
+    pub fn trace(&self, packet: &Packet) -> ([FlowWord; 2], Vec<u64>) {
+        (self.entries(packet), self.view.slots().iter().map(|slot| slot.load()).collect())
     }
 
     fn entries(&self, packet: &Packet) -> [FlowWord; 2] {

@@ -269,8 +269,18 @@ fn errors_to_vips() -> Vec<Case> {
     let with_options = sent_by_vip(F).with(|spec| spec.ip_options = vec![1; 40]);
     cases.extend([
         Case::new("error about a flow on record", why, Setup::tracked().record(F, OTHER, 7)).bytes(error(F), to(OTHER)),
-        Case::new("error about a flow with a candidate", why, Setup::tracked().candidate(F, OTHER, 7))
-            .bytes(error(F), to(OTHER)),
+        Case::new(
+            "error about a flow with a candidate, where flows need no record",
+            why,
+            Setup::tracked().candidate(F, OTHER, 7),
+        )
+        .bytes(error(F), to(OWNER)),
+        Case::new(
+            "error about a flow with a candidate, where all have records",
+            why,
+            Setup::plain().candidate(F.on(TCP, ALWAYS), OTHER, 7),
+        )
+        .bytes(error(F.on(TCP, ALWAYS)), to(OTHER)),
         Case::new("error about a flow from before a change", why, Setup::changed_from(LEGACY))
             .bytes(error(F), to(LEGACY)),
         Case::new("error about a UDP flow on record", why, Setup::plain().record(dns, OTHER, 0))

@@ -12,10 +12,12 @@ use toml::Spanned;
 use super::file::{Farm, File, Hops, Md5Files, Number, Prefix, Vip};
 use super::{FarmConfig, NeConfig, PIN, SOCKET};
 use crate::config::strict::{Mistake, Text, place};
-use crate::necp::service::{TCP, UDP};
+use crate::necp::service::TCP;
 use crate::necp::{Forwarding, PORT, ServiceKey};
 use necp_ebpf::abi::{MAX_PORTS, SERVICE_BUCKETS};
 
+/// IP protocol number of ICMP.
+const ICMP: u8 = 1;
 /// Default of `table_size`.
 const TABLE_SIZE: u32 = 65_537;
 /// As `control` takes them.
@@ -201,8 +203,9 @@ impl Check<'_> {
         self.some(&farm.services, "services", "what its servers may start, such as services = [\"tcp/80\"]");
         for service in farm.services.get_ref() {
             let key = service.get_ref().0;
-            if ![TCP, UDP].contains(&key.protocol()) {
-                self.at(service, format!("protocol {key}: only TCP and UDP are built yet; write tcp/PORT or udp/PORT"));
+            if key.protocol() == ICMP {
+                let message = "protocol 1: ICMP is no service: errors go where the flows are that they are about";
+                self.at(service, message.into());
             }
         }
         self.distinct(&farm.services, |service: &Text<ServiceKey>| service.0, "service")
@@ -211,8 +214,8 @@ impl Check<'_> {
     fn forwarding(&mut self, farm: &Farm, name: &str) -> Vec<Forwarding> {
         self.some(&farm.forwarding, "forwarding", "what its servers may ask for, such as forwarding = [\"l2\"]");
         let asked = self.distinct(&farm.forwarding, |forwarding: &Text<Forwarding>| forwarding.0, "forwarding type");
-        let udp = farm.services.get_ref().iter().any(|service| service.get_ref().0.protocol() == UDP);
-        if asked.contains(&Forwarding::L3) && udp && farm.udp_tracking == Some(false) {
+        let untracked = farm.services.get_ref().iter().any(|service| service.get_ref().0.protocol() != TCP);
+        if asked.contains(&Forwarding::L3) && untracked && farm.udp_tracking == Some(false) {
             let message = "l3 needs flows on record, so that replies find theirs: drop udp_tracking = false, or l3";
             self.at(&farm.forwarding, message.into());
         }

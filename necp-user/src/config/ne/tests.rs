@@ -140,7 +140,10 @@ fn a_farm_is_checked() {
         "6:8: `vips` is empty; write the address that clients connect to, such as vips = [\"192.0.2.10\"]",
     );
     assert!(mistakes("tcp/80", "tpc/80")[0].starts_with("7:13: `tpc/80` is no service; write tcp/PORT or udp/PORT"));
-    only(mistakes("tcp/80", "47"), "7:13: protocol 47: only TCP and UDP are built yet; write tcp/PORT or udp/PORT");
+    only(
+        mistakes("tcp/80", "1"),
+        "7:13: protocol 1: ICMP is no service: errors go where the flows are that they are about",
+    );
     only(mistakes("\"l2\"", "\"l4\""), "8:15: `l4` is no forwarding type; write l2, gre or l3");
     let untracked = with("udp_tracking = false");
     only(untracked, "8:14: l3 needs flows on record, so that replies find theirs: drop udp_tracking = false, or l3");
