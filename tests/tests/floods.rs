@@ -98,7 +98,10 @@ impl Scene {
         Flow {
             source_mac: [2, 0, 0, 0, 0, 0x66],
             destination_mac: self.to_mac,
-            source: SocketAddrV4::new(Ipv4Addr::new(11, 0, b, c | 1), 1024 + (u16::from(a) << 8 | u16::from(d)) % 60_000),
+            source: SocketAddrV4::new(
+                Ipv4Addr::new(11, 0, b, c | 1),
+                1024 + (u16::from(a) << 8 | u16::from(d)) % 60_000,
+            ),
             destination: to,
             ttl: 64,
         }
@@ -181,8 +184,8 @@ fn floods_break_none_of_ten_thousand_connections() -> Result<()> {
     let tcp = |bits: u8, sequence: u32| move |flow: &Flow, _: u32| vec![flow.tcp(bits, sequence, 1, b"")];
     let syns = scene.frames(TALK_AT_VIP, tcp(flags::SYN, 7));
     scene.withstands("SYNs", syns, true)?;
-    let handshakes = scene
-        .frames(TALK_AT_VIP, |flow, n| vec![flow.tcp(flags::SYN, n, 0, b""), flow.tcp(flags::ACK, n + 1, 9, b"")]);
+    let handshakes =
+        scene.frames(TALK_AT_VIP, |flow, n| vec![flow.tcp(flags::SYN, n, 0, b""), flow.tcp(flags::ACK, n + 1, 9, b"")]);
     scene.withstands("SYNs and forged ACKs", handshakes, true)?;
     let strays = scene.frames(TALK_AT_VIP, tcp(flags::ACK, 7));
     scene.withstands("stray ACKs", strays, true)?;

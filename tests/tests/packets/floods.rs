@@ -250,7 +250,9 @@ fn a_candidate_lasts_as_many_syns_as_there_are_shared_entries() {
     let shared = BUCKETS * SHARED_PER_BUCKET as usize;
     let mut siege = Siege::new(&Setup::changed_from(LEGACY));
     siege.flood(&frames([WEB_FLOW.syn(0)]));
-    for (name, syns) in [("a hundredth", shared / 100), ("a tenth", shared / 10), ("a third", shared / 3), ("all", shared)] {
+    for (name, syns) in
+        [("a hundredth", shared / 100), ("a tenth", shared / 10), ("a third", shared / 3), ("all", shared)]
+    {
         let (mut whole, mut begun) = (0, 0);
         for round in 0..20 {
             let victims: Vec<Flow> = (0..LATER).map(|number| numbered(WEB_FLOW, 10 + round, number)).collect();
@@ -264,7 +266,9 @@ fn a_candidate_lasts_as_many_syns_as_there_are_shared_entries() {
             siege.syns(2 * ENTRIES);
         }
         let (share, expected) = (whole as f64 / begun as f64, (-(syns as f64) / shared as f64).exp());
-        println!("{name} of {shared} entries' worth of SYNs: {share:.3} of {begun} handshakes whole, expected {expected:.3}");
+        println!(
+            "{name} of {shared} entries' worth of SYNs: {share:.3} of {begun} handshakes whole, expected {expected:.3}"
+        );
         assert!((share - expected).abs() < 0.08, "{name}: {share} of the handshakes, expected was {expected}");
     }
 }
@@ -335,7 +339,8 @@ fn all_floods_at_once_move_nothing_and_leave_what_is_reserved() {
 #[test]
 fn forged_ends_only_shorten_a_time_that_data_restores() {
     let mut siege = Siege::in_transition();
-    let flows: Vec<Flow> = siege.established.iter().map(|(flow, _)| *flow).filter(|f| f.protocol == protocol::TCP).collect();
+    let flows: Vec<Flow> =
+        siege.established.iter().map(|(flow, _)| *flow).filter(|f| f.protocol == protocol::TCP).collect();
     let closing = |siege: &mut Siege| {
         let view = siege.path.view();
         let words = view.flows().iter().flat_map(|bucket| &bucket.entries).map(|entry| FlowWord(entry.word.load()));
