@@ -40,6 +40,8 @@ pub mod names {
     pub const FRAGMENTS: &str = "fragments";
     /// `ProgramArray`: the programs that an interface's own hands over to, see [`Stage`](super::Stage).
     pub const STAGES: &str = "stages";
+    /// `LpmTrie<[u8; 8], u32>`: addresses that count when a packet crosses this host, see [`AddressSet`](super::AddressSet).
+    pub const CROSSINGS: &str = "crossings";
     /// `PerCpuArray<Allowance>`: one entry, how many ICMP errors may still be sent.
     pub const ALLOWANCE: &str = "allowance";
     /// `Array<Layout>`: one entry, what the other maps were created with.
@@ -56,8 +58,10 @@ pub mod names {
     pub const EXCEPTION_SEED: &str = "EXCEPTION_SEED";
     /// Read-only global: 1 if some service has a [`REPLY`](super::REPLY) entry, else 0 and no packet is asked about it.
     pub const REPLIES: &str = "REPLIES";
+    /// Read-only global: 1 if some farm intercepts what crosses this host, else 0 and no packet is asked about it.
+    pub const INTERCEPTS: &str = "INTERCEPTS";
     /// All maps that outlive the daemon, by name.
-    pub const PINNED: [&str; 16] = [
+    pub const PINNED: [&str; 17] = [
         SERVICES,
         SLOTS,
         SERVERS,
@@ -72,6 +76,7 @@ pub mod names {
         TX_LINKS,
         FRAGMENTS,
         STAGES,
+        CROSSINGS,
         ALLOWANCE,
         LAYOUT,
     ];
@@ -133,7 +138,7 @@ pub struct Service {
     pub port: [u8; 2],
     /// IP protocol.
     pub protocol: u8,
-    /// 0: this entry is free. 1: valid. [`REPLY`]: it says something else, see there.
+    /// 0: this entry is free. 1: valid. [`REPLY`], [`VIP`], [`INTERCEPT`]: see there.
     pub state: u8,
     /// Index of the service's first slot in the map `slots`.
     pub slots_base: u32,
@@ -152,8 +157,12 @@ pub struct Service {
 /// In [`Service::state`]: one of the VIPs whose servers' replies from this port may pass here (layer 3). `address` is its number
 /// among those of the port, from 0 on in the host's order; `slots_base` is the VIP, as it stands in a header; the rest is 0.
 pub const REPLY: u8 = 2;
-/// In [`Service::state`]: `address` is a VIP, whatever the protocol and port, which are 0 like the rest.
+/// In [`Service::state`]: `address` is a VIP, whatever the protocol and port, which are 0 like the rest but for `flags`.
 pub const VIP: u8 = 3;
+/// In the flags of a [`VIP`]: ICMP echo to it is dropped.
+pub const NO_ECHO: u16 = 1;
+/// In [`Service::state`]: a service of a farm that intercepts. `address` is 0; [`AddressSet`] says whose packets it takes.
+pub const INTERCEPT: u8 = 4;
 /// VIPs of one protocol and port whose servers may ask for layer 3: a reply looks at each of them.
 pub const REPLY_VIPS: u32 = 16;
 /// In [`Service::id`]: records of this service count against the quota of flows that show no beginning.
@@ -274,27 +283,54 @@ pub enum Stage {
     Rare,
     /// What of it has ports.
     Ports,
+    /// What is for no VIP, if some farm intercepts.
+    Crossing,
 }
 
 /// Entries of [`names::STAGES`].
-pub const MAX_STAGES: u32 = 2 * MAX_PORTS;
+pub const MAX_STAGES: u32 = 3 * MAX_PORTS;
 
 impl Stage {
     /// All of them.
-    pub const ALL: [Self; 2] = [Self::Rare, Self::Ports];
+    pub const ALL: [Self; 3] = [Self::Rare, Self::Ports, Self::Crossing];
 
     /// The program's name.
     pub const fn program(self) -> &'static str {
         match self {
             Self::Rare => "necp_rare",
             Self::Ports => "necp_ports",
+            Self::Crossing => "necp_crossing",
         }
     }
 
     /// Its place in [`names::STAGES`], for the interface with this index in [`names::PORTS`].
     #[inline(always)]
     pub const fn index(self, port: u32) -> u32 {
-        port * 2 + self as u32
+        port * Self::ALL.len() as u32 + self as u32
+    }
+}
+
+/// A set of addresses that [`names::CROSSINGS`] holds as prefixes: the first four bytes of its keys. The address follows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct AddressSet(pub [u8; 4]);
+
+/// Prefixes of all sets together.
+pub const MAX_CROSSINGS: u32 = 16_384;
+
+impl AddressSet {
+    /// This host's own: what is for it is never intercepted.
+    pub const OWN: Self = Self([1, 0, 0, 0]);
+
+    /// Destinations that this farm intercepts.
+    #[inline(always)]
+    pub const fn intercepted(farm: u32) -> Self {
+        Self([2, 0, (farm >> 8) as u8, farm as u8])
+    }
+
+    /// Sources that it does not: who may be one of its servers.
+    #[inline(always)]
+    pub const fn servers(farm: u32) -> Self {
+        Self([3, 0, (farm >> 8) as u8, farm as u8])
     }
 }
 

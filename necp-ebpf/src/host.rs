@@ -7,7 +7,7 @@ pub use exceptions::NotWritten;
 use core::{marker::PhantomData, ptr::NonNull};
 
 use crate::{
-    abi::{Server, ServiceBucket},
+    abi::{AddressSet, Server, ServiceBucket},
     exceptions::{ExceptionBucketWords, ExceptionMasksWords, ExceptionWords},
     flows::FlowBucketWords,
     tables::{FarEnd, NextHop, Tables},
@@ -22,8 +22,12 @@ pub struct View<'a> {
     servers: NonNull<[Server]>,
     flows: &'a [FlowBucketWords],
     exceptions: ExceptionTables<'a>,
+    crossings: &'a [Crossing],
     memory: PhantomData<&'a ()>,
 }
+
+/// A prefix of a set of addresses: the set, network and mask as they stand in a header.
+pub type Crossing = (AddressSet, u32, u32);
 
 /// The tables of exceptions.
 #[derive(Clone, Copy)]
@@ -55,7 +59,12 @@ impl<'a> View<'a> {
         exceptions: ExceptionTables<'a>,
     ) -> Self {
         debug_assert!(flows.len().is_power_of_two() && exceptions.index.len().is_power_of_two());
-        Self { services, slots, servers, flows, exceptions, memory: PhantomData }
+        Self { services, slots, servers, flows, exceptions, crossings: &[], memory: PhantomData }
+    }
+
+    /// The same tables with these sets of addresses; without, all are empty.
+    pub fn with_crossings(self, crossings: &'a [Crossing]) -> Self {
+        Self { crossings, ..self }
     }
 
     /// All slots.
@@ -187,6 +196,10 @@ impl Tables for View<'_> {
     fn far_end(&self, server: u32) -> Option<FarEnd> {
         self.server(server).map(|server| FarEnd::of(&server))
     }
+
+    fn is_in(&self, set: AddressSet, address: u32) -> bool {
+        self.crossings.iter().any(|&(of, network, mask)| of == set && address & mask == network)
+    }
 }
 
 /// Tables of a process's own.
@@ -198,6 +211,7 @@ pub struct Owned {
     exception_masks: alloc::vec::Vec<ExceptionMasksWords>,
     exception_index: alloc::vec::Vec<ExceptionBucketWords>,
     exceptions: alloc::vec::Vec<ExceptionWords>,
+    crossings: alloc::vec::Vec<Crossing>,
 }
 
 /// Farms of tables of a process's own that may have exceptions.
@@ -218,6 +232,7 @@ impl Owned {
             exception_masks: exceptions::no_masks(FARMS),
             exception_index: exceptions::no_index(EXCEPTIONS),
             exceptions: exceptions::no_records(EXCEPTIONS),
+            crossings: alloc::vec::Vec::new(),
         }
     }
 
@@ -225,6 +240,11 @@ impl Owned {
     pub fn with_exceptions(self, records: u32) -> Self {
         let exception_index = exceptions::no_index(records);
         Self { exception_index, exceptions: exceptions::no_records(records), ..self }
+    }
+
+    /// Fills the sets of addresses.
+    pub fn set_crossings(&mut self, crossings: alloc::vec::Vec<Crossing>) {
+        self.crossings = crossings;
     }
 
     /// The tables, to be read and written.
@@ -238,6 +258,7 @@ impl Owned {
             seed: 0x0ddb_a11c_0ffe_e000,
         };
         // SAFETY: both are borrowed exclusively for as long as the view lives.
-        unsafe { View::new(services, &self.slots, servers, &self.flows, exceptions) }
+        let view = unsafe { View::new(services, &self.slots, servers, &self.flows, exceptions) };
+        view.with_crossings(&self.crossings)
     }
 }

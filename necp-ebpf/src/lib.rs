@@ -42,6 +42,7 @@ pub mod hash;
 #[cfg(not(target_arch = "bpf"))]
 pub mod host;
 pub mod icmp;
+pub mod intercept;
 pub mod packet;
 pub mod parse;
 pub mod path;

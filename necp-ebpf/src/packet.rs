@@ -1,6 +1,6 @@
 //! What the rest of the path needs to know of a packet.
 
-use crate::abi::{REPLY, VIP};
+use crate::abi::{INTERCEPT, REPLY, VIP};
 
 /// TCP flag bits, as in byte 13 of the TCP header (RFC 9293 §3.1).
 pub mod tcp {
@@ -68,6 +68,12 @@ impl Packet {
     #[inline(always)]
     pub const fn service_key(&self) -> u64 {
         entry_key(self.destination, self.destination_port, self.protocol, 1)
+    }
+
+    /// The first eight bytes of the entry of the service that may intercept this packet.
+    #[inline(always)]
+    pub const fn intercept_key(&self) -> u64 {
+        entry_key(0, self.destination_port, self.protocol, INTERCEPT)
     }
 
     /// The first eight bytes of the entry of the VIP with this number that this packet may be a reply from.

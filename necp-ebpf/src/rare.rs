@@ -10,7 +10,7 @@
 use network_types::ip::Ipv4Hdr;
 
 use crate::{
-    abi::{GRE, LAYER_3},
+    abi::{GRE, LAYER_3, NO_ECHO, NONE},
     device::{Device, Ending, Out},
     frame::Frame,
     packet::{Packet, protocol},
@@ -20,7 +20,7 @@ use crate::{
         l3::{End, translate_error},
     },
     routed::{self, Reply},
-    steer::{Decision, is_vip, steer, whose},
+    steer::{Decision, find_vip, steer, whose},
     tables::Tables,
     verdict::{Action, Reason},
 };
@@ -71,7 +71,11 @@ const TAG_LEN: usize = 4;
 /// ICMP types that say something to the sender of what they quote: unreachable, time exceeded, parameter problem. A redirect is
 /// for the host itself, and nobody heeds a source quench (RFC 6633).
 const STEERED: [u8; 3] = [3, 11, 12];
+/// ICMP type of an echo request.
+const ECHO: u8 = 8;
 const ICMP_LEN: usize = 8;
+/// What must be quoted of a datagram's payload: its ports. RFC 792 promises eight bytes.
+const QUOTED: usize = 4;
 
 /// Handles a frame that the fast path knows nothing of; `None`: it has ports, and [`with_ports`] is to handle it.
 ///
@@ -91,7 +95,7 @@ pub fn handle<D: Device, T: Tables>(device: &D, tables: &T) -> Option<Ending> {
 
 /// Where the datagram is, and its header; or how the frame ends without one.
 #[inline(always)]
-fn head<D: Device>(device: &D) -> Result<(usize, Datagram), Ending> {
+pub(crate) fn head<D: Device>(device: &D) -> Result<(usize, Datagram), Ending> {
     let pass = |reason| Ending::new(reason, Out::Pass);
     let (l3, frame) = (device.datagram_at(), device.frame());
     if l3 == 0 {
@@ -125,13 +129,17 @@ pub fn with_ports<D: Device, T: Tables>(device: &D, tables: &T) -> Ending {
         Err(ending) => return ending,
     };
     if let Err(reason) = ports(&device.frame().skip(l3), &mut head) {
-        return Ending::new(reason, Out::Pass);
+        return if reason == Reason::Icmp {
+            leave(device, tables, &head, reason)
+        } else {
+            Ending::new(reason, Out::Pass)
+        };
     }
     let decision = steer(&head.packet, tables);
     if decision.reason == Reason::NotOurs {
         let Some(sent) = routed::reply(device, tables, &head.packet, l3) else {
             let whole = matches!(head.part, Part::Whole);
-            return Ending::new(if whole { Reason::NotOurs } else { Reason::Fragment }, Out::Pass);
+            return leave(device, tables, &head, if whole { Reason::NotOurs } else { Reason::Fragment });
         };
         remember(device, &head, sent.server, sent.vip);
         return sent.ending;
@@ -140,8 +148,17 @@ pub fn with_ports<D: Device, T: Tables>(device: &D, tables: &T) -> Ending {
     send(device, tables, l3, &decision)
 }
 
+/// To this host's own stack, which wants the other parts too: at a VIP they would be strays.
 #[inline(always)]
-fn remember<D: Device>(device: &D, head: &Datagram, server: u32, vip: u32) {
+fn leave<D: Device, T: Tables>(device: &D, tables: &T, head: &Datagram, reason: Reason) -> Ending {
+    if matches!(head.part, Part::First) && find_vip(head.packet.destination, tables).is_some() {
+        remember(device, head, NONE, 0);
+    }
+    Ending::new(reason, Out::Pass)
+}
+
+#[inline(always)]
+pub(crate) fn remember<D: Device>(device: &D, head: &Datagram, server: u32, vip: u32) {
     if matches!(head.part, Part::First) {
         device.remember(&FragmentKey::of(head), FragmentPlace { at: 0, server, vip });
     }
@@ -166,7 +183,7 @@ fn later_part<D: Device, T: Tables>(device: &D, tables: &T, l3: usize, head: &Da
 /// A part whose first one is not known: to a VIP it is of no use to anybody.
 #[inline(always)]
 fn stray<T: Tables>(tables: &T, head: &Datagram) -> Ending {
-    if is_vip(head.packet.destination, tables) {
+    if find_vip(head.packet.destination, tables).is_some() {
         Ending::drop(Reason::StrayPart)
     } else {
         Ending::new(Reason::Fragment, Out::Pass)
@@ -175,7 +192,7 @@ fn stray<T: Tables>(tables: &T, head: &Datagram) -> Ending {
 
 /// Sends it as its server wants it.
 #[inline(always)]
-fn send<D: Device, T: Tables>(device: &D, tables: &T, l3: usize, decision: &Decision) -> Ending {
+pub(crate) fn send<D: Device, T: Tables>(device: &D, tables: &T, l3: usize, decision: &Decision) -> Ending {
     match decision.action() {
         Action::Transmit => {}
         Action::Drop => return Ending::drop(decision.reason),
@@ -209,6 +226,10 @@ fn bridge<D: Device>(device: &D, decision: &Decision) -> Ending {
 fn icmp_error<D: Device, T: Tables>(device: &D, tables: &T, l3: usize, head: &Datagram) -> Ending {
     let other = Ending::new(Reason::Icmp, Out::Pass);
     let packet = device.frame().skip(l3);
+    if packet.skip(head.header).read::<u8>(0) == Some(ECHO) {
+        let vip = find_vip(head.packet.destination, tables);
+        return if vip.is_some_and(|vip| vip.flags & NO_ECHO != 0) { Ending::drop(Reason::Echo) } else { other };
+    }
     let Some(quoted) = quoted(&packet, head) else { return other };
     // To a VIP: what it quotes was sent as the VIP, so the flow is the other way round.
     if quoted.source == head.packet.destination
@@ -241,7 +262,7 @@ fn to_server<D: Device, T: Tables>(device: &D, tables: &T, l3: usize, total: u16
 
 /// The packet that an ICMP error quotes, as far as its flow goes.
 #[inline(always)]
-fn quoted(packet: &Frame, head: &Datagram) -> Option<Packet> {
+pub(crate) fn quoted(packet: &Frame, head: &Datagram) -> Option<Packet> {
     let icmp = packet.skip(head.header);
     if !STEERED.contains(&icmp.read::<u8>(0)?) {
         return None;
@@ -249,8 +270,12 @@ fn quoted(packet: &Frame, head: &Datagram) -> Option<Packet> {
     let inner = icmp.skip(ICMP_LEN);
     let ip: &Ipv4Hdr = inner.header(0)?;
     let header = ((ip.vihl & 0xf) << 2) as usize;
-    // A later fragment's eight bytes are no ports.
-    if ip.vihl >> 4 != 4 || header < Ipv4Hdr::LEN || u16::from_be_bytes(ip.frags) & 0x1fff != 0 {
+    // Behind the error there may be padding. A later fragment's eight bytes are no ports.
+    if ip.vihl >> 4 != 4
+        || header < Ipv4Hdr::LEN
+        || (head.total as usize) < head.header + ICMP_LEN + header + QUOTED
+        || u16::from_be_bytes(ip.frags) & 0x1fff != 0
+    {
         return None;
     }
     let mut quoted = Packet {

@@ -51,12 +51,20 @@ impl Decision {
 /// Decides.
 #[inline(always)]
 pub fn steer<T: Tables>(packet: &Packet, tables: &T) -> Decision {
-    let Some(service) = find_service(packet, tables) else { return Decision::unsteered(Reason::NotOurs) };
-    let hash = flow_hash(packet, service.seed);
+    match find_service(packet, tables) {
+        Some(service) => steer_to(service, packet, packet, tables),
+        None => Decision::unsteered(Reason::NotOurs),
+    }
+}
+
+/// Decides about a packet for this service; `flow` is what names its flow, which is the packet itself unless it is intercepted.
+#[inline(always)]
+pub(crate) fn steer_to<T: Tables>(service: &Service, packet: &Packet, flow: &Packet, tables: &T) -> Decision {
+    let hash = flow_hash(flow, service.seed);
     let Some(slot) = tables.slot(service.slots_base.wrapping_add(slot_index(hash, service.slots_size))) else {
         return Decision::unsteered(Reason::BadTables);
     };
-    let at = At { packet, tables, service, hash, slot, word: SlotWord(slot.load()) };
+    let at = At { packet, flow, tables, service, hash, slot, word: SlotWord(slot.load()) };
     let owner = at.word.owner();
     if owner == NONE {
         return Decision::unsteered(Reason::NoServer);
@@ -84,14 +92,19 @@ pub fn steer<T: Tables>(packet: &Packet, tables: &T) -> Decision {
 /// The living server that has a packet's flow, and the way there; for errors about flows, which leave no trace.
 #[inline(always)]
 pub fn whose<T: Tables>(packet: &Packet, tables: &T) -> Option<(u32, NextHop)> {
-    let service = find_service(packet, tables)?;
-    let hash = flow_hash(packet, service.seed);
+    whose_at(find_service(packet, tables)?, packet, tables)
+}
+
+/// The same of a flow of this service.
+#[inline(always)]
+pub(crate) fn whose_at<T: Tables>(service: &Service, flow: &Packet, tables: &T) -> Option<(u32, NextHop)> {
+    let hash = flow_hash(flow, service.seed);
     let slot = tables.slot(service.slots_base.wrapping_add(slot_index(hash, service.slots_size)))?;
-    let at = At { packet, tables, service, hash, slot, word: SlotWord(slot.load()) };
+    let at = At { packet: flow, flow, tables, service, hash, slot, word: SlotWord(slot.load()) };
     let tracking = at.flags() & (ALWAYS_TRACKED | UNTRACKED);
     let mut server = at.word.owner();
     if tracking != UNTRACKED && (tracking != 0 || !at.word.is_plain()) {
-        let found = find(tables, flow_buckets(hash, tables.flow_mask()), flow_key(packet, service.id));
+        let found = find(tables, flow_buckets(hash, tables.flow_mask()), flow_key(flow, service.id));
         let (record, candidate) = (at.if_alive(found.record.value), at.if_alive(found.candidate.value));
         if record != FlowWord::EMPTY {
             server = record.server();
@@ -108,11 +121,11 @@ pub fn whose<T: Tables>(packet: &Packet, tables: &T) -> Option<(u32, NextHop)> {
     Some((server, tables.next_hop(server)?))
 }
 
-/// Whether an address is a VIP.
+/// What is noted of an address, if it is a VIP.
 #[inline(always)]
-pub(crate) fn is_vip<T: Tables>(address: u32, tables: &T) -> bool {
+pub(crate) fn find_vip<T: Tables>(address: u32, tables: &T) -> Option<&Service> {
     let key = vip_key(address);
-    tables.service_bucket(service_bucket(key)).is_some_and(|bucket| find_entry(key, bucket).is_some())
+    find_entry(key, tables.service_bucket(service_bucket(key))?)
 }
 
 /// The service that a packet is for.
@@ -134,6 +147,8 @@ pub(crate) fn find_entry(key: u64, bucket: &ServiceBucket) -> Option<&Service> {
 /// A packet at its slot.
 struct At<'a, T> {
     packet: &'a Packet,
+    /// What names its flow.
+    flow: &'a Packet,
     tables: &'a T,
     service: &'a Service,
     hash: u64,
@@ -173,7 +188,7 @@ impl<'a, T: Tables> At<'a, T> {
     /// What becomes of a packet whose flow is on record, in a service whose flows all are.
     #[inline(always)]
     fn on_record(&self) -> Option<Decision> {
-        let key = flow_key(self.packet, self.service.id);
+        let key = flow_key(self.flow, self.service.id);
         let found = find(self.tables, flow_buckets(self.hash, self.tables.flow_mask()), key);
         let record = self.if_alive(found.record.value);
         if record == FlowWord::EMPTY {
@@ -187,7 +202,7 @@ impl<'a, T: Tables> At<'a, T> {
     #[inline(always)]
     fn tracked(&self, chosen: Chosen) -> Decision {
         let buckets = flow_buckets(self.hash, self.tables.flow_mask());
-        let key = flow_key(self.packet, self.service.id);
+        let key = flow_key(self.flow, self.service.id);
         let found = find(self.tables, buckets, key);
         let living =
             Living { candidate: self.if_alive(found.candidate.value), record: self.if_alive(found.record.value) };

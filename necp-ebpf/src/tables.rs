@@ -1,7 +1,7 @@
 //! What [`steer`](crate::steer::steer) asks: the BPF maps in the kernel, the same memory seen from user space on the host.
 
 use crate::{
-    abi::{ALIVE, FORWARDING_SHIFT, REACHABLE, Server, ServiceBucket},
+    abi::{ALIVE, AddressSet, FORWARDING_SHIFT, REACHABLE, Server, ServiceBucket},
     choice::{Chosen, NewFlow},
     exceptions::{ExceptionBucketWords, ExceptionMasksWords, ExceptionWords, Tuple},
     flows::{FlowBucketWords, FlowWord},
@@ -36,6 +36,8 @@ pub trait Tables {
     fn host_number(&self, server: u32) -> u16;
     /// What a packet that is routed to a server id needs to know.
     fn far_end(&self, server: u32) -> Option<FarEnd>;
+    /// Whether an address, as it stands in a header, is in this set.
+    fn is_in(&self, set: AddressSet, address: u32) -> bool;
 
     // In the kernel each of these is a function of its own, which the verifier follows once.
 

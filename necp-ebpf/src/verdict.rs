@@ -60,6 +60,8 @@ pub enum Reason {
     Icmp = 26,
     /// An ICMP error, sent to the server that has the flow which it quotes.
     Quoted = 27,
+    /// ICMP echo to a VIP that does not answer any.
+    Echo = 28,
 }
 
 /// What becomes of a packet.
@@ -78,7 +80,7 @@ pub enum Action {
 }
 
 /// How many reasons there are.
-pub const REASONS: u32 = 28;
+pub const REASONS: u32 = 29;
 
 impl Reason {
     /// All of them, in the order of their numbers.
@@ -111,6 +113,7 @@ impl Reason {
         Self::StrayPart,
         Self::Icmp,
         Self::Quoted,
+        Self::Echo,
     ];
 
     /// The fast path leaves what it finds so to the program for what comes seldom.
@@ -145,7 +148,7 @@ impl Reason {
             | Self::Quoted => Action::Transmit,
             Self::TooBig | Self::Expired => Action::Answer,
             Self::Fragmenting | Self::ReplyRouted => Action::Route,
-            Self::NoNextHop | Self::BadTables | Self::Untold | Self::StrayPart => Action::Drop,
+            Self::NoNextHop | Self::BadTables | Self::Untold | Self::StrayPart | Self::Echo => Action::Drop,
         }
     }
 
@@ -180,6 +183,7 @@ impl Reason {
             Self::StrayPart => "stray-part",
             Self::Icmp => "icmp",
             Self::Quoted => "quoted",
+            Self::Echo => "echo",
         }
     }
 }

@@ -1,7 +1,7 @@
 //! Clients of the servers in [`crate::echo`]: they know who answers, and notice when somebody else does.
 
 use std::{
-    io::{self, BufRead as _, BufReader, Write as _},
+    io::{self, BufRead as _, BufReader, Read as _, Write as _},
     net::{Ipv4Addr, SocketAddr, SocketAddrV4, TcpStream, UdpSocket},
     sync::atomic::{AtomicUsize, Ordering},
     time::Duration,
@@ -14,6 +14,9 @@ use crate::{netns::Namespace, topology::client_address};
 
 /// How long an answer may take before the server counts as silent. Only a failing test waits that long.
 pub const PATIENCE: Duration = Duration::from_secs(10);
+
+/// More than fits a window, in a pattern without repetition.
+const MEGABYTE: usize = 1 << 20;
 
 /// How often a datagram is sent before the server counts as silent.
 const TRIES: u32 = 5;
@@ -218,4 +221,33 @@ pub fn fresh_source() -> SocketAddrV4 {
     let number = NEXT.fetch_add(1, Ordering::Relaxed);
     let address: Ipv4Addr = client_address(number % ADDRESSES);
     SocketAddrV4::new(address, PORTS.start + (number % PORTS.len()) as u16)
+}
+
+/// A megabyte there and back again, over one new connection to a [`Hold`](crate::echo::Hold) server.
+///
+/// # Errors
+/// If not all comes back, or something else does.
+///
+/// # Panics
+/// Never: what writes does not panic.
+pub fn there_and_back(client: &Namespace, to: SocketAddrV4) -> Result<()> {
+    let sent: Vec<u8> = (0..MEGABYTE as u32 / 4).flat_map(|n| n.wrapping_mul(0x9e37_79b1).to_le_bytes()).collect();
+    let (_, stream) = client.run(|| connect(Some(fresh_source()), to, PATIENCE))?;
+    stream.set_read_timeout(Some(PATIENCE))?;
+    let mut reader: TcpStream = stream.try_clone()?;
+    let mut greeting = Vec::new();
+    while greeting.last() != Some(&b'\n') {
+        let mut byte = [0];
+        reader.read_exact(&mut byte).context("no greeting")?;
+        greeting.push(byte[0]);
+    }
+    let back = std::thread::scope(|scope| {
+        let writer = scope.spawn(|| (&stream).write_all(&sent));
+        let mut back = vec![0; sent.len()];
+        reader.read_exact(&mut back).context("not all came back")?;
+        writer.join().expect("the writer does not panic")?;
+        Ok::<_, anyhow::Error>(back)
+    })?;
+    ensure!(back == sent, "what came back is not what was sent");
+    Ok(())
 }

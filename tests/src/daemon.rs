@@ -9,7 +9,8 @@ use crate::{netns::Namespace, process::Process, topology::Topology};
 /// The port that an NE listens on (draft §5.1).
 pub const NECP_PORT: u16 = 3262;
 
-const STARTUP: Duration = Duration::from_secs(10);
+/// An emulated machine takes a minute to verify the packet path. Only a failing test waits that long.
+const STARTUP: Duration = Duration::from_secs(180);
 
 /// The `necp` binary: `$NECP_BIN`, or that of the target directory which this program was built into.
 ///

@@ -1,6 +1,7 @@
 //! The kernel program without an interface: one frame in, the verdict and the frame out (BPF_PROG_TEST_RUN).
 
 use std::{
+    collections::BTreeSet,
     path::PathBuf,
     sync::atomic::{AtomicU32, Ordering},
 };
@@ -14,8 +15,9 @@ use aya::{
     },
     programs::{TestRunOptions, Xdp},
 };
+use ipnet::Ipv4Net;
 use necp_ebpf::{
-    abi::{Allowance, ICMP_BURST, Layout, Port, exception_buckets, exception_records, names},
+    abi::{AddressSet, Allowance, ICMP_BURST, Layout, Port, Stage, exception_buckets, exception_records, names},
     host::View,
     verdict::{REASONS, Reason},
 };
@@ -85,6 +87,7 @@ impl Kernel {
             flow_buckets,
             exceptions,
             replies: true,
+            intercepts: true,
         };
         let plane = Plane::open(&config)?;
         let mut program = load_program(&pin, &plane.layout())?;
@@ -110,6 +113,17 @@ impl Kernel {
         self.plane.as_ref().expect("the plane lives as long as this")
     }
 
+    /// Fills the sets of addresses that count when a packet crosses this host.
+    ///
+    /// # Errors
+    /// If the map cannot be written.
+    ///
+    /// # Panics
+    /// Never: the plane is only taken away when this is dropped.
+    pub fn set_crossings(&mut self, wanted: &BTreeSet<(AddressSet, Ipv4Net)>) -> Result<()> {
+        Ok(self.plane.as_mut().expect("the plane lives as long as this").set_crossings(wanted)?)
+    }
+
     /// Where the maps are pinned.
     pub fn pin(&self) -> &std::path::Path {
         &self.pin
@@ -121,6 +135,18 @@ impl Kernel {
     /// If the object lacks it.
     pub fn program(&self) -> Result<&Xdp> {
         Ok(self.program.program(names::PROGRAM).context("no program `necp` in the object")?.try_into()?)
+    }
+
+    /// The programs that a frame may pass, and how many instructions of each the verifier followed.
+    ///
+    /// # Errors
+    /// If the kernel does not tell (before 5.16).
+    pub fn verified(&self) -> Result<Vec<(&'static str, u32)>> {
+        let count = |name: &'static str| {
+            let program: &Xdp = self.program.program(name).context("a program that was loaded")?.try_into()?;
+            Ok((name, program.info()?.verified_instruction_count().context("not told by this kernel")?))
+        };
+        [names::PROGRAM].into_iter().chain(Stage::ALL.map(Stage::program)).map(count).collect()
     }
 
     /// From now on as many ICMP errors may be sent as at the beginning.
@@ -235,7 +261,8 @@ fn load_program(pin: &std::path::Path, layout: &Layout) -> Result<Ebpf> {
         .override_global(names::FLOW_MASK, &mask, true)
         .override_global(names::EXCEPTION_BUCKET_MASK, &exception_mask, true)
         .override_global(names::EXCEPTION_SEED, &layout.exception_seed, true)
-        .override_global(names::REPLIES, &1u32, true);
+        .override_global(names::REPLIES, &1u32, true)
+        .override_global(names::INTERCEPTS, &1u32, true);
     for name in names::PINNED {
         loader.map_pin_path(name, pin.join(name));
     }

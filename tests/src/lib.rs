@@ -36,6 +36,7 @@ pub mod process;
 pub mod raw;
 pub mod scale;
 pub mod schedule;
+pub mod squid;
 pub mod swarm;
 pub mod topology;
 pub mod watchman;

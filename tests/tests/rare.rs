@@ -163,3 +163,19 @@ fn other_protocols_are_told_apart_by_their_addresses() -> Result<()> {
     ensure!(got[0] > 0 && got[1] > 0, "{got:?}");
     Ok(())
 }
+
+#[test]
+fn a_vip_answers_echo_or_not_as_configured() -> Result<()> {
+    for answers in [true, false] {
+        let config = one_farm(1.0) + &format!("echo = {answers}\n");
+        let mut line = Line::start(Topology::builder().servers(1).build()?, &config)?;
+        let patience = if answers { SOON } else { Duration::from_secs(1) };
+        let answer = link::ping(line.bed().client(), VIP, patience);
+        ensure!(answer.is_ok() == answers, "echo = {answers}: {answer:?}");
+        link::ping(line.bed().client(), NE, SOON)?;
+        let status = line.ne().status()?;
+        let dropped = status["packets"].as_array().into_iter().flatten().find(|row| row["reason"] == "echo");
+        ensure!(dropped.is_some(), "there is no counter of it");
+    }
+    Ok(())
+}

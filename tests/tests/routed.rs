@@ -1,28 +1,24 @@
 //! GRE and layer 3 end to end: real clients, real servers, all three forwarding types behind one VIP.
 
 use std::{
-    io::{Read as _, Write as _},
-    net::{Ipv4Addr, SocketAddrV4, TcpStream},
+    net::{Ipv4Addr, SocketAddrV4},
     time::Duration,
 };
 
 use anyhow::{Context as _, Result, ensure};
 use necp_tests::{
-    conversation::{Conversation, all_answer, connect, fresh_source},
+    conversation::{Conversation, all_answer, fresh_source, there_and_back},
     frame::{self, Flow, flags},
     line::{Line, TALK, TALK_AT_VIP, none_moved, one_farm},
     link,
     load::Client,
-    netns::{Namespace, wait_until},
+    netns::wait_until,
     nginx::{Content, Nginx},
     raw::RawSocket,
     topology::{Builder, NE, Topology, VIP, client_address, server_address},
 };
 
 const SOON: Duration = Duration::from_secs(10);
-/// More than fits a window, in a pattern without repetition.
-const MEGABYTE: usize = 1 << 20;
-
 /// The bed's one farm, with these forwarding types and nginx's service besides.
 fn config(forwarding: &str) -> String {
     let farm = one_farm(1.0).replace("forwarding = [\"l2\"]", &format!("forwarding = {forwarding}"));
@@ -49,29 +45,6 @@ fn behind_the_ne(builder: Builder) -> Result<Topology> {
         server.ns().ip_batch(&format!("route replace 198.18.0.0/16 via {NE}\n"))?;
     }
     Ok(bed)
-}
-
-/// A megabyte there and back again, over one connection.
-fn there_and_back(client: &Namespace, to: SocketAddrV4) -> Result<()> {
-    let sent: Vec<u8> = (0..MEGABYTE as u32 / 4).flat_map(|n| n.wrapping_mul(0x9e37_79b1).to_le_bytes()).collect();
-    let (_, stream) = client.run(|| connect(Some(fresh_source()), to, SOON))?;
-    stream.set_read_timeout(Some(SOON))?;
-    let mut reader: TcpStream = stream.try_clone()?;
-    let mut greeting = Vec::new();
-    while greeting.last() != Some(&b'\n') {
-        let mut byte = [0];
-        reader.read_exact(&mut byte).context("no greeting")?;
-        greeting.push(byte[0]);
-    }
-    let back = std::thread::scope(|scope| {
-        let writer = scope.spawn(|| (&stream).write_all(&sent));
-        let mut back = vec![0; sent.len()];
-        reader.read_exact(&mut back).context("not all came back")?;
-        writer.join().expect("the writer does not panic")?;
-        Ok::<_, anyhow::Error>(back)
-    })?;
-    ensure!(back == sent, "what came back is not what was sent");
-    Ok(())
 }
 
 fn nginx(bed: &Topology, content: &Content) -> Result<Vec<Nginx>> {

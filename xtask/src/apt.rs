@@ -14,7 +14,7 @@ const LISTS: &str = "/var/lib/apt/lists";
 
 /// Installs packages, after `apt-get update` where the lists are missing or too old for the archive.
 ///
-/// We want nginx's program and never its service: the demonstration starts servers of its own.
+/// We want the programs of nginx and squid and never their services: we start servers of our own.
 pub fn install(host: &Host, packages: &[&str]) -> Result<()> {
     let names = packages.join(" ");
     if host.which("apt-get").is_none() {
@@ -29,7 +29,9 @@ pub fn install(host: &Host, packages: &[&str]) -> Result<()> {
         update(host)?;
     }
     say(format_args!("installing Debian packages: {names}"));
-    let quiet = packages.contains(&"nginx").then(|| KeptStopped::new(host, "nginx.service"));
+    let services = [("nginx", "nginx.service"), ("squid", "squid.service")];
+    let unwanted = services.into_iter().filter(|(package, _)| packages.contains(package));
+    let quiet: Vec<_> = unwanted.map(|(_, unit)| KeptStopped::new(host, unit)).collect();
     let advice = "see apt's message above; `apt-get install` by hand shows it in full";
     if host::execute(&mut apt_get(host, "install", packages), advice).is_err() {
         update(host)?;

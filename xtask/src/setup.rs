@@ -16,9 +16,16 @@ const BPF_LINKER: &str = "0.10.3";
 const CARGO_FUZZ: &str = "0.13.2";
 const BPF_FS: &str = "/sys/fs/bpf";
 
-/// What the namespaces, the demonstration, the reader of the maps and the dissector's tests use: (program, Debian package).
-const PROGRAMS: [(&str, &str); 5] =
-    [("ip", "iproute2"), ("nginx", "nginx"), ("bpftool", "bpftool"), ("tshark", "tshark"), ("python3", "python3")];
+/// What the namespaces, the demonstration, interception, the reader of the maps and the dissector's tests use: (program, Debian package).
+const PROGRAMS: [(&str, &str); 7] = [
+    ("ip", "iproute2"),
+    ("nginx", "nginx"),
+    ("squid", "squid"),
+    ("nft", "nftables"),
+    ("bpftool", "bpftool"),
+    ("tshark", "tshark"),
+    ("python3", "python3"),
+];
 
 /// What booting other kernels takes.
 const GUEST_PROGRAMS: [(&str, &str); 5] = [

@@ -106,9 +106,9 @@ impl Device for Interface {
 
     #[inline(always)]
     fn remember(&self, key: &FragmentKey, place: FragmentPlace) {
-        // SAFETY: a helper without arguments.
-        let at = unsafe { bpf_ktime_get_coarse_ns() };
-        maps::set_fragment(key, &FragmentPlace { at, ..place });
+        let FragmentKey { source, destination, id, protocol, .. } = *key;
+        let (addresses, rest) = ((source as u64) << 32 | destination as u64, (id as u64) << 8 | protocol as u64);
+        note_fragment(addresses, rest, (place.server as u64) << 32 | place.vip as u64);
     }
 
     #[inline(always)]
@@ -167,4 +167,16 @@ impl Device for Interface {
 #[inline(never)]
 extern "C" fn datagram_at(ctx: *mut xdp_md) -> u64 {
     skip_tags(&Interface(ctx).frame()) as u64
+}
+
+/// [`Device::remember`]: a function, because key and value would take too much of the caller's stack.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn note_fragment(addresses: u64, rest: u64, place: u64) -> u64 {
+    let (source, destination) = ((addresses >> 32) as u32, addresses as u32);
+    let key = FragmentKey { source, destination, id: (rest >> 8) as u16, protocol: rest as u8, reserved: 0 };
+    // SAFETY: a helper without arguments.
+    let at = unsafe { bpf_ktime_get_coarse_ns() };
+    maps::set_fragment(&key, &FragmentPlace { at, server: (place >> 32) as u32, vip: place as u32 });
+    0
 }

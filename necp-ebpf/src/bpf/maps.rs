@@ -1,15 +1,16 @@
 //! The maps, and [`Tables`] on them. Names and capacities stand in [`abi`](necp_ebpf::abi).
 
 use aya_ebpf::{
-    btf_maps::{Array, DevMap, DevMapHash, LruHashMap, PerCpuArray, ProgramArray},
+    btf_maps::{Array, DevMap, DevMapHash, LpmTrie, LruHashMap, PerCpuArray, ProgramArray, lpm_trie::Key},
     macros::btf_map,
     programs::XdpContext,
 };
 use necp_ebpf::{
     abi::{
-        Allowance, DEFAULT_EXCEPTIONS, DEFAULT_FLOW_BUCKETS, DEFAULT_SLOTS, Exception, ExceptionBucket, ExceptionMasks,
-        FlowBucket, Layout, MAX_FARMS, MAX_FRAGMENTS, MAX_PORTS, MAX_SERVERS, MAX_STAGES, Port, SERVICE_BUCKETS,
-        Server, ServerStats, ServiceBucket, Slot, Stage, exception_buckets, exception_records,
+        AddressSet, Allowance, DEFAULT_EXCEPTIONS, DEFAULT_FLOW_BUCKETS, DEFAULT_SLOTS, Exception, ExceptionBucket,
+        ExceptionMasks, FlowBucket, Layout, MAX_CROSSINGS, MAX_FARMS, MAX_FRAGMENTS, MAX_PORTS, MAX_SERVERS,
+        MAX_STAGES, Port, SERVICE_BUCKETS, Server, ServerStats, ServiceBucket, Slot, Stage, exception_buckets,
+        exception_records,
     },
     choice::{Chosen, NewFlow},
     exceptions::{ExceptionBucketWords, ExceptionMasksWords, ExceptionWords, Tuple},
@@ -57,6 +58,8 @@ static TX_LINKS: DevMapHash<{ MAX_PORTS as usize }> = DevMapHash::new();
 static FRAGMENTS: LruHashMap<FragmentKey, FragmentPlace, { MAX_FRAGMENTS as usize }> = LruHashMap::new();
 #[btf_map(name = "stages")]
 static STAGES: ProgramArray<{ MAX_STAGES as usize }> = ProgramArray::new();
+#[btf_map(name = "crossings")]
+static CROSSINGS: LpmTrie<[u32; 2], u32, { MAX_CROSSINGS as usize }> = LpmTrie::new();
 #[btf_map(name = "allowance")]
 static ALLOWANCE: PerCpuArray<Allowance, 1> = PerCpuArray::new();
 #[btf_map(name = "layout")]
@@ -75,6 +78,8 @@ static EXCEPTION_BUCKET_MASK: u32 = EXCEPTION_BUCKETS - 1;
 static EXCEPTION_SEED: u64 = 0;
 #[unsafe(no_mangle)]
 static REPLIES: u32 = 0;
+#[unsafe(no_mangle)]
+static INTERCEPTS: u32 = 0;
 
 /// The interface that this instance of the program runs on: its index in `ports`, its MAC address.
 #[inline(always)]
@@ -115,6 +120,13 @@ pub(super) fn redirect_to_link(link: u32) -> Option<u32> {
 pub(super) fn expects_replies() -> bool {
     // SAFETY: initialised and never written while the program is loaded.
     unsafe { (&raw const REPLIES).read_volatile() != 0 }
+}
+
+/// Whether some farm takes packets that are for no VIP.
+#[inline(always)]
+pub(super) fn intercepts() -> bool {
+    // SAFETY: initialised and never written while the program is loaded.
+    unsafe { (&raw const INTERCEPTS).read_volatile() != 0 }
 }
 
 /// Hands the frame to another program; returns only if it is not there.
@@ -262,6 +274,11 @@ impl Tables for Maps {
                 mtu: (&raw const (*server).mtu).read_volatile(),
             })
         }
+    }
+
+    #[inline(always)]
+    fn is_in(&self, set: AddressSet, address: u32) -> bool {
+        CROSSINGS.get(&Key::new(u64::BITS, [u32::from_ne_bytes(set.0), address])).is_some()
     }
 
     #[inline(always)]

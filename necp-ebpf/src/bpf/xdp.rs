@@ -13,6 +13,7 @@ use necp_ebpf::{
     abi::{GRE, LAYER_3, Stage},
     device::{Device, Ending, Out},
     frame::Frame,
+    intercept,
     parse::{L2_LEN, parse},
     path::decide,
     rare,
@@ -42,10 +43,14 @@ fn necp(ctx: XdpContext) -> u32 {
             }
             finish(decision.reason, XDP_DROP)
         }
-        _ if decision.reason == Reason::NotOurs && maps::expects_replies() => end(&ctx, Ending(take_reply(ctx.ctx))),
+        _ if decision.reason == Reason::NotOurs && maps::expects_replies() => {
+            end_unless_crossing(&ctx, Ending(take_reply(ctx.ctx)))
+        }
         _ => {
             if decision.reason.is_rare() {
                 maps::leave_to(&ctx, Stage::Rare);
+            } else if decision.reason == Reason::NotOurs && maps::intercepts() {
+                maps::leave_to(&ctx, Stage::Crossing);
             }
             finish(decision.reason, XDP_PASS)
         }
@@ -57,7 +62,7 @@ fn necp(ctx: XdpContext) -> u32 {
 #[inline(always)]
 fn necp_rare(ctx: XdpContext) -> u32 {
     if let Some(ending) = rare::handle(&Interface(ctx.ctx), &Maps) {
-        return end(&ctx, ending);
+        return end_unless_crossing(&ctx, ending);
     }
     maps::leave_to(&ctx, Stage::Ports);
     finish(Reason::Malformed, XDP_PASS)
@@ -68,6 +73,14 @@ fn necp_rare(ctx: XdpContext) -> u32 {
 #[inline(always)]
 fn necp_ports(ctx: XdpContext) -> u32 {
     let ending = rare::with_ports(&Interface(ctx.ctx), &Maps);
+    end_unless_crossing(&ctx, ending)
+}
+
+/// What the others find to be for no VIP, if some farm intercepts.
+#[xdp(frags)]
+#[inline(always)]
+fn necp_crossing(ctx: XdpContext) -> u32 {
+    let ending = intercept::handle(&Interface(ctx.ctx), &Maps);
     end(&ctx, ending)
 }
 
@@ -97,6 +110,15 @@ fn transmit(ctx: &XdpContext, frame: &Frame, decision: Decision, own_index: u32,
 fn finish(reason: Reason, verdict: u32) -> u32 {
     maps::count(reason as u32);
     verdict
+}
+
+/// The end of the frame's way, unless a farm may intercept it.
+#[inline(always)]
+fn end_unless_crossing(ctx: &XdpContext, ending: Ending) -> u32 {
+    if maps::intercepts() && intercept::is_open(ending) {
+        maps::leave_to(ctx, Stage::Crossing);
+    }
+    end(ctx, ending)
 }
 
 #[inline(always)]

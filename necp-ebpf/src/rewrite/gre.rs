@@ -22,6 +22,11 @@ const GRE_LEN: usize = 4;
 /// Of GRE itself.
 const PROTOCOL: u8 = 47;
 
+/// The fragment offset.
+const OFFSET: u16 = 0x1fff;
+/// Keeps parts of neighbouring identifications apart.
+const ODD: u16 = 0x9e37;
+
 /// Where it goes.
 #[derive(Clone, Copy)]
 pub struct Outer {
@@ -43,7 +48,7 @@ pub fn encapsulate(frame: &Frame, l3: usize, outer: &Outer) -> bool {
     let header = Header {
         tos: inner.tos,
         length: u16::from_be_bytes(inner.tot_len).wrapping_add(OVERHEAD as u16),
-        id: u16::from_ne_bytes(inner.id),
+        id: identification(inner),
         whole: inner.frags[0] & DONT_FRAGMENT != 0,
         protocol: PROTOCOL,
         source: outer.source,
@@ -56,4 +61,11 @@ pub fn encapsulate(frame: &Frame, l3: usize, outer: &Outer) -> bool {
         && l2::rewrite(frame, outer.to, outer.from)
         && ipv4::write(&outside, &header)
         && outside.write(Ipv4Hdr::LEN, gre)
+}
+
+/// The datagram's own; parts of one get different ones, because each may be fragmented again (RFC 791 §3.2).
+#[inline(always)]
+fn identification(inner: &Ipv4Hdr) -> u16 {
+    let offset = u16::from_be_bytes(inner.frags) & OFFSET;
+    u16::from_be_bytes(inner.id).wrapping_add(offset.wrapping_mul(ODD)).to_be()
 }

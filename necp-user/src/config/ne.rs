@@ -71,8 +71,10 @@ pub struct NeConfig {
 pub struct FarmConfig {
     /// Its name, unique.
     pub name: String,
-    /// The virtual addresses.
+    /// The virtual addresses; none if it intercepts.
     pub vips: Vec<Ipv4Addr>,
+    /// Destinations whose packets it takes as they cross this host; none if it has virtual addresses.
+    pub intercept: Vec<Ipv4Net>,
     /// What may be started on each of them.
     pub services: Vec<ServiceKey>,
     /// What servers may ask for and this build can do.
@@ -93,6 +95,8 @@ pub struct FarmConfig {
     pub udp_idle: Duration,
     /// Whether UDP flows are recorded; true by default. If not, every datagram goes where the slot table says.
     pub udp_tracking: bool,
+    /// Whether the host answers ICMP echo to its VIPs; true by default. If not, the packet path drops it.
+    pub echo: bool,
     /// Whether this farm's servers may install exceptions for all of its servers (§5.7); false by default: then those are
     /// in force for the server that installed them.
     pub global_exceptions: bool,
@@ -229,6 +233,11 @@ impl NeConfig {
         self.farms.iter().any(|farm| farm.forwarding.contains(&forwarding))
     }
 
+    /// Whether some farm takes what crosses this host.
+    pub fn intercepts(&self) -> bool {
+        self.farms.iter().any(|farm| !farm.intercept.is_empty())
+    }
+
     /// All files with keys, each once.
     pub fn key_files(&self) -> BTreeSet<&Path> {
         self.farms.iter().flat_map(|farm| farm.auth.files()).collect()
@@ -260,12 +269,15 @@ impl fmt::Display for Mode {
 /// One line, as `necp ne --check` prints it: `web: 192.0.2.10 tcp/80 by l2, servers 10.0.0.0/24, …`.
 impl fmt::Display for FarmConfig {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let place = match self.intercept.is_empty() {
+            true => list(&self.vips),
+            false => format!("the way to {}", list(&self.intercept)),
+        };
         write!(
             f,
-            "{}: {} on {} by {}, servers {}, {} slots per service, {}",
+            "{}: {} on {place} by {}, servers {}, {} slots per service, {}",
             self.name,
             list(&self.services),
-            list(&self.vips),
             list(&self.forwarding),
             list(&self.servers),
             self.table_size,

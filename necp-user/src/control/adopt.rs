@@ -44,7 +44,7 @@ impl Cluster {
         // Exceptions live as long as their SE's session, and there is none.
         view.clear_exceptions();
         self.layout = Layout::new(&self.config, &existing)?;
-        self.services = self.layout.services.iter().map(ServiceState::new).collect();
+        self.services = ServiceState::all(&self.layout, &self.config);
         self.ids = Ids::new(self.config.servers);
         let services = self.layout.services.iter().filter(|service| service.adopted).count();
         let services_new = self.layout.services.len() - services;

@@ -222,7 +222,7 @@ impl Cluster {
     pub fn new(config: ClusterConfig, now: Instant) -> Result<Self, ConfigError> {
         config.validate()?;
         let layout = Layout::new(&config, &[])?;
-        let services = layout.services.iter().map(ServiceState::new).collect();
+        let services = ServiceState::all(&layout, &config);
         Ok(Self {
             ids: Ids::new(config.servers.min(abi::MAX_SERVERS)),
             hosts: BTreeMap::new(),
@@ -576,11 +576,18 @@ impl HostNumbers {
 }
 
 impl ServiceState {
-    pub(super) fn new(placed: &PlacedService) -> Self {
+    /// Those of all services.
+    pub(super) fn all(layout: &Layout, config: &ClusterConfig) -> Vec<Self> {
+        layout.services.iter().map(|placed| Self::new(placed, config.farms[placed.farm].intercepts())).collect()
+    }
+
+    /// What is intercepted goes on its way until a server takes it, as it did before.
+    fn new(placed: &PlacedService, intercepts: bool) -> Self {
+        let nobody = if intercepts { abi::DIRECT } else { abi::NONE };
         Self {
             members: Vec::new(),
-            owners: vec![abi::NONE; placed.size as usize].into(),
-            served: false,
+            owners: vec![nobody; placed.size as usize].into(),
+            served: intercepts,
             fresh: true,
             dirty: false,
             unwritten: true,

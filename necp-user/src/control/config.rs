@@ -69,8 +69,10 @@ impl Forwarding {
 pub struct FarmConfig {
     /// Its name, unique.
     pub name: String,
-    /// The VIPs; all offer all services.
+    /// The VIPs; all offer all services. None if the farm intercepts.
     pub vips: Vec<Ipv4Addr>,
+    /// Destinations whose packets it takes when they cross this host, other than to VIPs and to this host itself.
+    pub intercept: Vec<Ipv4Net>,
     /// What may be served.
     pub services: Vec<ServiceKey>,
     /// What forwarding types servers may ask for.
@@ -87,6 +89,8 @@ pub struct FarmConfig {
     pub udp_idle: Duration,
     /// Flows of protocols other than TCP are recorded; false: consistent hashing alone places every packet.
     pub udp_tracking: bool,
+    /// ICMP echo to its VIPs is the host's to answer; false: it is dropped.
+    pub echo: bool,
     /// Seed of the flow hash; none: derived from the name.
     pub hash_seed: Option<u64>,
     /// Capacity by server, in thousandths; 1000 for those not named, at most 1,000,000.
@@ -103,6 +107,7 @@ impl FarmConfig {
         Self {
             name: name.into(),
             vips: Vec::new(),
+            intercept: Vec::new(),
             services: Vec::new(),
             forwarding: vec![Forwarding::Layer2, Forwarding::Gre],
             servers: Vec::new(),
@@ -111,6 +116,7 @@ impl FarmConfig {
             tcp_idle: Duration::from_secs(2 * 3600 + 4 * 60),
             udp_idle: Duration::from_secs(180),
             udp_tracking: true,
+            echo: true,
             hash_seed: None,
             capacity: BTreeMap::new(),
             global_exceptions: false,
@@ -121,6 +127,16 @@ impl FarmConfig {
     /// The seed in force.
     pub fn seed(&self) -> u64 {
         self.hash_seed.unwrap_or_else(|| super::stable::hash_bytes(self.name.as_bytes()))
+    }
+
+    /// Whether it takes what crosses this host, instead of having VIPs.
+    pub fn intercepts(&self) -> bool {
+        !self.intercept.is_empty()
+    }
+
+    /// Addresses of its services in the service table: its VIPs, or 0.0.0.0 for what it intercepts.
+    pub fn fronts(&self) -> &[Ipv4Addr] {
+        if self.intercepts() { &[Ipv4Addr::UNSPECIFIED] } else { &self.vips }
     }
 
     /// Whether replies must find their flow: then every flow is recorded.
@@ -235,6 +251,21 @@ pub enum ConfigError {
         /// The other.
         second: String,
     },
+    /// Two farms intercept the same service.
+    #[error(
+        "{service} is intercepted by farm {first:?} and by farm {second:?}: give it to one of them, with all prefixes"
+    )]
+    Intercepted {
+        /// The service.
+        service: ServiceKey,
+        /// One farm.
+        first: String,
+        /// The other.
+        second: String,
+    },
+    /// A farm that intercepts and has VIPs, or allows layer 3, whose packets are addressed to the server.
+    #[error("farm {0:?} intercepts: it can have no VIPs, and its servers are reached by l2 or gre")]
+    Interception(String),
     /// START names no farm (draft §5.6.1), so this would be ambiguous.
     #[error(
         "servers in {prefix} may join both farm {first:?} and farm {second:?} for {service}, and START names no farm: make `servers` of the two disjoint"
@@ -334,6 +365,9 @@ impl FarmConfig {
                 return Err(ConfigError::Capacity { farm: farm(), address });
             }
         }
+        if self.intercepts() && (!self.vips.is_empty() || self.expects_replies()) {
+            return Err(ConfigError::Interception(farm()));
+        }
         for &service in &self.services {
             let has_port = matches!(service.protocol, protocol::TCP | protocol::UDP);
             if service.protocol == 0 || has_port != (service.port != 0) {
@@ -406,6 +440,13 @@ mod tests {
         assert!(matches!(check(vec![hasty]), Err(ConfigError::Time { what: "udp_idle", .. })));
         let portless = FarmConfig { services: vec![ServiceKey { protocol: 6, port: 0 }], ..good() };
         assert!(matches!(check(vec![portless]), Err(ConfigError::Service { .. })));
+        let interception = ConfigError::Interception("a".into());
+        let intercept: Vec<Ipv4Net> = vec!["0.0.0.0/0".parse().expect("a prefix")];
+        let both = FarmConfig { intercept: intercept.clone(), ..good() };
+        assert_eq!(check(vec![both.clone()]), Err(interception.clone()));
+        let layer_3 = FarmConfig { vips: Vec::new(), forwarding: vec![Forwarding::Layer3], ..both.clone() };
+        assert_eq!(check(vec![layer_3]), Err(interception));
+        assert_eq!(check(vec![FarmConfig { vips: Vec::new(), ..both }]), Ok(()));
         let strong = FarmConfig { capacity: [(Ipv4Addr::LOCALHOST, 1_000_001)].into(), ..good() };
         assert!(matches!(check(vec![strong]), Err(ConfigError::Capacity { .. })));
     }

@@ -33,7 +33,7 @@ pub struct PlacedService {
 /// One entry of the service table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Frontend {
-    /// The VIP.
+    /// The VIP; 0.0.0.0 for what crosses this host.
     pub vip: Ipv4Addr,
     /// Index in [`Layout::services`].
     pub service: usize,
@@ -89,9 +89,12 @@ impl Layout {
         let mut claimed: BTreeMap<(Ipv4Addr, ServiceKey), usize> = BTreeMap::new();
         for (farm_index, farm) in config.farms.iter().enumerate() {
             for &key in &farm.services {
-                for &vip in &farm.vips {
+                for &vip in farm.fronts() {
                     if let Some(first) = claimed.insert((vip, key), farm_index) {
                         let (first, second) = (config.farms[first].name.clone(), farm.name.clone());
+                        if vip.is_unspecified() {
+                            return Err(ConfigError::Intercepted { service: key, first, second });
+                        }
                         return Err(ConfigError::Claimed { vip, service: key, first, second });
                     }
                     if let Some(old) = find(existing, vip, key) {
@@ -113,7 +116,7 @@ impl Layout {
             address: frontend.vip.octets(),
             port: service.key.port.to_be_bytes(),
             protocol: service.key.protocol,
-            state: 1,
+            state: state_of(frontend.vip),
             slots_base: service.base,
             slots_size: service.size,
             seed: config.farms[service.farm].seed(),
@@ -140,6 +143,7 @@ impl Layout {
         let flags = match (shows_beginning(key.protocol), wanted.udp_tracking) {
             (true, _) if wanted.expects_replies() => ALWAYS_TRACKED,
             (true, _) => 0,
+            (false, _) if wanted.intercepts() => ALWAYS_TRACKED,
             (false, true) => ALWAYS_TRACKED,
             (false, false) => UNTRACKED,
         };
@@ -150,7 +154,7 @@ impl Layout {
                 && base.checked_add(size).is_some_and(|end| end <= config.slots)
                 && !self.services.iter().any(|other| other.adopted && overlap((base, size), (other.base, other.size)))
         };
-        let old = wanted.vips.iter().filter_map(|&vip| find(existing, vip, key)).find(usable);
+        let old = wanted.fronts().iter().filter_map(|&vip| find(existing, vip, key)).find(usable);
         let base = old.map_or(0, |old| old.service.slots_base);
         PlacedService { farm, key, base, size: wanted.table_size, flags, adopted: old.is_some() }
     }
@@ -187,7 +191,7 @@ impl Layout {
         let mut occupied: BTreeSet<(u32, usize)> = BTreeSet::new();
         let mut ids: BTreeSet<u16> = existing.iter().map(|old| old.service.id & !UDP_CLASS).collect();
         let wanted: Vec<(usize, Ipv4Addr)> = (0..self.services.len())
-            .flat_map(|index| config.farms[self.services[index].farm].vips.iter().map(move |&vip| (index, vip)))
+            .flat_map(|index| config.farms[self.services[index].farm].fronts().iter().map(move |&vip| (index, vip)))
             .collect();
         // What is there keeps its place; only then what is new looks for one.
         for &(index, vip) in &wanted {
@@ -232,12 +236,14 @@ impl Layout {
         occupied: &mut BTreeSet<(u32, usize)>,
     ) -> Result<(), ConfigError> {
         let (mut vips, mut numbers) = (BTreeSet::new(), BTreeMap::<ServiceKey, u32>::new());
-        for frontend in self.frontends.clone() {
+        for frontend in self.frontends.clone().into_iter().filter(|frontend| !frontend.vip.is_unspecified()) {
             let (vip, placed) = (frontend.vip, &self.services[frontend.service]);
             let (key, layer_3) = (placed.key, config.farms[placed.farm].expects_replies());
             let full = ConfigError::BucketFull { vip, service: key };
             if vips.insert(vip) {
-                let note = abi::Service { address: vip.octets(), state: abi::VIP, ..abi::Service::default() };
+                let silent = config.farms.iter().any(|farm| farm.vips.contains(&vip) && !farm.echo);
+                let flags = if silent { abi::NO_ECHO } else { 0 };
+                let note = abi::Service { address: vip.octets(), state: abi::VIP, flags, ..abi::Service::default() };
                 self.place_note(note, occupied).ok_or(full.clone())?;
             }
             if !layer_3 {
@@ -281,17 +287,23 @@ fn overlap(a: (u32, u32), b: (u32, u32)) -> bool {
 fn find(existing: &[Existing], vip: Ipv4Addr, key: ServiceKey) -> Option<&Existing> {
     existing.iter().find(|old| {
         let service = &old.service;
-        service.state == 1
+        service.state == state_of(vip)
             && service.address == vip.octets()
             && service.protocol == key.protocol
             && service.port == key.port.to_be_bytes()
     })
 }
 
+/// What an entry of a service at this address is.
+fn state_of(vip: Ipv4Addr) -> u8 {
+    if vip.is_unspecified() { abi::INTERCEPT } else { 1 }
+}
+
 /// The first eight bytes of an entry, as the packet path makes them.
 fn key_word(vip: Ipv4Addr, key: ServiceKey) -> u64 {
     let (address, port) = (vip.octets(), key.port.to_be_bytes());
-    first_word(&abi::Service { address, port, protocol: key.protocol, state: 1, ..abi::Service::default() })
+    let state = state_of(vip);
+    first_word(&abi::Service { address, port, protocol: key.protocol, state, ..abi::Service::default() })
 }
 
 fn first_word(service: &abi::Service) -> u64 {

@@ -93,13 +93,17 @@ impl Cluster {
     }
 
     /// At least three servers of a farm, and more than half of them, lost within one keepalive interval: the network between
-    /// is the likelier fault, and they go on serving until enough of them are back.
+    /// is the likelier fault, and they go on serving until enough of them are back. Not so in a farm that intercepts: without
+    /// its servers its clients get what they want all the same.
     fn review_panic(&mut self, now: Instant, change: Change) {
         let none_lost = self.lost_hosts().next().is_none();
         if none_lost && self.farms.iter().all(|farm| farm.kept.is_empty()) {
             return;
         }
         for (farm, StartedHosts { up, lost }) in self.started_hosts().into_iter().enumerate() {
+            if self.config.farms[farm].intercepts() {
+                continue;
+            }
             let kept = &self.farms[farm].kept;
             let at_once = |since: Instant| since + self.config.keepalive >= now;
             let suspects: BTreeSet<Ipv4Addr> = lost
@@ -175,7 +179,9 @@ impl Cluster {
 
     /// By farm: whether it has enough servers for a panic.
     fn may_panic(&self) -> Vec<bool> {
-        self.started_hosts().iter().map(|farm| farm.up + farm.lost.len() >= PANIC).collect()
+        let enough = |farm: &StartedHosts| farm.up + farm.lost.len() >= PANIC;
+        let farms = self.started_hosts();
+        farms.iter().zip(&self.config.farms).map(|(farm, config)| enough(farm) && !config.intercepts()).collect()
     }
 
     fn lost_hosts(&self) -> impl Iterator<Item = (Ipv4Addr, &Host, Instant)> {

@@ -82,6 +82,8 @@ pub struct TableWrite {
     pub owners: Arc<[u32]>,
     /// What becomes of the old ones.
     pub kind: TableKind,
+    /// Where flows went before the first owners: [`DIRECT`] of TCP that is intercepted, else [`NONE`].
+    pub before: u32,
     /// Who waits for it.
     pub changes: Vec<Change>,
 }
@@ -265,7 +267,11 @@ impl TableWrite {
         for (index, &owner) in (self.base..).zip(self.owners.iter()) {
             let slot = view.slots().get(index as usize).ok_or(WriteError::Slot(index))?;
             if self.kind == TableKind::Fresh {
-                slot.store(SlotWord::plain(owner).0);
+                let new = SlotWord::plain(self.before).moved_to(owner, |id| id == DIRECT);
+                slot.store(new.0);
+                if new.legacy() != NONE {
+                    ledger.set(index, now);
+                }
                 moved += 1;
                 continue;
             }
@@ -478,7 +484,9 @@ impl Cluster {
         };
         let owners = service.owners.clone();
         debug_assert!(owners.iter().all(|&owner| owner < FIRST_SERVER || self.offers.contains_key(&owner)));
-        TableWrite { service: index, base: placed.base, owners, kind, changes: service.changes.clone() }
+        let intercepts = self.config.farms[placed.farm].intercepts();
+        let before = if intercepts && shows_beginning(placed.key.protocol) { DIRECT } else { NONE };
+        TableWrite { service: index, base: placed.base, owners, kind, before, changes: service.changes.clone() }
     }
 
     /// What has to be written of exceptions.

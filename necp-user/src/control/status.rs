@@ -2,6 +2,7 @@
 
 use std::net::Ipv4Addr;
 
+use ipnet::Ipv4Net;
 use necp_ebpf::abi;
 
 use super::{
@@ -26,6 +27,8 @@ pub struct FarmStatus {
     pub name: String,
     /// Its VIPs.
     pub vips: Vec<Ipv4Addr>,
+    /// Destinations whose packets it intercepts.
+    pub intercept: Vec<Ipv4Net>,
     /// Most of its servers were lost at once: they are kept in the slot tables.
     pub alarm: bool,
     /// In the order of the configuration.
@@ -111,6 +114,7 @@ impl Cluster {
         FarmStatus {
             name: farm.name.clone(),
             vips: farm.vips.clone(),
+            intercept: farm.intercept.clone(),
             alarm: !self.farms[index].kept.is_empty(),
             services: services
                 .map(|(service, placed)| ServiceStatus {

@@ -8,6 +8,7 @@
 //! ```
 
 pub mod commands;
+pub mod crossings;
 pub mod hosts;
 pub mod input;
 pub mod keys;
@@ -32,6 +33,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 
+use self::crossings::Crossings;
 use self::hosts::Hosts;
 use self::input::Input;
 use self::keys::{Keys, Reloaded};
@@ -69,6 +71,9 @@ Example configuration:
   forwarding = [\"l2\"]
   servers = [\"10.0.0.0/24\"]
   key_file = \"/etc/necp/web.key\"
+
+Interception: intercept = [\"0.0.0.0/0\"] (destinations) in place of vips takes the farm's services out of what this host
+routes, and to its servers, which are proxies then.
 
 How the servers of a farm prove who they are is one of
   key_file = \"FILE\"                   one key for all of them
@@ -245,6 +250,7 @@ async fn start(
     let door = Door::new(Arc::clone(config), sender.clone(), Arc::clone(&limits), Arc::clone(keys));
     let mut owner = Owner::new(Arc::clone(config), plane, cluster, hosts, vips, Arc::clone(&door), limits);
     owner.routing = routing;
+    owner.crossings = Crossings::new(config)?;
     owner.begin().await;
     Ok((owner, inputs, sender, changes, door))
 }
@@ -318,6 +324,8 @@ fn follow_hangups(mut reload: impl FnMut() -> [Reloaded; 2] + Send) -> anyhow::R
 /// Makes the kernel route what the packet path leaves to it.
 fn prepare_routing(config: &NeConfig) -> HostRouting {
     if !config.allows(crate::necp::Forwarding::Gre) && !config.allows(crate::necp::Forwarding::L3) {
+        let missing = if config.intercepts() { HostRouting::missing(&config.interfaces) } else { Vec::new() };
+        missing.iter().for_each(|problem| tracing::warn!("{problem}"));
         return HostRouting::default();
     }
     let (routing, problems) = HostRouting::prepare(&config.interfaces);
@@ -363,6 +371,7 @@ pub(super) fn plane_config(config: &NeConfig) -> PlaneConfig {
         flow_buckets: necp_ebpf::abi::DEFAULT_FLOW_BUCKETS,
         exceptions: necp_ebpf::abi::exception_records(necp_ebpf::abi::DEFAULT_EXCEPTIONS),
         replies: config.allows(crate::necp::Forwarding::L3),
+        intercepts: config.intercepts(),
     }
 }
 
@@ -371,6 +380,7 @@ pub(super) fn cluster_config(config: &NeConfig) -> ClusterConfig {
     let farm = |farm: &crate::config::ne::FarmConfig| FarmConfig {
         name: farm.name.clone(),
         vips: farm.vips.clone(),
+        intercept: farm.intercept.clone(),
         services: farm.services.iter().map(|key| ServiceKey::new(key.protocol(), key.port())).collect(),
         forwarding: farm.forwarding.iter().filter_map(|one| Forwarding::from_wire(one.code().into())).collect(),
         servers: farm.servers.clone(),
@@ -379,6 +389,7 @@ pub(super) fn cluster_config(config: &NeConfig) -> ClusterConfig {
         tcp_idle: farm.tcp_idle,
         udp_idle: farm.udp_idle,
         udp_tracking: farm.udp_tracking,
+        echo: farm.echo,
         hash_seed: farm.hash_seed,
         capacity: farm.capacity.iter().map(|(server, one)| (*server, (one * 1000.0).round() as u32)).collect(),
         global_exceptions: farm.global_exceptions,

@@ -10,6 +10,7 @@ pub mod render;
 use std::borrow::Cow;
 use std::net::Ipv4Addr;
 
+use ipnet::Ipv4Net;
 use serde::{Deserialize, Serialize};
 
 pub use client::{Args, fetch, run};
@@ -80,6 +81,9 @@ pub struct Farm {
     pub name: String,
     /// Its virtual addresses.
     pub vips: Vec<Ipv4Addr>,
+    /// Destinations whose packets it intercepts.
+    #[serde(default)]
+    pub intercept: Vec<Ipv4Net>,
     /// Whether its servers must prove who they are, by a key.
     #[serde(default)]
     pub authenticated: bool,

@@ -17,7 +17,7 @@ pub struct HostRouting {
 pub enum HostRoutingError {
     /// It does not route.
     #[error(
-        "the kernel does not route packets that come in by {0}: replies of l3 servers and fragments need it; set it with `sysctl -w net.ipv4.ip_forward=1`"
+        "the kernel does not route packets that come in by {0}: replies of l3 servers, fragments, and what farms with `intercept` let through need it; set it with `sysctl -w net.ipv4.ip_forward=1`"
     )]
     NotForwarding(String),
     /// It takes replies only by the interface that it would send to their source.
@@ -46,6 +46,16 @@ impl HostRouting {
             }
         }
         (routing, problems)
+    }
+
+    /// Says which interfaces the kernel does not route from.
+    pub fn missing(interfaces: &[String]) -> Vec<HostRoutingError> {
+        let forwards = |interface: &String| match read(&setting(interface, "forwarding")) {
+            Ok(0) => Some(HostRoutingError::NotForwarding(interface.clone())),
+            Ok(_) => None,
+            Err(error) => Some(error),
+        };
+        interfaces.iter().filter_map(forwards).collect()
     }
 
     fn prepare_one(&mut self, interface: &str) -> Result<Vec<HostRoutingError>, HostRoutingError> {

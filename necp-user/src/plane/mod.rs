@@ -5,6 +5,7 @@
 
 mod attach;
 mod counters;
+mod crossings;
 pub mod decap;
 pub mod host_address;
 pub mod host_routing;
@@ -53,6 +54,8 @@ pub struct PlaneConfig {
     pub exceptions: u32,
     /// Whether servers may ask for layer 3: then packets that are no VIP's may be replies.
     pub replies: bool,
+    /// Whether some farm intercepts: then packets that are no VIP's may be for it.
+    pub intercepts: bool,
 }
 
 /// One interface of a [`Plane`].
@@ -124,6 +127,7 @@ pub struct Plane {
     reused: bool,
     memory: memory::Memory,
     counters: counters::Counters,
+    crossings: crossings::Crossings,
     ports: Vec<load::LoadedPort>,
 }
 
@@ -152,7 +156,8 @@ impl Plane {
         attach::detach_others(&config.pin, &ports)?;
         let memory = memory::Memory::map(&config.pin, &layout)?;
         let counters = counters::Counters::open(&config.pin)?;
-        Ok(Self { config: config.clone(), layout, reused, memory, counters, ports })
+        let crossings = crossings::Crossings::open(&config.pin)?;
+        Ok(Self { config: config.clone(), layout, reused, memory, counters, crossings, ports })
     }
 
     /// Whether the maps are those of an earlier daemon: its servers and flows are in them.

@@ -12,7 +12,7 @@ use rand::{RngExt as _, SeedableRng as _, rngs::SmallRng};
 
 use super::{
     guard::{NOW, Room},
-    judge::{Deed, Difference, judge},
+    judge::{Deed, Difference, Parts, judge},
     mutate::mutate,
     once_in,
     scene::{Change, FLOW_BUCKETS, SERVERS, SLOTS, Scene},
@@ -29,8 +29,8 @@ const RANDOM: usize = 500;
 const CUT: usize = 6;
 /// Bytes at the beginning of a frame, each of which a history gives every value.
 const BYTES: usize = 80;
-/// The kernel takes no less than an Ethernet header, and makes several buffers of what is longer than about a page.
-const KERNEL: std::ops::Range<usize> = 14..3001;
+/// The kernel takes no less than an Ethernet header, and makes several buffers of what is longer than about 3.5 KiB.
+const KERNEL: std::ops::RangeFrom<usize> = 14..;
 
 /// What was run, and what it came to.
 #[derive(Clone, Debug, Default)]
@@ -77,6 +77,7 @@ pub struct Bench {
     kernel: Option<Kernel>,
     room: Room,
     out: Vec<u8>,
+    parts: Parts,
     tally: Tally,
     /// ICMP errors since both sides were last allowed a burst.
     told: u64,
@@ -98,7 +99,15 @@ impl Bench {
     /// Without memory.
     pub fn host() -> Result<Self> {
         let host = HostPath::new(SLOTS as usize, FLOW_BUCKETS as usize);
-        Ok(Self { host, kernel: None, room: Room::new()?, out: Vec::new(), tally: Tally::default(), told: 0 })
+        Ok(Self {
+            host,
+            kernel: None,
+            room: Room::new()?,
+            out: Vec::new(),
+            parts: Parts::default(),
+            tally: Tally::default(),
+            told: 0,
+        })
     }
 
     /// With the kernel program, on tables of its own.
@@ -134,20 +143,15 @@ impl Bench {
     /// # Errors
     /// What does not hold.
     pub fn single(&mut self, frame: &[u8]) -> Result<Reason, String> {
-        Scene::random(&mut SmallRng::seed_from_u64(0)).install(self.host.view());
-        if let Some(kernel) = &self.kernel {
-            Scene::random(&mut SmallRng::seed_from_u64(0)).install(kernel.view());
-        }
+        let scene = Scene::random(&mut SmallRng::seed_from_u64(0));
+        self.install(&scene).map_err(|error| format!("{error:#}"))?;
         self.frame(frame, 0, Care::Great)
     }
 
     fn play(&mut self, seed: u64, history: u64, care: Care) -> Result<(), Finding> {
         let mut random = SmallRng::seed_from_u64(seed ^ history.wrapping_mul(0x9e37_79b9_7f4a_7c15));
         let scene = Scene::random(&mut random);
-        scene.install(self.host.view());
-        if let Some(kernel) = &self.kernel {
-            scene.install(kernel.view());
-        }
+        self.install(&scene).map_err(|error| sums(seed, history, format!("{error:#}")))?;
         let before = (self.tally.reasons, self.kernel_reasons().map_err(|wrong| sums(seed, history, wrong))?);
         let mut number = 0;
         frames(history, &mut random, |frame, random| {
@@ -163,6 +167,18 @@ impl Bench {
             Ok(())
         })?;
         self.compare_sums(&before).map_err(|wrong| sums(seed, history, wrong))
+    }
+
+    /// Fresh tables, and no parts of datagrams.
+    fn install(&mut self, scene: &Scene) -> Result<()> {
+        scene.install(self.host.view());
+        self.host.forget_fragments();
+        self.parts.clear();
+        if let Some(kernel) = &self.kernel {
+            scene.install(kernel.view());
+            kernel.forget_fragments()?;
+        }
+        Ok(())
     }
 
     fn change(&mut self, change: Change) {
@@ -182,7 +198,7 @@ impl Bench {
             return Err("the host build wrote beside the frame".into());
         }
         let deed = Deed { verdict, reason, frame: &self.room.memory()[now] };
-        let difference = judge(frame, deed, self.host.view())?;
+        let difference = judge(frame, deed, self.host.view(), &mut self.parts)?;
         let kernel = self.kernel.as_ref().filter(|_| KERNEL.contains(&frame.len()));
         if let Some(kernel) = kernel {
             compare(kernel, frame, deed, &mut self.out, care)?;

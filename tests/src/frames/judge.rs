@@ -4,20 +4,28 @@
 //!    to differ, [`Difference`] says so and why.
 //! 2. A frame that is passed on is not changed. What becomes of the bytes of one that is dropped does not matter.
 //! 3. A transmitted one was a packet for a service, and is changed as its server's forwarding type says, and no further; so is
-//!    one that the kernel is to fragment, and a server's reply.
-//! 4. If its IPv4 and transport checksums were valid, they are; those of outer headers and of ICMP errors are.
+//!    one that the kernel is to fragment, and a server's reply. Tags stay as they are.
+//! 4. If its IPv4 and transport checksums were valid, they are; if not, they are as wrong as they were. Those of outer headers
+//!    and of ICMP errors that are made here are valid.
 //! 5. An ICMP error goes to the sender, from the address that he asked, and quotes what he sent.
+//! 6. A later part of a datagram goes where its first one went ([`Parts`]).
+//! 7. An ICMP error that goes to a server quotes a packet from the VIP; where all owners are servers, all of those do.
 
+mod parts;
+mod quote;
 mod sent;
 
 use std::ops::Range;
 
-use etherparse::{EtherType, Ethernet2Slice, Ipv4HeaderSlice, TcpSlice, UdpSlice, ip_number};
+use etherparse::{
+    EtherType, Ethernet2Slice, Ipv4HeaderSlice, SingleVlanSlice, TcpSlice, UdpHeaderSlice, UdpSlice, ip_number,
+};
 use necp_ebpf::{
     host::View,
     verdict::{Action, Reason},
 };
 
+pub use self::parts::Parts;
 use super::{
     scene::{SERVICES, VIP, is_server},
     stack::{fold, sum},
@@ -27,17 +35,21 @@ use crate::kernel::{OWN_MAC, Verdict};
 /// What a frame is to the packet path.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Class {
-    /// Another protocol than IPv4 follows its Ethernet header.
+    /// Another protocol than IPv4 follows its Ethernet header and tags.
     NotIpv4,
     /// Its lengths or versions do not add up.
     Malformed,
-    /// An IPv4 fragment.
-    Fragment,
+    /// The first part of an IPv4 datagram that is for no service: a server's reply may be among these.
+    FirstPart,
+    /// Another part of an IPv4 datagram.
+    LaterPart,
     /// IPv4, for another machine on the link.
     OtherHost,
+    /// ICMP, whole or the first part of it.
+    Icmp,
     /// IPv4, but for no service: a server's reply may be among these.
     NotOurs,
-    /// TCP or UDP for a service.
+    /// TCP or UDP for a service, whole or the first part of it.
     Ours,
 }
 
@@ -47,11 +59,17 @@ impl Class {
         match reason {
             Reason::NotIpv4 => &[Self::NotIpv4],
             Reason::Malformed => &[Self::Malformed],
-            Reason::Fragment | Reason::Part | Reason::StrayPart => &[Self::Fragment],
-            Reason::NotOurs | Reason::Reply | Reason::ReplyRouted | Reason::Icmp | Reason::Quoted => &[Self::NotOurs],
+            Reason::Fragment => &[Self::FirstPart, Self::LaterPart],
+            Reason::Part | Reason::StrayPart => &[Self::LaterPart],
+            Reason::NotOurs => &[Self::NotOurs],
+            Reason::Reply | Reason::ReplyRouted => &[Self::NotOurs, Self::FirstPart, Self::LaterPart, Self::Icmp],
+            Reason::Icmp | Reason::Quoted | Reason::Echo => &[Self::Icmp],
             Reason::OtherHost => &[Self::OtherHost],
             // Of packets to a server, and of its replies.
-            Reason::TooBig | Reason::Expired | Reason::Untold => &[Self::Ours, Self::NotOurs],
+            Reason::TooBig | Reason::Expired | Reason::Untold => {
+                &[Self::Ours, Self::NotOurs, Self::FirstPart, Self::LaterPart, Self::Icmp]
+            }
+            Reason::NoNextHop | Reason::Fragmenting => &[Self::Ours, Self::LaterPart, Self::Icmp],
             Reason::NoServer
             | Reason::Direct
             | Reason::Plain
@@ -63,9 +81,7 @@ impl Class {
             | Reason::NewUnrecorded
             | Reason::Repeated
             | Reason::Confirmed
-            | Reason::NoNextHop
-            | Reason::BadTables
-            | Reason::Fragmenting => &[Self::Ours],
+            | Reason::BadTables => &[Self::Ours],
         }
     }
 }
@@ -79,58 +95,107 @@ pub enum Difference {
     UdpLengthZero,
     /// An authentication header (RFC 4302): etherparse looks through it, for us it is a protocol without a service.
     Authentication,
-    /// A VLAN tag: etherparse looks behind it; we do not yet, and pass the frame on as not IPv4.
+    /// A third tag, or one of type 0x9100: etherparse looks behind it; we do not, and pass the frame on as not IPv4.
     Tagged,
+    /// A frame that ends in a tag: malformed for etherparse, and for us no IPv4 that we know of.
+    CutTag,
     /// IPv6: etherparse reads it, we do not yet.
     Ipv6,
-    /// A protocol that we do not look into: etherparse checks the headers of ICMP and others, which only matters to who
-    /// reads them.
+    /// A protocol that we do not look into: etherparse checks the headers of others, which only matters to who reads them.
     OtherProtocol,
+    /// The first part of a UDP datagram, shorter than the datagram's length, which etherparse holds against it.
+    FirstOfUdp,
+    /// A second part of TCP that begins within the first one's header (RFC 1858 §3.2.2), which a single part does not tell
+    /// etherparse: malformed.
+    TinyPart,
 }
 
 impl Difference {
     /// All of them, in the order of their numbers.
-    pub const ALL: [Self; 5] =
-        [Self::UdpLengthZero, Self::Authentication, Self::Tagged, Self::Ipv6, Self::OtherProtocol];
+    pub const ALL: [Self; 8] = [
+        Self::UdpLengthZero,
+        Self::Authentication,
+        Self::Tagged,
+        Self::CutTag,
+        Self::Ipv6,
+        Self::OtherProtocol,
+        Self::FirstOfUdp,
+        Self::TinyPart,
+    ];
 }
 
 /// A frame's class, and which difference decided it.
 pub fn class(frame: &[u8]) -> (Class, Option<Difference>) {
     let Ok(ethernet) = Ethernet2Slice::from_slice_without_fcs(frame) else { return (Class::Malformed, None) };
-    match ethernet.ether_type() {
-        EtherType::IPV4 => {}
-        EtherType::VLAN_TAGGED_FRAME | EtherType::PROVIDER_BRIDGING | EtherType::VLAN_DOUBLE_TAGGED_FRAME => {
-            return (Class::NotIpv4, Some(Difference::Tagged));
-        }
-        EtherType::IPV6 => return (Class::NotIpv4, Some(Difference::Ipv6)),
-        _ => return (Class::NotIpv4, None),
+    let l3 = match datagram_at(frame) {
+        Ok(l3) => l3,
+        Err(difference) => return (Class::NotIpv4, difference),
+    };
+    let Some((header, payload)) = ipv4(&frame[l3..]) else { return (Class::Malformed, None) };
+    let offset = header.fragments_offset().value();
+    if header.protocol() == ip_number::TCP && offset == 1 {
+        return (Class::Malformed, Some(Difference::TinyPart));
     }
-    let Some((header, payload)) = ipv4(ethernet.payload_slice()) else { return (Class::Malformed, None) };
-    if header.is_fragmenting_payload() {
-        return (Class::Fragment, None);
+    if ethernet.destination() != OWN_MAC {
+        return (Class::OtherHost, None);
     }
+    if offset > 0 {
+        return (Class::LaterPart, None);
+    }
+    of_transport(&header, payload)
+}
+
+/// The class of a datagram, or of the first part of one, for this host.
+fn of_transport(header: &Ipv4HeaderSlice<'_>, payload: &[u8]) -> (Class, Option<Difference>) {
+    let first = header.more_fragments();
     let (port, difference) = match header.protocol() {
+        ip_number::ICMP => return (Class::Icmp, Some(Difference::OtherProtocol)),
         ip_number::TCP => match TcpSlice::from_slice(payload) {
             Ok(tcp) => (Some(tcp.destination_port()), None),
             Err(_) => return (Class::Malformed, None),
         },
-        ip_number::UDP => match UdpSlice::from_slice(payload) {
+        ip_number::UDP => match UdpHeaderSlice::from_slice(payload) {
             Ok(udp) if udp.length() == 0 => return (Class::Malformed, Some(Difference::UdpLengthZero)),
-            Ok(udp) => (Some(udp.destination_port()), None),
-            Err(_) => return (Class::Malformed, None),
+            Ok(udp) if first && udp.length() >= 8 => (Some(udp.destination_port()), Some(Difference::FirstOfUdp)),
+            _ => match UdpSlice::from_slice(payload) {
+                Ok(udp) => (Some(udp.destination_port()), None),
+                Err(_) => return (Class::Malformed, None),
+            },
         },
         ip_number::AUTH => (None, Some(Difference::Authentication)),
         _ => (None, Some(Difference::OtherProtocol)),
     };
-    let is_ours = |port| header.destination() == VIP && SERVICES.contains(&(header.protocol().0, port));
-    let class = if ethernet.destination() != OWN_MAC {
-        Class::OtherHost
-    } else if port.is_some_and(is_ours) {
-        Class::Ours
-    } else {
-        Class::NotOurs
+    let class = match port.is_some_and(|port| is_service(header.destination(), header.protocol().0, port)) {
+        true => Class::Ours,
+        false if first => Class::FirstPart,
+        false => Class::NotOurs,
     };
     (class, difference)
+}
+
+fn is_service(address: [u8; 4], protocol: u8, port: u16) -> bool {
+    address == VIP && SERVICES.contains(&(protocol, port))
+}
+
+/// Where an IPv4 datagram begins, behind at most two tags; or why there is none.
+fn datagram_at(frame: &[u8]) -> Result<usize, Option<Difference>> {
+    let ethernet = Ethernet2Slice::from_slice_without_fcs(frame).map_err(|_| None)?;
+    let (mut at, mut kind) = (14, ethernet.ether_type());
+    loop {
+        match kind {
+            EtherType::IPV4 => return Ok(at),
+            EtherType::IPV6 => return Err(Some(Difference::Ipv6)),
+            EtherType::VLAN_DOUBLE_TAGGED_FRAME => return Err(Some(Difference::Tagged)),
+            EtherType::VLAN_TAGGED_FRAME | EtherType::PROVIDER_BRIDGING if at == 22 => {
+                return Err(Some(Difference::Tagged));
+            }
+            EtherType::VLAN_TAGGED_FRAME | EtherType::PROVIDER_BRIDGING => {
+                let tag = SingleVlanSlice::from_slice(&frame[at..]).map_err(|_| Some(Difference::CutTag))?;
+                (at, kind) = (at + 4, tag.ether_type());
+            }
+            _ => return Err(None),
+        }
+    }
 }
 
 /// A valid IPv4 header and what its total length says is behind it.
@@ -152,11 +217,11 @@ pub struct Deed<'a> {
     pub frame: &'a [u8],
 }
 
-/// Holds what was done with `frame` against the relations above; which difference was needed.
+/// Holds what was done with `frame` against the relations above, and takes note of first parts; which difference was needed.
 ///
 /// # Errors
 /// The relation that does not hold.
-pub fn judge(frame: &[u8], deed: Deed<'_>, tables: View<'_>) -> Result<Option<Difference>, String> {
+pub fn judge(frame: &[u8], deed: Deed<'_>, tables: View<'_>, parts: &mut Parts) -> Result<Option<Difference>, String> {
     let (class, difference) = class(frame);
     if !Class::of(deed.reason).contains(&class) {
         return Err(format!("counted as {:?}, but to etherparse it is {class:?}", deed.reason));
@@ -170,18 +235,26 @@ pub fn judge(frame: &[u8], deed: Deed<'_>, tables: View<'_>) -> Result<Option<Di
     if !verdicts.contains(&deed.verdict) {
         return Err(format!("{:?} for {:?}", deed.verdict, deed.reason));
     }
-    let from_server = || frame.get(26..30).is_some_and(is_server);
+    let l3 = datagram_at(frame).unwrap_or(14);
+    let from_server = || frame.get(l3 + 12..l3 + 16).is_some_and(is_server);
     if class == Class::NotOurs && deed.reason != Reason::NotOurs && !from_server() {
         return Err(format!("{:?} for what is for no service and comes from no server", deed.reason));
     }
+    let sent = sent::Sent { l3, before: frame, deed, tables };
     match deed.reason.action() {
         Action::Pass if deed.frame != frame => return Err("passed on, but changed".into()),
         Action::Pass | Action::Drop => {}
-        Action::Answer => sent::answer(frame, deed)?,
-        Action::Transmit if deed.reason == Reason::Reply => sent::reply(frame, deed.frame, 1)?,
-        Action::Route if deed.reason == Reason::ReplyRouted => sent::reply(frame, deed.frame, 0)?,
-        Action::Transmit => sent::to_server(frame, deed, tables)?,
-        Action::Route => sent::to_be_fragmented(frame, deed.frame, tables)?,
+        Action::Answer => sent.answer()?,
+        Action::Transmit if deed.reason == Reason::Reply => sent.reply(1)?,
+        Action::Route if deed.reason == Reason::ReplyRouted => sent.reply(0)?,
+        Action::Transmit => sent.to_server().map(|_| ())?,
+        Action::Route => sent.to_be_fragmented().map(|_| ())?,
+    }
+    if class == Class::Icmp {
+        quote::hold(&frame[l3..], deed.reason, tables)?;
+    }
+    if matches!(class, Class::Ours | Class::FirstPart | Class::LaterPart | Class::Icmp) {
+        parts.hold(class, &sent)?;
     }
     Ok(difference)
 }
@@ -225,7 +298,10 @@ mod tests {
         frames::scene::{self, Scene, server_mac},
         host_path::HostPath,
     };
-    use necp_ebpf::abi::{ACCEPTS, ALIVE, FORWARDING_SHIFT, GRE, LAYER_3, REACHABLE, Server};
+    use necp_ebpf::{
+        abi::{ACCEPTS, ALIVE, ExceptionMasks, FORWARDING_SHIFT, GRE, LAYER_2, LAYER_3, REACHABLE, Server},
+        slot::SlotWord,
+    };
     use rand::{SeedableRng as _, rngs::SmallRng};
     use std::net::SocketAddrV4;
 
@@ -255,7 +331,7 @@ mod tests {
     }
 
     fn says(frame: &[u8], verdict: Verdict, reason: Reason, out: &[u8]) -> Result<Option<Difference>, String> {
-        judge(frame, Deed { verdict, reason, frame: out }, tables(0).view())
+        judge(frame, Deed { verdict, reason, frame: out }, tables(0).view(), &mut Parts::default())
     }
 
     #[test]
@@ -289,20 +365,109 @@ mod tests {
         let malformed = says(short, Verdict::Tx, Reason::Plain, &sent(short)).unwrap_err();
         assert!(malformed.contains("to etherparse it is Malformed"));
         let deed = Deed { verdict: Verdict::Tx, reason: Reason::Plain, frame: &out };
-        assert!(judge(&frame, deed, tables(1).view()).unwrap_err().contains("at port 1"));
+        assert!(judge(&frame, deed, tables(1).view(), &mut Parts::default()).unwrap_err().contains("at port 1"));
         for forwarding in [GRE, LAYER_3] {
             let mut host = tables(0);
             let server = host.view().server(2).unwrap();
             let flags = server.flags | forwarding << FORWARDING_SHIFT;
             host.view().set_server(2, &Server { flags, forwarding, ..server });
-            assert!(judge(&frame, deed, host.view()).is_err(), "sent as to a layer-2 server");
+            assert!(judge(&frame, deed, host.view(), &mut Parts::default()).is_err(), "sent as to a layer-2 server");
         }
         let mut host = tables(0);
         let server = host.view().server(2).unwrap();
         host.view().set_server(2, &Server { flags: ALIVE, ..server });
-        assert!(judge(&frame, deed, host.view()).unwrap_err().contains("no server that can be reached"));
+        assert!(
+            judge(&frame, deed, host.view(), &mut Parts::default())
+                .unwrap_err()
+                .contains("no server that can be reached")
+        );
         assert!(wrong(Verdict::Tx, Reason::Expired, &out).contains("hops"));
         assert!(wrong(Verdict::Pass, Reason::ReplyRouted, &frame).contains("to etherparse it is Ours"));
+    }
+
+    /// The host build with all slots owned by server 2, which takes this forwarding type.
+    fn owned(forwarding: u8) -> HostPath {
+        let mut host = tables(0);
+        let [a, b, c, d] = scene::server_address(2);
+        let address = [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, a, b, c, d];
+        let server = host.view().server(2).unwrap();
+        let flags = server.flags | forwarding << FORWARDING_SHIFT;
+        host.view().set_server(2, &Server { flags, forwarding, address, ..server });
+        host.view().set_exception_masks(0, &ExceptionMasks::default());
+        host.view().slots().iter().for_each(|slot| slot.store(SlotWord::plain(2).0));
+        host
+    }
+
+    /// A router's error about what was sent from one end to the other.
+    fn error_about(flow: &Flow, router: [u8; 4]) -> Vec<u8> {
+        let quoted = &flow.tcp(flags::ACK, 1, 1, b"even")[14..];
+        crate::frame::needs_fragmentation(OWN_MAC, router.into(), 1280, quoted)
+    }
+
+    #[test]
+    fn every_byte_that_should_have_stayed_is_noticed() {
+        let to_server = Flow { destination: SocketAddrV4::new(scene::server_address(2).into(), 8080), ..flow(8080) };
+        let mut first = flow(53).udp(b"hello, this is a part");
+        (first[20], first[21]) = (0x20, 0);
+        crate::frames::stack::mend_header(&mut first, 14);
+        let frames = [
+            (flow(8080).tcp(flags::SYN, 1, 0, b""), Reason::New),
+            (flow(53).udp(b"hello"), Reason::New),
+            (first, Reason::Record),
+            (error_about(&flow(8080).reversed(), [198, 51, 100, 9]), Reason::Quoted),
+            (to_server.reversed().tcp(flags::ACK, 1, 1, b"hello"), Reason::ReplyRouted),
+            (error_about(&to_server, scene::server_address(2)), Reason::ReplyRouted),
+            (error_about(&to_server, [198, 51, 100, 9]), Reason::ReplyRouted),
+        ];
+        for forwarding in [LAYER_2, LAYER_3] {
+            let mut host = owned(forwarding);
+            for (frame, reason) in
+                frames.iter().filter(|(_, reason)| forwarding == LAYER_3 || *reason != Reason::ReplyRouted)
+            {
+                let mut frame = frame.clone();
+                frame[..6].copy_from_slice(&OWN_MAC);
+                let out = host.run(&frame);
+                assert_eq!(out.reason, *reason, "forwarding type {forwarding}");
+                let mut says = |bytes: &[u8]| {
+                    let deed = Deed { verdict: out.verdict, reason: out.reason, frame: bytes };
+                    judge(&frame, deed, host.view(), &mut Parts::default())
+                };
+                says(&out.frame).unwrap();
+                for place in 0..out.frame.len() {
+                    let mut wrong = out.frame.clone();
+                    wrong[place] ^= 0x10;
+                    assert!(says(&wrong).is_err(), "{reason:?}, forwarding type {forwarding}, byte {place}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn parts_and_errors_that_go_elsewhere_are_noticed() {
+        let mut host = owned(LAYER_2);
+        let mut parts = Parts::default();
+        let mut says = |frame: &[u8], verdict, reason, out: &[u8]| {
+            judge(frame, Deed { verdict, reason, frame: out }, host.view(), &mut parts)
+        };
+        let mut first = flow(443).udp(&[7; 64]);
+        (first[20], first[21]) = (0x20, 0);
+        let mut last = first.clone();
+        (last[20], last[21]) = (0, 9);
+        // Nobody has seen the first.
+        says(&last, Verdict::Drop, Reason::StrayPart, &last).unwrap();
+        assert!(says(&last, Verdict::Pass, Reason::Fragment, &last).is_err());
+        assert!(says(&last, Verdict::Tx, Reason::Part, &sent(&last)).is_err());
+        says(&first, Verdict::Tx, Reason::Plain, &sent(&first)).unwrap();
+        says(&last, Verdict::Tx, Reason::Part, &sent(&last)).unwrap();
+        assert!(says(&last, Verdict::Drop, Reason::StrayPart, &last).is_err());
+        assert!(says(&last, Verdict::Pass, Reason::Fragment, &last).is_err());
+        // An error about a flow of a service whose slots all have servers.
+        let error = error_about(&flow(80).reversed(), [198, 51, 100, 9]);
+        says(&error, Verdict::Tx, Reason::Quoted, &sent(&error)).unwrap();
+        assert!(says(&error, Verdict::Pass, Reason::Icmp, &error).unwrap_err().contains("nobody gets an error"));
+        let other = error_about(&flow(82).reversed(), [198, 51, 100, 9]);
+        says(&other, Verdict::Pass, Reason::Icmp, &other).unwrap();
+        assert!(says(&other, Verdict::Tx, Reason::Quoted, &sent(&other)).is_err());
     }
 
     #[test]

@@ -10,7 +10,7 @@ use super::{
 /// Headers are among these first bytes.
 const HEADERS: usize = 120;
 const INTERESTING: [u8; 8] = [0, 1, 4, 6, 17, 0x7f, 0x80, 0xff];
-const LONGEST: usize = 3000;
+const LONGEST: usize = 9000;
 
 /// Breaks the frame in one way; it may be well-formed after all.
 pub fn mutate(stack: &mut Stack, random: &mut SmallRng) {

@@ -1,14 +1,16 @@
 //! The tables that frames meet: services of every kind, slots in every state, servers of every kind, exceptions.
 
+use std::ops::Range;
+
 use necp_ebpf::{
     abi::{
         ACCEPTS, ALIVE, ALWAYS_TRACKED, DIRECT, EXCEPTION_GLOBAL, EXCEPTION_LOCAL, Exception, ExceptionMask,
         ExceptionMasks, FIRST_SERVER, FORWARDING_SHIFT, GRE, LAYER_2, LAYER_3, REACHABLE, REPLY, Server, Service,
-        UDP_CLASS, UNTRACKED,
+        UDP_CLASS, UNTRACKED, VIP as VIP_STATE,
     },
     hash::service_bucket,
     host::View,
-    packet::{Packet, protocol},
+    packet::{Packet, protocol, vip_key},
     slot::{COLLECTING, SlotWord, TRACKED},
 };
 use rand::{RngExt as _, rngs::SmallRng};
@@ -58,6 +60,12 @@ pub const fn server_address(id: u32) -> [u8; 4] {
 /// Whether an address is a server's.
 pub fn is_server(address: &[u8]) -> bool {
     (FIRST_SERVER..SERVERS).any(|id| server_address(id) == address)
+}
+
+/// The slots of a service by its place in [`SERVICES`]; the last one has none.
+pub fn slots_of(index: usize) -> Option<Range<usize>> {
+    let first = index * SLOTS_PER_SERVICE as usize;
+    (index + 1 < SERVICES.len()).then_some(first..first + SLOTS_PER_SERVICE as usize)
 }
 
 /// Tables to begin with.
@@ -111,7 +119,8 @@ impl Scene {
             assert!(view.set_server(id, server));
         }
         let mut taken = std::collections::BTreeMap::new();
-        for (key, service) in (0..SERVICES.len()).flat_map(|index| [(key(index), service(index)), reply(index)]) {
+        let services = (0..SERVICES.len()).flat_map(|index| [(key(index), service(index)), reply(index)]);
+        for (key, service) in services.chain([vip()]) {
             let place = taken.entry(service_bucket(key)).or_insert(0);
             assert!(view.set_service(service_bucket(key), *place, &service));
             *place += 1;
@@ -201,6 +210,11 @@ fn reply(index: usize) -> (u64, Service) {
     let service = Service { port, protocol, state: REPLY, slots_base: vip, ..Service::default() };
     let packet = Packet { source_port: u16::from_ne_bytes(port), protocol, ..Packet::default() };
     (packet.reply_key(0), service)
+}
+
+/// What says that an address is a VIP, and its key.
+fn vip() -> (u64, Service) {
+    (vip_key(u32::from_ne_bytes(VIP)), Service { address: VIP, state: VIP_STATE, ..Service::default() })
 }
 
 fn key(index: usize) -> u64 {

@@ -24,8 +24,11 @@ pub struct Stack {
     pub ip: Option<usize>,
     /// Offset of the header behind it.
     pub transport: Option<usize>,
-    /// It comes from a server.
+    /// It comes from a server, this one.
     reply: bool,
+    server: [u8; 4],
+    /// What is being written is quoted by an ICMP error: the other direction.
+    quoting: bool,
     /// UDP goes without a checksum.
     unsummed: bool,
 }
@@ -36,6 +39,8 @@ impl Stack {
         self.bytes.clear();
         (self.ip, self.transport) = (None, None);
         self.reply = once_in(random, 8);
+        self.server = scene::server_address(random.random_range(FIRST_SERVER..scene::SERVERS));
+        self.quoting = false;
         self.unsummed = once_in(random, 4);
         let to = match random.random_range(0..32) {
             0 => OTHER_MAC,
@@ -70,23 +75,28 @@ impl Stack {
     fn ipv4(&mut self, random: &mut SmallRng, depth: u32) {
         let start = self.bytes.len();
         let words = if once_in(random, 6) { random.random_range(0..=10u8) } else { 0 };
-        let (protocol, port) = destination(random);
+        let (mut protocol, port) = destination(random);
+        if depth == 0 && once_in(random, 10) {
+            protocol = protocol::ICMP;
+        }
         let fragment = match random.random_range(0..24) {
-            0 => 0x2000,
-            1 => 0x2000 | random.random_range(0..0x2000u16),
-            2 => random.random_range(0..0x2000u16),
-            3 => random.random(),
-            4 | 5 => 0,
+            0 | 1 => 0x2000,
+            2 => 0x2000 | random.random_range(0..0x2000u16),
+            3 => random.random_range(0..0x2000u16),
+            4 => random.random(),
+            5 | 6 => 0,
             _ => 0x4000,
         };
         self.bytes.extend([0x45 + words, pick(random, &[0, 0, 3, 0xb8]), 0, 0]);
-        self.word(random.random());
+        // Parts of the same datagrams meet.
+        let id = if fragment & 0x3fff == 0 { random.random() } else { random.random_range(0..4) };
+        self.word(id);
         self.word(fragment);
         self.bytes.extend([pick(random, &[64, 64, 255, 2, 1, 0]), protocol, 0, 0]);
         let client = [198, 51, 100, random.random_range(0..4)];
         let to = if once_in(random, 12) { pick(random, &[[192, 0, 2, 11], [255; 4], [0; 4]]) } else { VIP };
-        let server = scene::server_address(random.random_range(FIRST_SERVER..scene::SERVERS));
-        let (source, to) = if self.reply { (server, client) } else { (client, to) };
+        let (source, to) = if self.reply { (self.server, client) } else { (client, to) };
+        let (source, to) = if self.quoting { (to, source) } else { (source, to) };
         self.bytes.extend([source, to].concat());
         for _ in 0..words {
             self.bytes.extend(pick(random, &[[1; 4], [0; 4], [0x83, 4, 4, 0], [0x94, 4, 0, 0], [7, 4, 4, 1]]));
@@ -189,14 +199,18 @@ impl Stack {
     /// Echo, or an error that quotes a packet or its first eight bytes.
     fn icmp(&mut self, random: &mut SmallRng, depth: u32) {
         let start = self.bytes.len();
-        let (kind, code) =
-            pick(random, &[(8, 0), (8, 0), (0, 0), (3, 1), (3, 4), (11, 0), (5, 1), (12, 0), (2, 0), (135, 0)]);
+        let (kind, code) = pick(
+            random,
+            &[(8, 0), (0, 0), (3, 1), (3, 3), (3, 4), (3, 4), (11, 0), (11, 0), (5, 1), (12, 0), (135, 0)],
+        );
         self.bytes.extend([kind, code, 0, 0, 0, 1]);
         self.word(pick(random, &[0, 1280, 1500]));
         if !matches!(kind, 3 | 11 | 5 | 12) || depth > 1 {
             return self.payload(random);
         }
+        self.quoting = !self.quoting;
         self.ipv4(random, depth + 1);
+        self.quoting = !self.quoting;
         if once_in(random, 2) {
             self.bytes.truncate(start + 8 + 28);
         }
@@ -224,6 +238,8 @@ impl Stack {
 
     fn payload(&mut self, random: &mut SmallRng) {
         let length = match random.random_range(0..32) {
+            // Now and then one that comes in several buffers.
+            0 if once_in(random, 8) => random.random_range(3300..8900),
             0 => random.random_range(0..1400),
             1..8 => random.random_range(0..64),
             _ => pick(random, &[0, 0, 1, 5, 10]),
@@ -239,7 +255,7 @@ impl Stack {
 
     /// A client's port and a service's.
     fn ports(&mut self, client: u16, service: u16) {
-        let [first, second] = if self.reply { [service, client] } else { [client, service] };
+        let [first, second] = if self.reply != self.quoting { [service, client] } else { [client, service] };
         self.word(first);
         self.word(second);
     }

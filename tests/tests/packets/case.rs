@@ -1,6 +1,7 @@
 //! A case: tables, frames in, what must come out. Every case runs through the kernel program and through the host build,
 //! and after every frame both must agree with the expectation and with each other, tables and counters included.
 
+use ipnet::Ipv4Net;
 use necp_ebpf::{
     abi::ServerStats,
     flows::{FlowWord, State},
@@ -15,7 +16,7 @@ use necp_tests::{
 
 use crate::{
     frames::Spec,
-    setup::{FLOW_BUCKETS, REMOTE, SERVERS, SLOTS, Setup, mac},
+    setup::{FLOW_BUCKETS, REMOTE, SERVERS, SLOTS, Setup, crossings, mac},
 };
 
 /// One described case.
@@ -141,8 +142,13 @@ pub struct Bench {
 
 impl Bench {
     pub fn load() -> Self {
-        let kernel = Kernel::load(SLOTS, FLOW_BUCKETS).expect("root, and a BPF file system at /sys/fs/bpf, are needed");
-        let host = HostPath::new(SLOTS as usize, FLOW_BUCKETS as usize);
+        let mut kernel =
+            Kernel::load(SLOTS, FLOW_BUCKETS).expect("root, and a BPF file system at /sys/fs/bpf, are needed");
+        let mut host = HostPath::new(SLOTS as usize, FLOW_BUCKETS as usize);
+        kernel.set_crossings(&crossings()).expect("the map has room");
+        let words = |net: Ipv4Net| [net.network(), net.netmask()].map(|address| u32::from_ne_bytes(address.octets()));
+        let crossings = crossings().into_iter().map(|(set, net)| (set, words(net)));
+        host.set_crossings(crossings.map(|(set, [network, mask])| (set, network, mask)).collect());
         let none = vec![ServerStats::default(); SERVERS as usize];
         Self { kernel, host, stats: [none.clone(), none] }
     }

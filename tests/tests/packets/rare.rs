@@ -17,7 +17,7 @@ use crate::{
 };
 
 /// Tag control information (IEEE 802.1Q) of priority 5, VLAN 100.
-const VLAN: [u8; 4] = [0x81, 0x00, 0xa0, 100];
+pub const VLAN: [u8; 4] = [0x81, 0x00, 0xa0, 100];
 /// An outer tag (IEEE 802.1ad) of VLAN 7.
 const OUTER: [u8; 4] = [0x88, 0xa8, 0, 7];
 /// A router on the way.
@@ -30,7 +30,7 @@ pub fn cases() -> Vec<Case> {
         .collect()
 }
 
-fn tagged(spec: Spec, tags: &[[u8; 4]]) -> Spec {
+pub fn tagged(spec: Spec, tags: &[[u8; 4]]) -> Spec {
     spec.with(|spec| spec.tags = tags.to_vec())
 }
 
@@ -85,14 +85,14 @@ fn tags() -> Vec<Case> {
 }
 
 /// A part of a datagram: `offset` in eights of bytes, whether more follow.
-fn part(flow: Flow, id_and_offset: u16, more: bool) -> Spec {
+pub fn part(flow: Flow, id_and_offset: u16, more: bool) -> Spec {
     let bits = id_and_offset | if more { 0x2000 } else { 0 };
     // What stands where ports would be says nothing.
     let spec = if flow.protocol == UDP { flow.udp(&[9; 16]) } else { flow.data(1) };
     spec.with(|spec| (spec.fragment, spec.udp_length) = (bits, Some(4000)))
 }
 
-fn first(flow: Flow) -> Spec {
+pub fn first(flow: Flow) -> Spec {
     part(flow, 0, true)
 }
 
@@ -100,7 +100,7 @@ fn later(flow: Flow) -> Spec {
     part(Flow { source_port: 0xdead, port: 0xbeef, ..flow }, 3, true)
 }
 
-fn last(flow: Flow) -> Spec {
+pub fn last(flow: Flow) -> Spec {
     part(Flow { source_port: 0x1234, port: 80, ..flow }, 6, false)
 }
 
@@ -152,7 +152,11 @@ fn fragments() -> Vec<Case> {
             .frame(first(Flow { destination: [192, 0, 2, 11], ..quic }), Fate::Pass(Reason::Fragment))
             .frame(last(Flow { destination: [192, 0, 2, 11], ..quic }), Fate::Pass(Reason::Fragment)),
         Case::new("parts to a port that is none", "the host's own", Setup::plain())
-            .frame(first(F.on(UDP, 9)), Fate::Pass(Reason::Fragment)),
+            .frame(first(F.on(UDP, 9)), Fate::Pass(Reason::Fragment))
+            .frame(last(F.on(UDP, 9)), Fate::Pass(Reason::Fragment)),
+        Case::new("parts of an echo request", "the host's own", Setup::plain())
+            .frame(first(F.on(ICMP, 0)), Fate::Pass(Reason::Icmp))
+            .frame(last(F.on(ICMP, 0)), Fate::Pass(Reason::Fragment)),
         Case::new("parts to another host", "as whole ones", Setup::plain())
             .frame(first(quic).with(|spec| spec.to_mac = [0xff; 6]), Fate::Pass(Reason::OtherHost))
             .frame(last(quic).with(|spec| spec.to_mac = [0xff; 6]), Fate::Pass(Reason::OtherHost)),
@@ -220,7 +224,7 @@ fn by_header(spec: &Spec, edit: impl FnOnce(&mut [u8]), macs: Option<([u8; 6], [
 }
 
 /// An ICMP message from a router, with this behind its first four bytes.
-fn icmp(kind: u8, code: u8, to: [u8; 4], rest: &[u8]) -> Vec<u8> {
+pub fn icmp(kind: u8, code: u8, to: [u8; 4], rest: &[u8]) -> Vec<u8> {
     icmp_from(ROUTER, kind, code, to, 64, rest)
 }
 
@@ -239,7 +243,7 @@ fn icmp_from(from: [u8; 4], kind: u8, code: u8, to: [u8; 4], ttl: u8, rest: &[u8
 }
 
 /// What an error quotes: the second word of ICMP's header, then the head of a datagram, with so many bytes behind its header.
-fn quote(spec: &Spec, payload: usize) -> Vec<u8> {
+pub fn quote(spec: &Spec, payload: usize) -> Vec<u8> {
     let datagram = spec.build().split_off(14);
     let header = usize::from(datagram[0] & 0xf) * 4;
     [&[0, 0, 0x05, 0xdc][..], &datagram[..datagram.len().min(header + payload)]].concat()
@@ -326,9 +330,24 @@ fn errors_that_are_none() -> Vec<Case> {
         let frame = icmp(3, 4, VIP, &whole[..length]);
         cases.push(Case::new(format!("error cut to {} bytes", length + 4), why, Setup::plain()).bytes(frame, fate));
     }
+    let echo = |to| icmp(8, 0, to, &[0, 1, 0, 1, b'?', b'!']);
+    cases.extend([
+        Case::new("echo to a VIP", "the host answers", Setup::plain()).bytes(echo(VIP), host),
+        Case::new("echo to a silent VIP", "as configured", Setup::plain().silent())
+            .bytes(echo(VIP), Fate::Drop(Reason::Echo)),
+        Case::new("echo to another address", "the host's own", Setup::plain().silent()).bytes(echo(OWN_ADDRESS), host),
+        Case::new("echo reply to a silent VIP", "the host's own", Setup::plain().silent())
+            .bytes(icmp(0, 0, VIP, &[0; 4]), host),
+    ]);
     for kind in [0, 4, 5, 8, 9, 10, 13, 14, 30, 255] {
         cases.push(Case::new(format!("ICMP type {kind}"), why, Setup::plain()).bytes(icmp(kind, 0, VIP, &whole), host));
     }
+    let mut padded = icmp(3, 4, VIP, &whole[..4]);
+    padded.extend(&whole[4..]);
+    cases.push(
+        Case::new("error with a quote in the padding behind it", "no part of the datagram", Setup::plain())
+            .bytes(padded, host),
+    );
     let edited = |edit: fn(&mut Spec)| icmp(3, 4, VIP, &quote(&sent_by_vip(F).with(edit), 8));
     cases.extend([
         Case::new("quotes version 6", why, Setup::plain()).bytes(edited(|spec| spec.version = 6), host),

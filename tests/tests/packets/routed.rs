@@ -251,8 +251,11 @@ pub fn gre_bytes(spec: &Spec, server: u32, to: [u8; 6], from: [u8; 6]) -> Vec<u8
     let total = u16::from_be_bytes([inner[2], inner[3]]) + 24;
     let mut outer = vec![0x45, spec.tos];
     outer.extend(total.to_be_bytes());
-    // Identification and whether it may be fragmented are the datagram's own; it is whole, whatever is inside.
-    outer.extend([inner[4], inner[5], inner[6] & 0x40, 0]);
+    // Whether it may be fragmented is the datagram's own; so is the identification, but for later parts, which must not be
+    // taken for the same datagram when both are fragmented again. It is whole, whatever is inside.
+    let id = u16::from_be_bytes([inner[4], inner[5]]).wrapping_add((spec.fragment & 0x1fff).wrapping_mul(0x9e37));
+    outer.extend(id.to_be_bytes());
+    outer.extend([inner[6] & 0x40, 0]);
     outer.extend([64, 47, 0, 0]);
     outer.extend(OWN_ADDRESS);
     outer.extend(address(server));

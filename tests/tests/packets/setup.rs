@@ -1,14 +1,18 @@
 //! The tables that a case begins with.
 
+use std::collections::BTreeSet;
+
+use ipnet::Ipv4Net;
 use necp_ebpf::{
     abi::{
-        ACCEPTS, ALIVE, ALWAYS_TRACKED, DIRECT, EXCEPTION_GLOBAL, EXCEPTION_INSTALLERS, EXCEPTION_LOCAL, Exception,
-        ExceptionMask, ExceptionMasks, FLOWS_PER_BUCKET, FORWARDING_SHIFT, GRE, LAYER_2, LAYER_3, REACHABLE, REPLY,
-        SERVICES_PER_BUCKET, Server, Service, UDP_CLASS, UNTRACKED, VIP as VIP_STATE,
+        ACCEPTS, ALIVE, ALWAYS_TRACKED, AddressSet, DIRECT, EXCEPTION_GLOBAL, EXCEPTION_INSTALLERS, EXCEPTION_LOCAL,
+        Exception, ExceptionMask, ExceptionMasks, FLOWS_PER_BUCKET, FORWARDING_SHIFT, GRE, INTERCEPT, LAYER_2, LAYER_3,
+        NO_ECHO, REACHABLE, REPLY, SERVICES_PER_BUCKET, Server, Service, UDP_CLASS, UNTRACKED, VIP as VIP_STATE,
     },
     flows::{FlowWord, flow_key},
     hash::{flow_buckets, flow_hash, service_bucket, slot_index},
     host::View,
+    intercept::named,
     packet::{Packet, protocol},
     slot::{COLLECTING, SlotWord, TRACKED},
 };
@@ -134,6 +138,16 @@ impl Setup {
         Self::owned_by(DIRECT)
     }
 
+    /// All slots of one more service have this word: TCP or UDP with this port, of farm 0, which intercepts (see [`crossings`]).
+    pub fn intercepting(mut self, protocol: u8, port: u16, word: SlotWord) -> Self {
+        let flags = if protocol == protocol::TCP { 0 } else { ALWAYS_TRACKED };
+        let service = service(self.services.len() as u16 + 1, protocol, port, flags);
+        let slots_base = self.slots.len() as u32;
+        self.slots.extend([word.0; SLOTS_PER_SERVICE as usize]);
+        self.services.push(Service { address: [0; 4], state: INTERCEPT, slots_base, ..service });
+        self
+    }
+
     /// The flow's slot has this word instead.
     pub fn slot_of(mut self, flow: Flow, word: SlotWord) -> Self {
         let index = self.slot_index(flow).expect("the flow belongs to a service") as usize;
@@ -192,6 +206,12 @@ impl Setup {
         self
     }
 
+    /// ICMP echo to the VIP is dropped.
+    pub fn silent(mut self) -> Self {
+        self.services.iter_mut().filter(|one| one.state == VIP_STATE).for_each(|vip| vip.flags = NO_ECHO);
+        self
+    }
+
     /// The exceptions are another farm's.
     pub fn of_another_farm(mut self) -> Self {
         self.exceptions.iter_mut().for_each(|exception| exception.farm = 1);
@@ -210,8 +230,8 @@ impl Setup {
 
     /// The flow has this entry, in the first of its buckets that has room.
     pub fn entry(mut self, flow: Flow, word: FlowWord) -> Self {
-        let service = self.service(flow).expect("the flow belongs to a service");
-        let key = flow_key(&flow.packet(), service.id);
+        let (service, packet) = self.flow(&flow.packet()).expect("the flow belongs to a service");
+        let key = flow_key(&packet, service.id);
         let [first, second] = self.buckets(flow);
         let (bucket, index) =
             if self.used(first) < FLOWS_PER_BUCKET { (first, self.used(first)) } else { (second, self.used(second)) };
@@ -240,14 +260,22 @@ impl Setup {
 
     /// The two buckets of a flow.
     pub fn buckets(&self, flow: Flow) -> [u32; 2] {
-        flow_buckets(flow_hash(&flow.packet(), SEED), FLOW_BUCKETS - 1)
+        let packet = self.flow(&flow.packet()).map_or(flow.packet(), |(_, packet)| packet);
+        flow_buckets(flow_hash(&packet, SEED), FLOW_BUCKETS - 1)
     }
 
     /// Key and slot of a packet's flow, if it belongs to a service.
     pub fn place(&self, packet: &Packet) -> Option<(u64, u32)> {
-        let service = self.services.iter().find(|service| key(service) == packet.service_key())?;
-        let slot = service.slots_base + slot_index(flow_hash(packet, service.seed), service.slots_size);
-        Some((flow_key(packet, service.id), slot))
+        let (service, packet) = self.flow(packet)?;
+        let slot = service.slots_base + slot_index(flow_hash(&packet, service.seed), service.slots_size);
+        Some((flow_key(&packet, service.id), slot))
+    }
+
+    /// A packet's service, and the packet with what names its flow.
+    fn flow(&self, packet: &Packet) -> Option<(&Service, Packet)> {
+        let find = |wanted| self.services.iter().find(|service| key(service) == wanted);
+        let intercepted = || find(packet.intercept_key()).map(|service| (service, named(packet, service.seed)));
+        find(packet.service_key()).map(|service| (service, *packet)).or_else(intercepted)
     }
 
     /// Writes it all; the tables must be cleared of other set-ups' services.
@@ -289,10 +317,6 @@ impl Setup {
         }
     }
 
-    fn service(&self, flow: Flow) -> Option<&Service> {
-        self.services.iter().find(|service| key(service) == flow.packet().service_key())
-    }
-
     fn slot_index(&self, flow: Flow) -> Option<u32> {
         self.place(&flow.packet()).map(|(_, slot)| slot)
     }
@@ -300,6 +324,15 @@ impl Setup {
     fn used(&self, bucket: u32) -> usize {
         self.entries.iter().filter(|entry| entry.0 == bucket).count()
     }
+}
+
+/// Farm 0 intercepts what goes to 203.0.113.0/24 and to the VIP's network, but for this host's own 203.0.113.1; its servers are
+/// in 10.0.0.0/24.
+pub fn crossings() -> BTreeSet<(AddressSet, Ipv4Net)> {
+    let net = |net: &str| net.parse().expect("a prefix");
+    let taken = AddressSet::intercepted(0);
+    let sets = [(taken, "203.0.113.0/24"), (taken, "192.0.2.0/24"), (AddressSet::OWN, "203.0.113.1/32")];
+    sets.into_iter().chain([(AddressSet::servers(0), "10.0.0.0/24")]).map(|(set, text)| (set, net(text))).collect()
 }
 
 /// Ports of other TCP services that share a bucket of the service table with [`WEB`].

@@ -35,6 +35,7 @@ pub fn boot(host: &Host, kernel: &Kernel, programs: &[PathBuf]) -> Result<Comman
     for (file, (name, _)) in programs.iter().zip(PROGRAMS) {
         image.program(name, file)?;
     }
+    image.program("necp", &host.binary("debug", "necp"))?;
     for module in MODULES {
         image.module(&kernel.modules, module)?;
     }

@@ -9,7 +9,7 @@ use std::time::Duration;
 use ipnet::Ipv4Net;
 use toml::Spanned;
 
-use super::file::{Farm, File, Hops, Md5Files, Number, Prefix, Vip};
+use super::file::{Destination, Farm, File, Hops, Md5Files, Number, Prefix, Vip};
 use super::{FarmConfig, NeConfig, PIN, SOCKET};
 use crate::config::strict::{Mistake, Text, place};
 use crate::necp::service::TCP;
@@ -52,7 +52,7 @@ pub(super) fn check(text: &str, file: File) -> Result<NeConfig, Vec<Mistake>> {
     if config.farms.is_empty() {
         check.mistake(
             None,
-            "there is no farm; write a section [[farm]] with name, vips, services, forwarding, servers and auth".into(),
+            "there is no farm; write a section [[farm]] with name, vips (or intercept), services, forwarding, servers and auth".into(),
         );
     }
     check.farms_together(&file.farm, &config);
@@ -168,6 +168,7 @@ impl Check<'_> {
         FarmConfig {
             auth: self.authentication(farm, &name),
             vips: self.vips(farm),
+            intercept: self.intercept(farm, &name),
             services: self.services(farm),
             forwarding: self.forwarding(farm, &name),
             servers: self.servers(farm),
@@ -177,6 +178,7 @@ impl Check<'_> {
             tcp_idle: self.seconds(&farm.tcp_idle, "tcp_idle", 7440.0, 1.0..=MAX_TIME),
             udp_idle: self.seconds(&farm.udp_idle, "udp_idle", 180.0, 1.0..=MAX_TIME),
             udp_tracking: farm.udp_tracking.unwrap_or(true),
+            echo: farm.echo.unwrap_or(true),
             global_exceptions: farm.global_exceptions.unwrap_or(false),
             max_exceptions: self.max_exceptions(&farm.max_exceptions, MAX_EXCEPTIONS_OF_ONE),
             hash_seed: self.hash_seed(farm),
@@ -195,8 +197,33 @@ impl Check<'_> {
     }
 
     fn vips(&mut self, farm: &Farm) -> Vec<Ipv4Addr> {
-        self.some(&farm.vips, "vips", "the address that clients connect to, such as vips = [\"192.0.2.10\"]");
-        self.distinct(&farm.vips, |vip: &Text<Vip>| vip.0.0, "VIP")
+        let Some(vips) = &farm.vips else { return Vec::new() };
+        self.some(vips, "vips", "the address that clients connect to, such as vips = [\"192.0.2.10\"]");
+        self.distinct(vips, |vip: &Text<Vip>| vip.0.0, "VIP")
+    }
+
+    /// Either this or `vips`.
+    fn intercept(&mut self, farm: &Farm, name: &str) -> Vec<Ipv4Net> {
+        let Some(prefixes) = &farm.intercept else {
+            if farm.vips.is_none() {
+                self.at(&farm.name, format!("farm `{name}` has neither `vips` nor `intercept`; write the address that clients connect to, such as vips = [\"192.0.2.10\"], or destinations whose packets it takes, such as intercept = [\"0.0.0.0/0\"]"));
+            }
+            return Vec::new();
+        };
+        if farm.vips.is_some() {
+            self.at(prefixes, format!("farm `{name}` has `vips` and `intercept`; make them two farms"));
+        }
+        if let Some(l3) = farm.forwarding.get_ref().iter().find(|one| one.get_ref().0 == Forwarding::L3) {
+            self.at(l3, "l3 addresses packets to the server, which could not tell whom they were for; a farm with `intercept` has l2 and gre".into());
+        }
+        if farm.udp_tracking == Some(false) {
+            self.at(
+                prefixes,
+                "what is intercepted is on record, so that exceptions hold; drop udp_tracking = false".into(),
+            );
+        }
+        self.some(prefixes, "intercept", "destinations whose packets it takes, such as intercept = [\"0.0.0.0/0\"]");
+        self.distinct(prefixes, |prefix: &Text<Destination>| prefix.0.0, "prefix")
     }
 
     fn services(&mut self, farm: &Farm) -> Vec<ServiceKey> {
@@ -342,7 +369,7 @@ impl Check<'_> {
 
     fn farms_together(&mut self, sections: &[Spanned<Farm>], config: &NeConfig) {
         let farms = &config.farms;
-        let total: usize = farms.iter().map(|farm| farm.vips.len() * farm.services.len()).sum();
+        let total: usize = farms.iter().map(|farm| farm.vips.len().max(1) * farm.services.len()).sum();
         if total > MAX_SERVICES {
             self.mistake(None, format!("{total} pairs of address and service are too many; at most {MAX_SERVICES}"));
         }
@@ -383,7 +410,11 @@ impl Check<'_> {
             self.at(&section.name, format!("two farms are named `{name}`; give each its own name"));
         }
         let Some(service) = farm.services.iter().find(|service| other.services.contains(service)) else { return };
-        if let Some(vip) = section.vips.get_ref().iter().find(|vip| other.vips.contains(&vip.get_ref().0.0)) {
+        if let Some(prefixes) = section.intercept.as_ref().filter(|_| !other.intercept.is_empty()) {
+            self.at(prefixes, format!("{service} is intercepted by farm `{theirs}` already; give one of the two all prefixes, or `{name}` other services"));
+        }
+        let mut vips = section.vips.iter().flat_map(Spanned::get_ref);
+        if let Some(vip) = vips.find(|vip| other.vips.contains(&vip.get_ref().0.0)) {
             let address = vip.get_ref().0.0;
             self.at(vip, format!("{service} on VIP {address} belongs to farm `{theirs}` already; give `{name}` another VIP or other services"));
         }

@@ -37,7 +37,8 @@ pub(super) struct File {
 #[serde(deny_unknown_fields)]
 pub(super) struct Farm {
     pub(super) name: Spanned<String>,
-    pub(super) vips: Spanned<Vec<Spanned<Text<Vip>>>>,
+    pub(super) vips: Option<Spanned<Vec<Spanned<Text<Vip>>>>>,
+    pub(super) intercept: Option<Spanned<Vec<Spanned<Text<Destination>>>>>,
     pub(super) services: Spanned<Vec<Spanned<Text<ServiceKey>>>>,
     pub(super) forwarding: Spanned<Vec<Spanned<Text<Forwarding>>>>,
     pub(super) servers: Spanned<Vec<Spanned<Text<Prefix>>>>,
@@ -50,6 +51,7 @@ pub(super) struct Farm {
     pub(super) tcp_idle: Option<Number>,
     pub(super) udp_idle: Option<Number>,
     pub(super) udp_tracking: Option<bool>,
+    pub(super) echo: Option<bool>,
     pub(super) global_exceptions: Option<bool>,
     pub(super) max_exceptions: Option<Spanned<i64>>,
     pub(super) hash_seed: Option<Spanned<i64>>,
@@ -134,6 +136,28 @@ impl FromStr for Prefix {
             )),
             Err(_) if is_ipv6(text) => Err(not_ipv6(text)),
             Err(_) => Err(format!("`{text}` is no IPv4 prefix; write who may join as 10.0.0.0/24 or 10.0.0.11")),
+        }
+    }
+}
+
+/// `PREFIX/LENGTH` or one address, of destinations.
+pub(super) struct Destination(pub(super) Ipv4Net);
+
+impl FromStr for Destination {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text.parse::<Ipv4Net>().or_else(|_| text.parse::<Ipv4Addr>().map(Ipv4Net::from)) {
+            Ok(net) if net.trunc() == net => Ok(Self(net)),
+            Ok(net) => Err(format!(
+                "`{text}` has host bits set; write {} (or {}/32 for that one address)",
+                net.trunc(),
+                net.addr()
+            )),
+            Err(_) if is_ipv6(text) => Err(not_ipv6(text)),
+            Err(_) => Err(format!(
+                "`{text}` is no IPv4 prefix; write destinations to intercept as 0.0.0.0/0 (all) or 203.0.113.0/24"
+            )),
         }
     }
 }

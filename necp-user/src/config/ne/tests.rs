@@ -64,17 +64,67 @@ fn every_optional_key_is_read() {
         .split_once("[[farm]]")
         .map(|(_, farm)| format!("{top}[[farm]]{farm}"))
         .expect("a farm")
-        + "table_size = 251\norphan_time = 10\ntcp_idle = 60\nudp_idle = 1.5\nudp_tracking = false\n\
+        + "table_size = 251\norphan_time = 10\ntcp_idle = 60\nudp_idle = 1.5\nudp_tracking = false\necho = false\n\
            global_exceptions = true\nmax_exceptions = 1000\nhash_seed = 7\ncapacity = { \"10.0.0.11\" = 2 }\n";
     let config = NeConfig::parse(&text).expect("no mistake in it");
     assert_eq!(config.listen.iter().map(ToString::to_string).collect::<Vec<_>>(), ["10.0.0.1:3262", "10.0.1.1:4000"]);
     assert_eq!((config.mode, config.manage_vips), (Mode::Native, false));
     assert_eq!((config.keepalive.as_millis(), config.grace.as_millis()), (1000, 2500));
     let farm = &config.farms[0];
-    assert_eq!((farm.table_size, farm.hash_seed, farm.udp_tracking), (251, Some(7), false));
+    assert_eq!((farm.table_size, farm.hash_seed, farm.udp_tracking, farm.echo), (251, Some(7), false, false));
     assert_eq!(farm.capacity, BTreeMap::from([(Ipv4Addr::new(10, 0, 0, 11), 2.0)]));
     assert_eq!(farm.udp_idle.as_millis(), 1500);
     assert_eq!((config.max_exceptions, farm.max_exceptions, farm.global_exceptions), (5000, 1000, true));
+}
+
+const INTERCEPT: &str = "intercept = [\"0.0.0.0/0\"]";
+
+#[test]
+fn a_farm_intercepts_in_place_of_vips() {
+    let good = GOOD.replace("vips = [\"192.0.2.10\"]", INTERCEPT).replace(", \"l3\"", "");
+    let config = NeConfig::parse(&good).expect("no mistake in it");
+    assert!(config.intercepts() && config.farms[0].vips.is_empty());
+    assert_eq!(
+        config.farms[0].to_string(),
+        "web: tcp/80 tcp/443 udp/443 on the way to 0.0.0.0/0 by l2 gre, servers 10.0.0.0/24, 65537 slots per service, auth none"
+    );
+    let vips = "vips = [\"192.0.2.10\"]";
+    let both = mistakes(", \"l3\"]      #", "]\nintercept = [\"10.0.0.0/8\", \"10.0.0.0/8\"] #");
+    assert_eq!(
+        both,
+        [
+            "9:13: farm `web` has `vips` and `intercept`; make them two farms",
+            "9:28: prefix 10.0.0.0/8 is listed twice; write it once",
+        ]
+    );
+    let neither = mistakes(vips, "");
+    assert_eq!(neither.len(), 1, "{neither:?}");
+    assert!(neither[0].starts_with("5:8: farm `web` has neither `vips` nor `intercept`; write "), "{neither:?}");
+    only(
+        mistakes(vips, INTERCEPT),
+        "8:28: l3 addresses packets to the server, which could not tell whom they were for; a farm with `intercept` has l2 and gre",
+    );
+    let prefix = |text: &str| NeConfig::parse(&good.replace("0.0.0.0/0", text)).expect_err(text)[0].to_string();
+    assert_eq!(
+        prefix("10.0.0.1/8"),
+        "6:14: `10.0.0.1/8` has host bits set; write 10.0.0.0/8 (or 10.0.0.1/32 for that one address)"
+    );
+    assert_eq!(
+        prefix("all"),
+        "6:14: `all` is no IPv4 prefix; write destinations to intercept as 0.0.0.0/0 (all) or 203.0.113.0/24"
+    );
+    assert_eq!(prefix("::/0"), "6:14: `::/0`: IPv6 is not built yet; write an IPv4 address");
+    let untracked = NeConfig::parse(&format!("{good}udp_tracking = false\n")).expect_err("a mistake");
+    assert_eq!(
+        untracked[0].to_string(),
+        "6:13: what is intercepted is on record, so that exceptions hold; drop udp_tracking = false"
+    );
+    let second = good.split_once("[[farm]]").map(|(_, farm)| farm.replace("web", "b").replace("10.0.0.0", "10.0.1.0"));
+    let two = NeConfig::parse(&format!("{good}[[farm]]{}", second.expect("a farm"))).expect_err("a mistake");
+    assert_eq!(
+        two[0].to_string(),
+        "13:13: tcp/80 is intercepted by farm `web` already; give one of the two all prefixes, or `b` other services"
+    );
 }
 
 #[test]

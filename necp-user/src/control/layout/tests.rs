@@ -148,3 +148,42 @@ fn more_vips_of_a_port_than_a_reply_looks_at_are_refused() {
     let refused = Layout::new(&config(vec![many]), &[]);
     assert_eq!(refused, Err(ConfigError::TooManyReplies { service: ServiceKey::new(6, 80) }));
 }
+
+fn interceptor(name: &str, network: u8) -> FarmConfig {
+    let mut farm = farm(name, network);
+    farm.vips.clear();
+    farm.intercept = vec!["0.0.0.0/0".parse().expect("a prefix")];
+    farm
+}
+
+#[test]
+fn what_is_intercepted_has_one_entry_a_service_and_no_notes() {
+    let mut intercepts = interceptor("b", 2);
+    intercepts.udp_tracking = false;
+    let config = config(vec![farm("a", 1), intercepts]);
+    let layout = Layout::new(&config, &[]).unwrap();
+    let packet = necp_ebpf::packet::Packet {
+        destination: u32::from_ne_bytes([203, 0, 113, 80]),
+        destination_port: 80_u16.to_be(),
+        protocol: 6,
+        ..Default::default()
+    };
+    let frontend = layout.frontends[2];
+    let entry = layout.entry(&config, &frontend);
+    assert_eq!((first_word(&entry), entry.state, entry.farm), (packet.intercept_key(), abi::INTERCEPT, 1));
+    assert_eq!(frontend.bucket, service_bucket(packet.intercept_key()));
+    assert_eq!((layout.frontends.len(), layout.notes.len()), (4, 1), "a note of the one VIP");
+    let flags: Vec<u16> = layout.services.iter().map(|service| service.flags).collect();
+    assert_eq!(flags, [0, ALWAYS_TRACKED, 0, ALWAYS_TRACKED], "UDP that is intercepted is always on record");
+    let after = Layout::new(&config, &entries(&config, &layout)).unwrap();
+    assert_eq!((&after.frontends, after.stale.len()), (&layout.frontends, 0), "records stay valid");
+    assert!(after.services.iter().all(|service| service.adopted));
+}
+
+#[test]
+fn two_farms_do_not_intercept_the_same() {
+    let both = config(vec![interceptor("a", 1), interceptor("b", 2)]);
+    let (first, second) = ("a".to_owned(), "b".to_owned());
+    let refused = ConfigError::Intercepted { service: ServiceKey::new(6, 80), first, second };
+    assert_eq!(Layout::new(&both, &[]), Err(refused));
+}

@@ -146,3 +146,68 @@ fn slots_of_services_whose_flows_are_all_on_record_have_no_legacy() {
     bed.sync();
     assert_eq!((1..40).map(|client| bed.udp(client)).collect::<Vec<_>>(), servers, "no flow moves");
 }
+
+/// One farm that intercepts tcp/80 and udp/53, 11 slots each.
+fn intercepting() -> ClusterConfig {
+    let mut config = config();
+    config.farms[0].vips.clear();
+    config.farms[0].forwarding.retain(|forwarding| *forwarding != Forwarding::Layer3);
+    config.farms[0].intercept = vec!["0.0.0.0/0".parse().expect("a prefix")];
+    config
+}
+
+fn places(bed: &Bed, service: usize) -> BTreeSet<(u32, u32)> {
+    bed.slots(service).iter().map(|slot| (slot.owner(), slot.legacy())).collect()
+}
+
+#[test]
+fn what_is_intercepted_is_direct_until_the_first_start_and_what_began_before_stays_so() {
+    let mut bed = Bed::with(intercepting());
+    assert_eq!(bed.sync().records_written, 2, "an entry for each service");
+    assert_eq!((places(&bed, 0), places(&bed, 1)), ([(DIRECT, NONE)].into(), [(DIRECT, NONE)].into()));
+    let id = bed.serve(1);
+    assert_eq!(places(&bed, 0), [(id, DIRECT)].into());
+    // The flows that began before come to their end, or are collected.
+    bed.collect_for(4);
+    assert_eq!(places(&bed, 0), [(id, DIRECT)].into(), "TCP flows may be silent for two hours");
+    bed.stop(1);
+    assert_eq!(places(&bed, 0), [(DIRECT, NONE)].into(), "back to where they were");
+    assert!(bed.slots(0).iter().all(|slot| slot.is_tracked()), "flows of the server in between may be on record");
+}
+
+#[test]
+fn a_start_before_the_first_write_leaves_old_flows_direct_too() {
+    let mut bed = Bed::with(intercepting());
+    bed.join(1);
+    bed.start(1);
+    bed.cluster.start(se(1), Forwarding::Layer2, 17, 53, bed.now).expect("it may start");
+    bed.sync();
+    let id = bed.id(1);
+    assert_eq!(places(&bed, 0), [(id, DIRECT)].into());
+    assert!(places(&bed, 1).iter().all(|&(owner, legacy)| owner != DIRECT && legacy == NONE), "UDP shows no beginning");
+}
+
+#[test]
+fn what_is_intercepted_is_cut_through_when_all_servers_are_lost_at_once() {
+    let mut bed = Bed::with(intercepting());
+    let ids: Vec<u32> = (1..=4).map(|number| bed.serve(number)).collect();
+    (1..=4).for_each(|number| bed.lose(number));
+    assert_eq!(bed.cluster.poll_notice(), None, "no panic");
+    assert!(!bed.cluster.snapshot().farms[0].alarm);
+    assert_eq!(bed.owned(DIRECT), 11);
+    assert!(ids.iter().all(|&id| bed.cluster.is_alive(id) && !bed.accepts(id)), "their flows stay with them");
+    // A host that is gone is certainly gone: nobody waits to see whether this is a panic.
+    bed.kill(1);
+    assert!(!bed.cluster.is_alive(ids[0]));
+}
+
+#[test]
+fn a_restart_goes_on_with_what_is_intercepted() {
+    let mut bed = Bed::with(intercepting());
+    let id = bed.serve(1);
+    let mut new = Bed::on(bed.view, intercepting(), bed.now);
+    let adopted = new.cluster.adopt(&new.view, new.now).expect("everything finds its place");
+    assert_eq!((adopted.services, adopted.services_new, adopted.serving), (2, 0, 1));
+    new.sync();
+    assert_eq!(places(&new, 0), [(id, DIRECT)].into());
+}

@@ -22,6 +22,7 @@ use tokio::time::sleep_until;
 use self::acks::{Ack, Acks};
 use self::exceptions::{Lists, Tally};
 use self::report::Sampler;
+use super::crossings::Crossings;
 use super::hosts::{Hosts, Sight};
 use super::input::{From, Input, SessionId};
 use super::limits::Limits;
@@ -67,6 +68,8 @@ const ANNOUNCE_AGAIN: [Duration; 2] = [Duration::from_secs(1), Duration::from_se
 pub struct Owner {
     pub(super) plane: Plane,
     pub(super) vips: Option<Vips>,
+    /// If some farm intercepts.
+    pub(super) crossings: Option<Crossings>,
     /// To be undone at the end.
     pub(super) routing: HostRouting,
     config: Arc<NeConfig>,
@@ -131,6 +134,7 @@ impl Owner {
             collector: Collector::new(now),
             plane,
             vips,
+            crossings: None,
             config,
             cluster,
             hosts,
@@ -160,6 +164,7 @@ impl Owner {
 
     /// Looks for the servers that were adopted, and writes the first plan.
     pub async fn begin(&mut self) {
+        self.refresh_crossings().await;
         self.hosts.list().await;
         let adopted: Vec<Ipv4Addr> = self.cluster.hosts().collect();
         for host in adopted {
@@ -371,6 +376,12 @@ impl Owner {
         self.must_write();
     }
 
+    async fn refresh_crossings(&mut self) {
+        if let Some(crossings) = &self.crossings {
+            crossings.refresh(&mut self.plane).await;
+        }
+    }
+
     fn on_change(&mut self, change: Change) {
         match change {
             Change::Neighbour(neighbour) => {
@@ -464,6 +475,7 @@ impl Owner {
         }
         if self.refresh_at.is_some_and(|at| at <= now) {
             self.refresh_at = None;
+            self.refresh_crossings().await;
             self.hosts.begin_refresh().await;
         }
         for host in self.hosts.refresh().await {

@@ -50,9 +50,10 @@ fn head(status: &Status) -> String {
 }
 
 fn farm_text(farm: &Farm) -> String {
-    let vips: Vec<String> = farm.vips.iter().map(ToString::to_string).collect();
+    let (vips, prefixes) = (words(&farm.vips), words(&farm.intercept));
+    let place = if prefixes.is_empty() { format!("at {vips}") } else { format!("intercepts {prefixes}") };
     let authenticated = if farm.authenticated { ", authenticated" } else { "" };
-    let mut text = format!("farm {} at {}{authenticated}\n", farm.name, vips.join(" "));
+    let mut text = format!("farm {} {place}{authenticated}\n", farm.name);
     let mut table = table(&[
         "SERVICE",
         "SERVER",
@@ -95,6 +96,10 @@ fn farm_text(farm: &Farm) -> String {
     finish(table, 4, &mut text);
     text.push_str(&exceptions(farm));
     text
+}
+
+fn words<T: ToString>(items: &[T]) -> String {
+    items.iter().map(T::to_string).collect::<Vec<_>>().join(" ")
 }
 
 /// One line, of farms that have some.
@@ -256,6 +261,7 @@ mod tests {
             farms: vec![Farm {
                 name: "web".into(),
                 vips: vec![Ipv4Addr::new(192, 0, 2, 10)],
+                intercept: Vec::new(),
                 authenticated: true,
                 services: vec![
                     Service {
@@ -320,6 +326,13 @@ connections turned away: 3 not admitted
 rejected by authentication: 2 wrong credential, 1 INIT sent again
 ";
         assert_eq!(tables(&sample()), expected);
+    }
+
+    #[test]
+    fn a_farm_that_intercepts_shows_its_prefixes() {
+        let intercept = ["203.0.113.0/24", "10.0.0.0/8"].map(|net| net.parse().expect("a prefix")).to_vec();
+        let farm = Farm { vips: Vec::new(), intercept, ..sample().farms.remove(0) };
+        assert!(farm_text(&farm).starts_with("farm web intercepts 203.0.113.0/24 10.0.0.0/8, authenticated\n"));
     }
 
     #[test]

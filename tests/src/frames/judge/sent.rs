@@ -2,14 +2,14 @@
 
 use std::ops::Range;
 
-use etherparse::{Ethernet2Slice, Ipv4HeaderSlice, ip_number};
+use etherparse::{Ethernet2Slice, IpNumber, Ipv4HeaderSlice, ip_number};
 use necp_ebpf::{
     abi::{GRE, LAYER_2, LAYER_3, REACHABLE, Server},
     host::View,
     verdict::Reason,
 };
 
-use super::{Checksums, Deed, ipv4};
+use super::{Checksums, Deed, ipv4, quote::Quote};
 use crate::{
     frames::{
         scene::{VIP, server_of},
@@ -18,8 +18,6 @@ use crate::{
     kernel::{OTHER_MAC, OWN_MAC, Verdict},
 };
 
-/// Where the datagram stands.
-const L3: usize = 14;
 /// Places in an IPv4 header.
 const TTL: usize = 8;
 const CHECKSUM: Range<usize> = 10..12;
@@ -28,114 +26,257 @@ const DESTINATION: Range<usize> = 16..20;
 /// An outer IPv4 header and GRE's.
 const OUTER: usize = 24;
 
-/// A packet that is sent to a server.
-pub(super) fn to_server(frame: &[u8], deed: Deed<'_>, tables: View<'_>) -> Result<(), String> {
-    let (to, from) = macs(deed.frame)?;
-    let server = server_with(to, tables)?;
-    let (port, source) = if deed.verdict == Verdict::Tx { (0, OWN_MAC) } else { (1, OTHER_MAC) };
-    if (server.port, from) != (port, source) {
-        return Err(format!("{:?} from {from:02x?} to a server at port {}", deed.verdict, server.port));
-    }
-    let (before, after) = (&frame[L3..], &deed.frame[L3..]);
-    match server.forwarding {
-        LAYER_2 if frame[12..] == deed.frame[12..] => changed(before, after, None, 0),
-        LAYER_2 => Err("more than the MAC addresses is changed".into()),
-        GRE => fits(after, &server).and_then(|()| encapsulated(before, after, &server)),
-        LAYER_3 => {
-            fits(after, &server).and_then(|()| changed(before, after, Some((DESTINATION, last(&server.address))), 1))
+/// A frame that left, as it was and as it is.
+#[derive(Clone, Copy)]
+pub(super) struct Sent<'a> {
+    /// Where the datagram stands, in both.
+    pub(super) l3: usize,
+    pub(super) before: &'a [u8],
+    pub(super) deed: Deed<'a>,
+    pub(super) tables: View<'a>,
+}
+
+impl Sent<'_> {
+    /// A packet that is sent to a server: which.
+    pub(super) fn to_server(self) -> Result<u32, String> {
+        let (to, from) = macs(self.deed.frame)?;
+        let (id, server) = server_with(to, self.tables)?;
+        let (port, source) = if self.deed.verdict == Verdict::Tx { (0, OWN_MAC) } else { (1, OTHER_MAC) };
+        if (server.port, from) != (port, source) {
+            return Err(format!("{:?} from {from:02x?} to a server at port {}", self.deed.verdict, server.port));
         }
-        other => Err(format!("sent by forwarding type {other}, of which the judge knows nothing")),
+        let (before, after) = self.datagrams()?;
+        match server.forwarding {
+            LAYER_2 if self.before[12..] == self.deed.frame[12..] => {}
+            LAYER_2 => return Err("more than the MAC addresses is changed".into()),
+            GRE => fits(after, &server).and_then(|()| encapsulated(before, after, &server))?,
+            LAYER_3 => fits(after, &server).and_then(|()| self.translated(&server, 1))?,
+            other => return Err(format!("sent by forwarding type {other}, of which the judge knows nothing")),
+        }
+        Ok(id)
+    }
+
+    /// A packet that is ready for a server but for its length: the kernel counts its own hop of one by layer 3.
+    pub(super) fn to_be_fragmented(self) -> Result<u32, String> {
+        let (to, from) = macs(self.deed.frame)?;
+        let (id, server) = server_with(from, self.tables)?;
+        if to != OWN_MAC {
+            return Err(format!("for the kernel, but addressed to {to:02x?}"));
+        }
+        let (before, after) = self.datagrams()?;
+        if fits(after, &server).is_ok() {
+            return Err("needs no fragmenting".into());
+        }
+        if before[6] & 0x40 != 0 {
+            return Err("must not be fragmented".into());
+        }
+        match server.forwarding {
+            GRE => encapsulated(before, after, &server)?,
+            LAYER_3 => self.translated(&server, 0)?,
+            other => return Err(format!("fragmented by forwarding type {other}")),
+        }
+        Ok(id)
+    }
+
+    /// A server's reply, or an error about one, whose sender may be another.
+    pub(super) fn reply(&self, hops: u8) -> Result<(), String> {
+        if hops == 0 && self.before[..self.l3] != self.deed.frame[..self.l3] {
+            return Err("for the kernel, but its Ethernet header is changed".into());
+        }
+        let (before, after) = self.datagrams()?;
+        let Some(quote) = self.quote() else { return changed(before, after, Some((SOURCE, VIP)), hops) };
+        let server = (quote.destination == before[SOURCE]).then_some((SOURCE, VIP));
+        error_changed(before, after, server, (DESTINATION, VIP), hops)
+    }
+
+    /// To a layer-3 server.
+    fn translated(&self, server: &Server, hops: u8) -> Result<(), String> {
+        let ((before, after), address) = (self.datagrams()?, last(&server.address));
+        let outer = Some((DESTINATION, address));
+        match self.quote() {
+            Some(_) => error_changed(before, after, outer, (SOURCE, address), hops),
+            None => changed(before, after, outer, hops),
+        }
+    }
+
+    /// What it quotes, if it is steered by that.
+    fn quote(&self) -> Option<Quote> {
+        let datagram = self.before.get(self.l3..)?;
+        let whole = datagram.get(6..8).is_some_and(|field| field[0] & 0x3f == 0 && field[1] == 0);
+        Quote::of(datagram).filter(|_| whole && datagram[9] == ip_number::ICMP.0)
+    }
+
+    /// An ICMP error about the frame.
+    pub(super) fn answer(&self) -> Result<(), String> {
+        let (datagram, answer) = self.datagrams()?;
+        let before = Ipv4HeaderSlice::from_slice(datagram).map_err(|error| error.to_string())?;
+        let expired = self.deed.reason == Reason::Expired;
+        if expired && before.ttl() > 1 {
+            return Err(format!("expired with {} hops to go", before.ttl()));
+        }
+        let (to, from) = macs(self.deed.frame)?;
+        if (to, from) != (macs(self.before)?.1, OWN_MAC) {
+            return Err(format!("an answer from {from:02x?} to {to:02x?}"));
+        }
+        let (header, message) = ipv4(answer).ok_or("the answer is no IPv4 packet")?;
+        let valid = fold(sum(header.slice())) == 0xffff && fold(sum(message)) == 0xffff;
+        if !valid || header.protocol() != ip_number::ICMP || header.destination() != before.source() {
+            return Err("the answer's checksums, protocol or destination are wrong".into());
+        }
+        if message.len() < 8 || message[..2] != if expired { [11, 0] } else { [3, 4] } {
+            return Err(format!("{:?} is told by {message:02x?}", self.deed.reason));
+        }
+        let mtu = u16::from_be_bytes([message[6], message[7]]);
+        if !expired && mtu >= before.total_len() {
+            return Err(format!("{mtu} bytes are called too few for {}", before.total_len()));
+        }
+        let quoted = &message[8..];
+        if quoted.len() < before.slice().len() + 8 || !datagram.starts_with(quoted) {
+            return Err("the answer does not quote the packet".into());
+        }
+        Ok(())
+    }
+
+    /// What follows the tags, which are the same.
+    fn datagrams(&self) -> Result<(&[u8], &[u8]), String> {
+        if self.before.get(12..self.l3) != self.deed.frame.get(12..self.l3) {
+            return Err("tags or EtherType are changed".into());
+        }
+        Ok((&self.before[self.l3..], &self.deed.frame[self.l3..]))
     }
 }
 
-/// A packet that is ready for a server but for its length: the kernel counts its own hop of one by layer 3.
-pub(super) fn to_be_fragmented(frame: &[u8], sent: &[u8], tables: View<'_>) -> Result<(), String> {
-    let (to, from) = macs(sent)?;
-    let server = server_with(from, tables)?;
-    if to != OWN_MAC {
-        return Err(format!("for the kernel, but addressed to {to:02x?}"));
+/// Where an address stands in an IPv4 header, and what it is to be.
+type Address = (Range<usize>, [u8; 4]);
+
+/// Changed in one address, if any, in hops to go, in the checksums that cover them, and in nothing else.
+fn changed(before: &[u8], after: &[u8], address: Option<Address>, hops: u8) -> Result<(), String> {
+    let mut wanted = older(before, hops)?;
+    let mut sums = vec![CHECKSUM];
+    // Only a first part has a transport header.
+    let first = before[6] & 0x1f == 0 && before[7] == 0;
+    let place = sum_in_transport(before[9]).filter(|_| first && address.is_some());
+    let transport = header_len(before)..usize::from(u16::from_be_bytes([before[2], before[3]]));
+    if let Some((place, new)) = address {
+        wanted[place].copy_from_slice(&new);
     }
-    let (before, after) = (&frame[L3..], &sent[L3..]);
-    if fits(after, &server).is_ok() {
-        return Err("needs no fragmenting".into());
+    if let Some(place) = place {
+        let place = transport.start + place..transport.start + place + 2;
+        unsummed_stays(before, after, before[9], &place)?;
+        sums.push(place);
     }
-    if before[6] & 0x40 != 0 {
-        return Err("must not be fragmented".into());
+    take(&mut wanted, after, &sums)?;
+    if wanted != after {
+        return Err("changed in what should stay".into());
     }
-    match server.forwarding {
-        GRE => encapsulated(before, after, &server),
-        LAYER_3 => changed(before, after, Some((DESTINATION, last(&server.address))), 0),
-        other => Err(format!("fragmented by forwarding type {other}")),
+    let with_addresses =
+        |bytes: &[u8]| fold(sum(&bytes[SOURCE.start..DESTINATION.end]) + sum(&bytes[transport.clone()]));
+    let unsummed = sums.get(1).is_some_and(|place| before[9] == ip_number::UDP.0 && before[place.clone()] == [0, 0]);
+    if place.is_some() && !unsummed && with_addresses(before) != with_addresses(after) {
+        return Err("the transport's checksum does not follow the address".into());
+    }
+    follows_header(before, after)?;
+    match Checksums::of(before).zip(Checksums::of(after)) {
+        Some((before, after)) if after.as_good_as(before) => Ok(()),
+        sums => Err(format!("checksums before and after: {sums:?}")),
     }
 }
 
-/// A server's reply.
-pub(super) fn reply(frame: &[u8], sent: &[u8], hops: u8) -> Result<(), String> {
-    if hops == 0 && frame[..L3] != sent[..L3] {
-        return Err("for the kernel, but its Ethernet header is changed".into());
+/// An ICMP error, changed in one of its own addresses, if at all, in one of what it quotes, in hops to go, in the checksums
+/// that cover them, and in nothing else.
+fn error_changed(
+    before: &[u8],
+    after: &[u8],
+    outer: Option<Address>,
+    (inner, quoted): Address,
+    hops: u8,
+) -> Result<(), String> {
+    let mut wanted = older(before, hops)?;
+    let total = usize::from(u16::from_be_bytes([before[2], before[3]]));
+    let message = header_len(before);
+    let quote = message + 8;
+    if let Some((place, new)) = outer {
+        wanted[place].copy_from_slice(&new);
     }
-    changed(&frame[L3..], &sent[L3..], Some((SOURCE, VIP)), hops)
-}
-
-/// An ICMP error about the frame.
-pub(super) fn answer(frame: &[u8], deed: Deed<'_>) -> Result<(), String> {
-    let before = Ipv4HeaderSlice::from_slice(&frame[L3..]).map_err(|error| error.to_string())?;
-    let expired = deed.reason == Reason::Expired;
-    if expired && before.ttl() > 1 {
-        return Err(format!("expired with {} hops to go", before.ttl()));
+    wanted[quote + inner.start..quote + inner.end].copy_from_slice(&quoted);
+    let mut sums = vec![CHECKSUM, message + 2..message + 4, quote + CHECKSUM.start..quote + CHECKSUM.end];
+    let protocol = before[quote + 9];
+    let transport = quote + header_len(&before[quote..]);
+    let place = sum_in_transport(protocol).map(|place| transport + place..transport + place + 2);
+    if let Some(place) = place.filter(|place| place.end <= total) {
+        unsummed_stays(before, after, protocol, &place).or_else(|wrong| {
+            // It is only quoted: nobody will take it for a datagram without a checksum.
+            if before[place.clone()] == [0, 0] { Err(wrong) } else { Ok(()) }
+        })?;
+        sums.push(place);
     }
-    let (to, from) = macs(deed.frame)?;
-    if (to, from) != (macs(frame)?.1, OWN_MAC) {
-        return Err(format!("an answer from {from:02x?} to {to:02x?}"));
+    take(&mut wanted, after, &sums)?;
+    if wanted != after {
+        return Err("an error changed in what should stay".into());
     }
-    let (header, message) = ipv4(&deed.frame[L3..]).ok_or("the answer is no IPv4 packet")?;
-    let valid = fold(sum(header.slice())) == 0xffff && fold(sum(message)) == 0xffff;
-    if !valid || header.protocol() != ip_number::ICMP || header.destination() != before.source() {
-        return Err("the answer's checksums, protocol or destination are wrong".into());
+    follows_header(before, after)?;
+    follows_header(&before[quote..], &after[quote..]).map_err(|wrong| format!("quoted: {wrong}"))?;
+    if fold(sum(&before[message..total])) != fold(sum(&after[message..total])) {
+        return Err("the error's checksum does not follow what it quotes".into());
     }
-    if message.len() < 8 || message[..2] != if expired { [11, 0] } else { [3, 4] } {
-        return Err(format!("{:?} is told by {message:02x?}", deed.reason));
-    }
-    let mtu = u16::from_be_bytes([message[6], message[7]]);
-    if !expired && mtu >= before.total_len() {
-        return Err(format!("{mtu} bytes are called too few for {}", before.total_len()));
-    }
-    let quoted = &message[8..];
-    if quoted.len() < before.slice().len() + 8 || !frame[L3..].starts_with(quoted) {
-        return Err("the answer does not quote the packet".into());
+    let quoted = |bytes: &[u8]| {
+        let sums = sums.get(3).map_or(0, |place| sum(&bytes[place.clone()]));
+        fold(sums + sum(&bytes[quote + SOURCE.start..quote + DESTINATION.end]))
+    };
+    let unsummed = sums.get(3).is_none_or(|place| protocol == ip_number::UDP.0 && before[place.clone()] == [0, 0]);
+    if !unsummed && quoted(before) != quoted(after) {
+        return Err("the quoted transport's checksum does not follow the address".into());
     }
     Ok(())
 }
 
-/// Changed in one address, if any, in hops to go, in the checksums that cover them, and in nothing else.
-fn changed(before: &[u8], after: &[u8], address: Option<(Range<usize>, [u8; 4])>, hops: u8) -> Result<(), String> {
+/// The same with fewer hops to go.
+fn older(before: &[u8], hops: u8) -> Result<Vec<u8>, String> {
     if hops > 0 && before[TTL] <= hops {
         return Err(format!("sent on with {} hops to go", before[TTL]));
     }
     let mut wanted = before.to_vec();
-    let mut sums = vec![CHECKSUM];
     wanted[TTL] -= hops;
-    if let Some((place, new)) = address {
-        wanted[place].copy_from_slice(&new);
-        let transport = usize::from(before[0] & 0xf) * 4;
-        let place = transport + if before[9] == ip_number::TCP.0 { 16 } else { 6 };
-        sums.push(place..place + 2);
-    }
+    Ok(wanted)
+}
+
+/// Copies checksums, whose values are looked at apart.
+fn take(wanted: &mut [u8], after: &[u8], sums: &[Range<usize>]) -> Result<(), String> {
     for place in sums {
-        let (old, new) = (before.get(place.clone()), after.get(place.clone()));
+        let (old, new) = (wanted.get_mut(place.clone()), after.get(place.clone()));
         let (Some(old), Some(new)) = (old, new) else { return Err("too short for its checksums".into()) };
-        // No checksum of UDP is 0 (RFC 768), and there may be none.
-        if before[9] == ip_number::UDP.0 && place != CHECKSUM && (old == [0, 0]) != (new == [0, 0]) {
-            return Err("UDP's checksum has come or gone".into());
-        }
-        wanted[place].copy_from_slice(new);
+        old.copy_from_slice(new);
     }
-    if wanted != after {
-        return Err("changed in what should stay".into());
+    Ok(())
+}
+
+/// No checksum of UDP is 0 (RFC 768), and there may be none.
+fn unsummed_stays(before: &[u8], after: &[u8], protocol: u8, place: &Range<usize>) -> Result<(), String> {
+    let is_zero = |bytes: &[u8]| bytes.get(place.clone()) == Some(&[0, 0][..]);
+    if protocol == ip_number::UDP.0 && is_zero(before) != is_zero(after) {
+        return Err("UDP's checksum has come or gone".into());
     }
-    match Checksums::of(before).zip(Checksums::of(after)) {
-        Some((before, after)) if after.as_good_as(before) => Ok(()),
-        sums => Err(format!("checksums before and after: {sums:?}")),
+    Ok(())
+}
+
+/// The header's sum is what it was, right or wrong (RFC 1624 §2: the checksum follows the change).
+fn follows_header(before: &[u8], after: &[u8]) -> Result<(), String> {
+    let whole = |bytes: &[u8]| bytes.get(..header_len(bytes)).map(|header| fold(sum(header)));
+    if whole(before).is_none() || whole(before) != whole(after) {
+        return Err("the header's checksum does not follow the change".into());
+    }
+    Ok(())
+}
+
+fn header_len(datagram: &[u8]) -> usize {
+    usize::from(datagram[0] & 0xf) * 4
+}
+
+fn sum_in_transport(protocol: u8) -> Option<usize> {
+    match IpNumber::from(protocol) {
+        ip_number::TCP => Some(16),
+        ip_number::UDP => Some(6),
+        _ => None,
     }
 }
 
@@ -169,8 +310,9 @@ fn macs(frame: &[u8]) -> Result<([u8; 6], [u8; 6]), String> {
     Ok((ethernet.destination(), ethernet.source()))
 }
 
-fn server_with(mac: [u8; 6], tables: View<'_>) -> Result<Server, String> {
-    let server = server_of(mac).and_then(|id| tables.server(id)).filter(|server| server.flags & REACHABLE != 0);
+fn server_with(mac: [u8; 6], tables: View<'_>) -> Result<(u32, Server), String> {
+    let server = server_of(mac).and_then(|id| Some((id, tables.server(id)?)));
+    let server = server.filter(|(_, server)| server.flags & REACHABLE != 0);
     server.ok_or_else(|| format!("{mac:02x?} is no server that can be reached"))
 }
 

@@ -165,6 +165,7 @@ impl Owner {
             name: farm.name.clone(),
             authenticated: authenticated(&farm.name),
             vips: farm.vips.clone(),
+            intercept: farm.intercept.clone(),
             services: farm.services.iter().map(service).collect(),
             exceptions: self.exceptions(index),
         });

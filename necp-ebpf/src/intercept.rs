@@ -1,0 +1,170 @@
+//! Packets that cross this host, to addresses that are nobody's VIP: some farms take them to proxies (draft §1: interception).
+//!
+//! A packet is intercepted if its protocol and port are a service of a farm that intercepts, its destination is in the farm's
+//! prefixes and none of this host's own addresses, and its source may not be one of the farm's servers: a proxy's own fetches
+//! would come back to it. A VIP's services are asked first, replies of layer-3 servers too. Until a server starts, the slots'
+//! owner is [`DIRECT`](crate::abi::DIRECT): the change to the first one leaves flows that began before where they are.
+//!
+//! A client may use one port for connections to several destinations, and a flow's key has room for one address. So what names
+//! an intercepted flow is a *digest* of source, port and destination in the place of source and port: 48 bits of SipHash-1-3
+//! under the farm's seed, which is the same on every NE that shares the traffic. It is all that hash, slot and buckets are made
+//! of, so user space finds a record's slot from its key as ever. Two flows of a service are taken for one with odds of 2⁻⁴⁸:
+//! among 100,000 on record at once, any two with 1.8 · 10⁻⁵. Whoever knows the seed can look for such pairs, so it should be
+//! a secret where clients are hostile.
+
+use crate::{
+    abi::{AddressSet, LAYER_3, Service},
+    device::{Device, Ending, Out},
+    hash::service_bucket,
+    packet::{Packet, protocol},
+    parse::{Part, ports},
+    rare::{head, quoted, remember, send},
+    steer::{Decision, find_entry, steer_to, whose_at},
+    tables::Tables,
+    verdict::Reason,
+};
+
+/// Whether a frame that would end so may still be intercepted.
+#[inline(always)]
+pub fn is_open(ending: Ending) -> bool {
+    let reason = ending.reason();
+    matches!(ending.out(), Out::Pass)
+        && (reason == Reason::NotOurs as u32 || reason == Reason::Icmp as u32 || reason == Reason::Fragment as u32)
+}
+
+/// Handles a frame that is for no VIP. Later fragments whose first one was intercepted never get here.
+#[inline(always)]
+pub fn handle<D: Device, T: Tables>(device: &D, tables: &T) -> Ending {
+    let pass = |reason| Ending::new(reason, Out::Pass);
+    let (l3, mut head) = match head(device) {
+        Ok(found) => found,
+        Err(ending) => return ending,
+    };
+    match head.part {
+        Part::Later => return pass(Reason::Fragment),
+        Part::Whole if head.packet.protocol == protocol::ICMP => {
+            let quoted = quoted(&device.frame().skip(l3), &head);
+            let to_flow = quoted.filter(|quoted| quoted.source == head.packet.destination);
+            let Some(decision) = to_flow.and_then(|quoted| about(&quoted.turned_round(), tables)) else {
+                return pass(Reason::Icmp);
+            };
+            return send(device, tables, l3, &decision);
+        }
+        Part::Whole | Part::First => {}
+    }
+    if let Err(reason) = ports(&device.frame().skip(l3), &mut head) {
+        return pass(reason);
+    }
+    let Some(service) = interceptor(&head.packet, tables) else {
+        return pass(if matches!(head.part, Part::Whole) { Reason::NotOurs } else { Reason::Fragment });
+    };
+    let flow = named(&head.packet, service.seed);
+    let decision = steer_to(service, &head.packet, &flow, tables);
+    remember(device, &head, decision.server, 0);
+    send(device, tables, l3, &decision)
+}
+
+/// What becomes of an ICMP error about an intercepted flow, if it is about one that a server has.
+#[inline(always)]
+fn about<T: Tables>(packet: &Packet, tables: &T) -> Option<Decision> {
+    let service = interceptor(packet, tables)?;
+    let (server, next_hop) = whose_at(service, &named(packet, service.seed), tables)?;
+    let reason = if next_hop.is_reachable() { Reason::Quoted } else { Reason::NoNextHop };
+    // Intercepted packets are never translated, so what is quoted is right for the server as it stands.
+    (next_hop.forwarding() != LAYER_3).then_some(Decision { reason, server, next_hop, begins: false })
+}
+
+/// The service that intercepts this packet.
+#[inline(always)]
+fn interceptor<'a, T: Tables>(packet: &Packet, tables: &'a T) -> Option<&'a Service> {
+    let key = packet.intercept_key();
+    let service = find_entry(key, tables.service_bucket(service_bucket(key))?)?;
+    let taken = tables.is_in(AddressSet::intercepted(service.farm), packet.destination)
+        && !tables.is_in(AddressSet::OWN, packet.destination)
+        && !tables.is_in(AddressSet::servers(service.farm), packet.source);
+    taken.then_some(service)
+}
+
+/// The packet with what names its flow: the digest in the place of its source, and no destination.
+#[inline(always)]
+pub fn named(packet: &Packet, seed: u64) -> Packet {
+    let addresses = (packet.destination as u64) << 32 | packet.source as u64;
+    let digest = siphash([seed, seed.rotate_left(32) ^ SECOND], addresses, packet.source_port);
+    Packet { source: digest as u32, source_port: (digest >> 32) as u16, destination: 0, ..*packet }
+}
+
+/// What makes two keys of one seed.
+const SECOND: u64 = 0x6e65_6370_6372_6f73;
+
+/// SipHash-1-3 (Aumasson and Bernstein) of ten bytes: a word and a half, least significant byte first.
+#[inline(always)]
+const fn siphash([k0, k1]: [u64; 2], word: u64, rest: u16) -> u64 {
+    let last = 10 << 56 | rest as u64;
+    let mut v = [
+        k0 ^ 0x736f_6d65_7073_6575,
+        k1 ^ 0x646f_7261_6e64_6f6d,
+        k0 ^ 0x6c79_6765_6e65_7261,
+        k1 ^ 0x7465_6462_7974_6573 ^ word,
+    ];
+    v = round(v);
+    v[0] ^= word;
+    v[3] ^= last;
+    v = round(v);
+    v[0] ^= last;
+    v[2] ^= 0xff;
+    let [a, b, c, d] = round(round(round(v)));
+    a ^ b ^ c ^ d
+}
+
+#[inline(always)]
+const fn round([mut a, mut b, mut c, mut d]: [u64; 4]) -> [u64; 4] {
+    a = a.wrapping_add(b);
+    b = b.rotate_left(13) ^ a;
+    a = a.rotate_left(32);
+    c = c.wrapping_add(d);
+    d = d.rotate_left(16) ^ c;
+    a = a.wrapping_add(d);
+    d = d.rotate_left(21) ^ a;
+    c = c.wrapping_add(b);
+    b = b.rotate_left(17) ^ c;
+    c = c.rotate_left(32);
+    [a, b, c, d]
+}
+
+#[cfg(test)]
+mod tests {
+    extern crate std;
+    use core::hash::Hasher as _;
+    use std::hash::DefaultHasher;
+
+    use super::*;
+
+    #[test]
+    fn the_digest_is_siphash() {
+        let (word, rest) = (0x0123_4567_89ab_cdefu64, 0xfedc_u16);
+        let mut hasher = DefaultHasher::new();
+        hasher.write(&word.to_le_bytes());
+        hasher.write(&rest.to_le_bytes());
+        assert_eq!(siphash([0, 0], word, rest), hasher.finish(), "the library's is SipHash-1-3 with keys of zeroes");
+    }
+
+    #[test]
+    fn source_port_and_destination_name_a_flow() {
+        let packet = Packet { source: 1, destination: 2, source_port: 3, destination_port: 4, ..Packet::default() };
+        let name = |packet: Packet, seed| {
+            let Packet { source, source_port, .. } = named(&packet, seed);
+            (source, source_port)
+        };
+        let others = [
+            (Packet { source: 5, ..packet }, 7),
+            (Packet { destination: 5, ..packet }, 7),
+            (Packet { source_port: 5, ..packet }, 7),
+            (packet, 8),
+        ];
+        for (other, seed) in others {
+            assert_ne!(name(other, seed), name(packet, 7), "{other:?}");
+        }
+        assert_eq!(named(&packet, 7).destination, 0);
+        assert_eq!(named(&packet, 7).destination_port, 4);
+    }
+}
