@@ -6,7 +6,7 @@
 //! are in network byte order unless a field says otherwise; everything else is in the host's.
 
 /// Raised whenever a record below, or what a field means, changes: pinned maps of another layout are never reused.
-pub const LAYOUT_VERSION: u32 = 4;
+pub const LAYOUT_VERSION: u32 = 5;
 
 /// Map and object names, as `bpftool` and the pin directory show them (at most 15 bytes, the kernel's limit).
 pub mod names {
