@@ -6,7 +6,7 @@
 //! are in network byte order unless a field says otherwise; everything else is in the host's.
 
 /// Raised whenever a record below, or what a field means, changes: pinned maps of another layout are never reused.
-pub const LAYOUT_VERSION: u32 = 4;
+pub const LAYOUT_VERSION: u32 = 5;
 
 /// Map and object names, as `bpftool` and the pin directory show them (at most 15 bytes, the kernel's limit).
 pub mod names {
@@ -351,7 +351,8 @@ pub struct Flow {
     pub source_port: [u8; 2],
     /// [`Service::id`] (host byte order).
     pub service: u16,
-    /// Bits 0–1 state (1 candidate, 2 record, 3 being written), 2 closing, 3–7 age, 8–27 server id, 28–31 length of the SYN's data.
+    /// Bits 0–1 state (1 candidate, 2 record, 3 being written), 2 closing, 3–7 age, 8–26 server id, 27 there only because
+    /// its slot has a legacy, 28–31 length of the SYN's data.
     pub state: u32,
     /// Initial sequence number of the SYN that this was made from, 0 if it was made from another packet.
     pub isn: u32,

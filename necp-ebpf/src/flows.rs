@@ -2,7 +2,7 @@
 //!
 //! Buckets of one cache line, four entries each, two choices of bucket a flow. An entry is *empty*, a *candidate* (a SYN
 //! that nobody has answered to yet; may be overwritten), a *record* (never overwritten by another flow) or *busy* (being
-//! written). All entries of a flow are in one bucket, so a lookup ends at the first bucket that knows it. An entry is
+//! written). Who may take an entry is said in [`room`](crate::room). All entries of a flow are in one bucket, so a lookup ends at the first bucket that knows it. An entry is
 //! claimed by compare-and-swap of its word, its key is written, then its word; who finds his key, reads the word and finds
 //! his key again has read his own flow's word. It is freed the same way: condemned by compare-and-swap, then the key goes,
 //! then the word.
@@ -11,10 +11,10 @@
 //! flow sets it to 0. A flow in use is thus written at most once a step.
 //!
 //! ```text
-//!  63                 32 31    28 27        8 7   3    2    1   0
-//! +---------------------+--------+-----------+-----+---------+-----+
-//! | initial sequence no.| syn    | server id | age | closing |state|
-//! +---------------------+--------+-----------+-----+---------+-----+
+//!  63                 32 31    28   27   26        8 7   3    2    1   0
+//! +---------------------+--------+------+-----------+-----+---------+-----+
+//! | initial sequence no.| syn    |change| server id | age | closing |state|
+//! +---------------------+--------+------+-----------+-----+---------+-----+
 //! ```
 
 use crate::{
@@ -45,8 +45,6 @@ const _: () = assert!(size_of::<FlowWords>() == size_of::<Flow>());
 
 /// The largest age; a step more and the entry's time is over.
 pub const MAX_AGE: u32 = 31;
-/// Entries of a bucket that flows without a visible beginning (UDP and others) may take: the rest is TCP's.
-pub const UDP_PER_BUCKET: usize = 2;
 
 /// The state of an entry.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -72,12 +70,17 @@ const CLOSING: u64 = 1 << 2;
 const AGE_SHIFT: u32 = 3;
 const AGE_MASK: u64 = 0x1f << AGE_SHIFT;
 const SERVER_SHIFT: u32 = 8;
-const SERVER_MASK: u64 = 0xf_ffff;
+const SERVER_MASK: u64 = 0x7_ffff;
+/// See [`FlowWord::for_change`].
+pub(crate) const CHANGE_SHIFT: u32 = 27;
+const CHANGE: u64 = 1 << CHANGE_SHIFT;
 const SYN_SHIFT: u32 = 28;
 
 impl FlowWord {
     /// A free entry.
     pub const EMPTY: Self = Self(0);
+    /// One that is being written.
+    pub(crate) const BUSY: Self = Self(BUSY);
 
     /// A SYN's proposal.
     #[inline(always)]
@@ -97,6 +100,18 @@ impl FlowWord {
     pub const fn record(server: u32, isn: u32, closing: bool) -> Self {
         let closing = if closing { CLOSING } else { 0 };
         Self(RECORD | closing | (server as u64 & SERVER_MASK) << SERVER_SHIFT | (isn as u64) << 32)
+    }
+
+    /// The same entry; `yes`: it is there only because its slot has changed hands, and without it its flow goes on.
+    #[inline(always)]
+    pub const fn for_change(self, yes: bool) -> Self {
+        Self(self.0 & !CHANGE | (yes as u64) << CHANGE_SHIFT)
+    }
+
+    /// The same entry, as much [for a change](Self::for_change) as another.
+    #[inline(always)]
+    pub const fn like(self, other: Self) -> Self {
+        Self(self.0 & !CHANGE | other.0 & CHANGE)
     }
 
     /// What the entry is.
@@ -174,12 +189,12 @@ pub fn flow_key(packet: &Packet, service_id: u16) -> u64 {
 }
 
 /// Where [`UDP_CLASS`] stands in a key: the service id is its last two bytes, in the host's order.
-const UDP_CLASS_BIT: u32 = if cfg!(target_endian = "little") { 63 } else { UDP_CLASS.trailing_zeros() };
+pub(crate) const UDP_CLASS_BIT: u32 = if cfg!(target_endian = "little") { 63 } else { UDP_CLASS.trailing_zeros() };
 
-/// Whether an entry with this key counts against the quota of [`UDP_PER_BUCKET`].
+/// 1 if an entry with this key is of a flow without a visible beginning (UDP and others), else 0.
 #[inline(always)]
-pub const fn key_is_udp_class(key: u64) -> bool {
-    key >> UDP_CLASS_BIT & 1 != 0
+pub(crate) const fn udp_class(key: u64) -> u64 {
+    key >> UDP_CLASS_BIT & 1
 }
 
 impl FlowWords {
@@ -202,7 +217,7 @@ impl FlowWords {
     /// The key goes before the word, so that a free entry has none: a lookup takes whatever has its key.
     #[inline(always)]
     pub fn free(&self, old: FlowWord) -> bool {
-        let condemned = self.replace(old, FlowWord(BUSY));
+        let condemned = self.replace(old, FlowWord::BUSY);
         if condemned {
             self.key.store(0);
             self.word.store(FlowWord::EMPTY.0);
@@ -258,10 +273,11 @@ impl Seen {
 }
 
 impl Found<'_> {
-    /// Replaces what was seen; false if there was nothing, or somebody else has been there.
+    /// Replaces what was seen, by something that counts against the same quota; false if there was nothing, or somebody else
+    /// has been there.
     #[inline(always)]
     pub fn replace(&self, seen: Seen, new: FlowWord) -> bool {
-        seen.is_some() && self.entry(seen).is_some_and(|entry| entry.replace(seen.value, new))
+        seen.is_some() && self.entry(seen).is_some_and(|entry| entry.replace(seen.value, new.like(seen.value)))
     }
 
     /// Notes a packet of the flow in its record.
@@ -310,58 +326,18 @@ pub fn insert<T: Tables>(tables: &T, buckets: [u32; 2], found: &Found<'_>, key: 
     tables.insert(if found.home.is_some() { [found.home_index; 2] } else { buckets }, key, value)
 }
 
-/// Makes a new entry in one of two buckets, which may be the same one; false if there is no room for it.
-#[inline(always)]
-pub fn insert_into<T: Tables>(tables: &T, [first, second]: [u32; 2], key: u64, value: FlowWord) -> bool {
-    let [Some(first), Some(second)] = [tables.flow_bucket(first), tables.flow_bucket(second)] else { return false };
-    let bucket = emptier(first, second, key);
-    if bucket.is_closed_to(key) != 0 {
-        return false;
-    }
-    // A second attempt for the case that another CPU was faster at the same entry.
-    bucket.claim(key, value) || bucket.claim(key, value)
-}
-
-/// Where a new flow belongs. The first bucket is the one that a lookup reads first, so it is preferred while it is nearly
-/// empty; then the emptier one, so that the table turns flows away late: the benchmark fills it by half and demands that all
-/// but one in a thousand find room. If both are full, the one in which a candidate can be overwritten. A bucket whose quota is
-/// used up has no room, however empty it is.
-#[inline(always)]
-fn emptier<'a>(first: &'a FlowBucketWords, second: &'a FlowBucketWords, key: u64) -> &'a FlowBucketWords {
-    let (a, b) = (first.room(key), second.room(key));
-    if a >= 3 * ROOM || a >= b { first } else { second }
-}
-
-/// Weight of a free entry against that of one that can be overwritten.
-const ROOM: u64 = 8;
-
 // An entry a bit, so that the verifier has one path to follow instead of one for each entry: a comparison is a branch to BPF.
 impl FlowBucketWords {
     /// The entries for which `test` gives 1, as a mask.
     #[inline(always)]
-    fn lanes(&self, test: impl Fn(&FlowWords) -> u64) -> u64 {
+    pub(crate) fn lanes(&self, test: impl Fn(&FlowWords) -> u64) -> u64 {
         let [a, b, c, d] = &self.entries;
         test(a) | test(b) << 1 | test(c) << 2 | test(d) << 3
     }
 
     #[inline(always)]
-    fn in_state(&self, state: State) -> u64 {
+    pub(crate) fn in_state(&self, state: State) -> u64 {
         self.lanes(|entry| is_in(entry.word.load(), state))
-    }
-
-    /// How much room there is for a flow with this key.
-    #[inline(always)]
-    fn room(&self, key: u64) -> u64 {
-        let room = count(self.in_state(State::Empty)) * ROOM + count(self.in_state(State::Candidate));
-        room & self.is_closed_to(key).wrapping_sub(1)
-    }
-
-    /// 1 if a flow with this key may have no entry here, because others have used up the quota of [`UDP_PER_BUCKET`]; else 0.
-    #[inline(always)]
-    fn is_closed_to(&self, key: u64) -> u64 {
-        let taken = count(self.lanes(|entry| entry.key.load() >> UDP_CLASS_BIT & 1));
-        let used_up = opaque((UDP_PER_BUCKET as u64 - 1).wrapping_sub(taken)) >> 63;
-        used_up & key_is_udp_class(key) as u64
     }
 
     /// The first entry of the flow in this state, if it is there still: with that key, and in that state.
@@ -376,31 +352,11 @@ impl FlowBucketWords {
         let valid = equal(words.key.load(), key) & is_in(value, state) & (1 ^ equal(mask, 0));
         Seen { value: FlowWord(value & valid.wrapping_neg()), index }
     }
-
-    /// Takes a free entry, or else one of a candidate.
-    #[inline(always)]
-    fn claim(&self, key: u64, value: FlowWord) -> bool {
-        let empty = self.in_state(State::Empty);
-        let mask = if empty != 0 { empty } else { self.in_state(State::Candidate) };
-        if mask == 0 {
-            return false;
-        }
-        let words = &self.entries[lowest(mask)];
-        let old = words.word.load();
-        // A free entry that has just become a candidate is left alone: there may be other free ones.
-        let takeable = if empty != 0 { is_in(old, State::Empty) } else { is_in(old, State::Candidate) };
-        if takeable == 0 || words.word.compare_exchange(old, BUSY) != old {
-            return false;
-        }
-        words.key.store(key);
-        words.word.store(value.0);
-        true
-    }
 }
 
 /// 1 if an entry's word is in this state, else 0, without a branch.
 #[inline(always)]
-fn is_in(word: u64, state: State) -> u64 {
+pub(crate) fn is_in(word: u64, state: State) -> u64 {
     match state {
         State::Empty => !word & !word >> 1 & 1,
         State::Candidate => word & !word >> 1 & 1,
@@ -418,7 +374,7 @@ fn equal(a: u64, b: u64) -> u64 {
 
 /// Index of the lowest bit of a mask of four, 0 if there is none.
 #[inline(always)]
-fn lowest(mask: u64) -> usize {
+pub(crate) fn lowest(mask: u64) -> usize {
     const TABLE: u64 = {
         let (mut table, mut mask) = (0, 1u64);
         while mask < 16 {
@@ -432,7 +388,7 @@ fn lowest(mask: u64) -> usize {
 
 /// Number of bits of a mask of four.
 #[inline(always)]
-fn count(mask: u64) -> u64 {
+pub(crate) fn count(mask: u64) -> u64 {
     (mask & 1) + (mask >> 1 & 1) + (mask >> 2 & 1) + (mask >> 3 & 1)
 }
 
@@ -455,24 +411,6 @@ pub fn opaque(value: u64) -> u64 {
 mod tests {
     use super::*;
     use crate::host::Owned;
-
-    #[test]
-    fn udp_takes_its_quota_of_both_buckets_and_leaves_the_rest() {
-        let mut tables = Owned::new(1, 1, 2);
-        let view = tables.view();
-        let udp = |number: u64| 1 << UDP_CLASS_BIT | number;
-        let add = |key| insert(&view, [0, 1], &Found::default(), key, FlowWord::record(2, 0, false));
-        let in_bucket = |index: usize| view.flows()[index].entries.iter().filter(|e| e.read().is_some()).count();
-        for number in 1..=2 * UDP_PER_BUCKET as u64 {
-            assert!(add(udp(number)), "flow {number}");
-        }
-        assert_eq!([in_bucket(0), in_bucket(1)], [UDP_PER_BUCKET; 2]);
-        assert!(!add(udp(9)), "the quota of both buckets is used up");
-        for number in 1..=2 * (FLOWS_PER_BUCKET - UDP_PER_BUCKET) as u64 {
-            assert!(add(number), "the rest is TCP's");
-        }
-        assert!(!add(9), "both buckets are full");
-    }
 
     #[test]
     fn a_flow_is_found_in_either_bucket_until_its_entry_is_freed() {

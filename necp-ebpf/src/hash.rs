@@ -34,12 +34,12 @@ pub fn next_probe(hash: u64) -> u64 {
     h ^ h >> 29
 }
 
-/// The two buckets of the flow table in which a flow may be; `mask` is their number less one.
+/// The two buckets of the flow table in which a flow may be, one even and one odd; `mask` is their number less one.
 #[inline(always)]
 pub fn flow_buckets(hash: u64, mask: u32) -> [u32; 2] {
     let first = hash as u32;
     let second = (hash.wrapping_mul(A) >> 32) as u32;
-    [first & mask, second & mask]
+    [first & mask, (second & !1 | !first & 1) & mask]
 }
 
 /// The bucket of the service table; `key` is the first eight bytes of a [`Service`](crate::abi::Service).

@@ -48,6 +48,7 @@ pub mod parse;
 pub mod path;
 pub mod rare;
 pub mod rewrite;
+pub mod room;
 pub mod routed;
 pub mod slot;
 pub mod steer;

@@ -272,7 +272,9 @@ impl<'a, T: Tables> At<'a, T> {
         let always = self.flags() & ALWAYS_TRACKED != 0;
         if always || record != FlowWord::EMPTY || chosen != self.word.owner() || self.word.legacy() != NONE {
             // Its next packet might go elsewhere, or a reply must find it: propose.
-            return ruling(chosen, Reason::New, Write::Candidate(FlowWord::candidate(chosen, self.packet)));
+            let for_change = !always && self.word.legacy() != NONE && chosen == self.word.owner();
+            let candidate = FlowWord::candidate(chosen, self.packet).for_change(for_change);
+            return ruling(chosen, Reason::New, Write::Candidate(candidate));
         }
         Ruling { forget: true, ..ruling(chosen, Reason::New, Write::Nothing) }
     }
@@ -283,7 +285,8 @@ impl<'a, T: Tables> At<'a, T> {
         let candidate = living.candidate;
         if candidate != FlowWord::EMPTY && candidate.confirmed_by(self.packet.sequence) {
             // The client has heard from that server.
-            let write = Write::Record(FlowWord::record(candidate.server(), candidate.isn(), self.is_closing()));
+            let record = FlowWord::record(candidate.server(), candidate.isn(), self.is_closing()).like(candidate);
+            let write = Write::Record(record);
             return Ruling { server: candidate.server(), reason: Reason::Confirmed, write, forget: true };
         }
         let record = living.record;
@@ -293,7 +296,8 @@ impl<'a, T: Tables> At<'a, T> {
         let legacy = self.word.legacy();
         if self.living(legacy) {
             // It began before the change: remember it.
-            let write = Write::Record(FlowWord::record(legacy, 0, self.is_closing()));
+            let for_change = self.flags() & ALWAYS_TRACKED == 0;
+            let write = Write::Record(FlowWord::record(legacy, 0, self.is_closing()).for_change(for_change));
             return Ruling { server: legacy, reason: Reason::Adopted, write, forget: false };
         }
         Ruling { server: self.word.owner(), reason: Reason::Owner, write: Write::Nothing, forget: false }

@@ -4,7 +4,8 @@ use crate::{
     abi::{ALIVE, AddressSet, FORWARDING_SHIFT, REACHABLE, Server, ServiceBucket},
     choice::{Chosen, NewFlow},
     exceptions::{ExceptionBucketWords, ExceptionMasksWords, ExceptionWords, Tuple},
-    flows::{FlowBucketWords, FlowWord, insert_into},
+    flows::{FlowBucketWords, FlowWord},
+    room::insert_into,
     routed::Reply,
     word::Word,
 };

@@ -77,9 +77,13 @@ impl Flow {
 /// ICMP "fragmentation needed" (RFC 1191 §4) of a router: no more than `mtu` bytes get on from there. `quoted` is the head of
 /// the datagram that was too long.
 pub fn needs_fragmentation(to_mac: [u8; 6], router: Ipv4Addr, mtu: u16, quoted: &[u8]) -> Vec<u8> {
-    let mut icmp = vec![3, 4, 0, 0, 0, 0];
-    icmp.extend(mtu.to_be_bytes());
-    icmp.extend(quoted);
+    let [high, low] = mtu.to_be_bytes();
+    icmp_error(to_mac, router, [3, 4, 0, 0, 0, 0, high, low], quoted)
+}
+
+/// An ICMP error (RFC 792) about `quoted`, to whoever sent that; of `header` the checksum is filled in.
+pub fn icmp_error(to_mac: [u8; 6], router: Ipv4Addr, header: [u8; 8], quoted: &[u8]) -> Vec<u8> {
+    let mut icmp = [&header[..], quoted].concat();
     let sum = checksum(&icmp);
     icmp[2..4].copy_from_slice(&sum.to_be_bytes());
     // It goes to whoever sent what it quotes (RFC 791 §3.1: bytes 12 to 15).
@@ -98,6 +102,15 @@ pub fn ipv4_header(protocol: u8, length: u16, source: Ipv4Addr, destination: Ipv
     let sum = checksum(&header);
     header[10..12].copy_from_slice(&sum.to_be_bytes());
     header
+}
+
+/// A piece of a datagram without options: `field` is flags and fragment offset (RFC 791 §3.1).
+pub fn as_fragment(mut frame: Vec<u8>, field: u16) -> Vec<u8> {
+    frame[20..22].copy_from_slice(&field.to_be_bytes());
+    frame[24..26].copy_from_slice(&[0; 2]);
+    let sum = checksum(&frame[14..34]);
+    frame[24..26].copy_from_slice(&sum.to_be_bytes());
+    frame
 }
 
 /// The Internet checksum (RFC 1071) of an even number of bytes.

@@ -20,6 +20,7 @@ pub mod conversation;
 pub mod daemon;
 pub mod demo;
 pub mod echo;
+pub mod flood;
 pub mod frame;
 pub mod frames;
 pub mod hand;

@@ -15,6 +15,8 @@ use crate::netns::Namespace;
 /// linux/if_ether.h, in network byte order where the kernel wants it so.
 const ETH_P_ALL: u16 = 3;
 const LARGEST_FRAME: usize = 65_536 + 64;
+/// Frames in one system call.
+const MOST_AT_ONCE: usize = 64;
 
 /// An AF_PACKET socket on one interface.
 #[derive(Debug)]
@@ -38,6 +40,51 @@ impl RawSocket {
     /// What the interface says: down, or the frame is too long.
     pub fn send(&self, frame: &[u8]) -> io::Result<()> {
         self.socket.send(frame).map(drop)
+    }
+
+    /// Sends these frames in as few system calls as it takes; how many the interface took.
+    ///
+    /// # Errors
+    /// If it took none, for another reason than that it is busy.
+    pub fn send_all(&self, frames: &[Vec<u8>]) -> io::Result<usize> {
+        // SAFETY: `iovec` and `mmsghdr` are plain numbers and pointers, for which zero is a value.
+        let (mut pieces, mut messages): ([libc::iovec; MOST_AT_ONCE], [libc::mmsghdr; MOST_AT_ONCE]) =
+            unsafe { (MaybeUninit::zeroed().assume_init(), MaybeUninit::zeroed().assume_init()) };
+        let mut sent = 0;
+        for batch in frames.chunks(MOST_AT_ONCE) {
+            for ((piece, message), frame) in pieces.iter_mut().zip(&mut messages).zip(batch) {
+                *piece = libc::iovec { iov_base: frame.as_ptr().cast_mut().cast(), iov_len: frame.len() };
+                message.msg_hdr.msg_iov = piece;
+                message.msg_hdr.msg_iovlen = 1;
+            }
+            // SAFETY: so many messages, each of one live buffer that is only read.
+            let taken = unsafe {
+                libc::sendmmsg(self.socket.as_raw_fd(), messages.as_mut_ptr(), batch.len() as libc::c_uint, 0)
+            };
+            match usize::try_from(taken) {
+                Ok(taken) => sent += taken,
+                Err(_) => match io::Error::last_os_error() {
+                    error if error.raw_os_error() == Some(libc::ENOBUFS) => {}
+                    error => return Err(error),
+                },
+            }
+        }
+        Ok(sent)
+    }
+
+    /// From now on frames go straight to the interface, past its queue.
+    ///
+    /// # Errors
+    /// If the kernel cannot do that.
+    pub fn bypass_queue(&self) -> io::Result<()> {
+        let on: libc::c_int = 1;
+        let length = mem::size_of_val(&on) as libc::socklen_t;
+        let (level, option) = (libc::SOL_PACKET, libc::PACKET_QDISC_BYPASS);
+        // SAFETY: the option's value is a live number of that length.
+        match unsafe { libc::setsockopt(self.socket.as_raw_fd(), level, option, (&raw const on).cast(), length) } {
+            0 => Ok(()),
+            _ => Err(io::Error::last_os_error()),
+        }
     }
 
     /// The next frame that arrives within `timeout` and fits. Frames that this host sends are not among them.

@@ -142,6 +142,11 @@ impl Collector {
         &self.last
     }
 
+    /// When a packet last met a full flow table, if one did since the collector began.
+    pub fn turned_away_at(&self) -> Option<Instant> {
+        self.unrecorded_at
+    }
+
     /// Looks at about `budget` slots or flow buckets, beginning a pass if one is due.
     ///
     /// `unrecorded` is how many packets have met a full flow table since the program was loaded: those counted under

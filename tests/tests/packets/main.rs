@@ -3,6 +3,7 @@
 mod case;
 mod decap;
 mod exceptions;
+mod floods;
 mod frames;
 mod fuzz;
 mod headers;

@@ -24,13 +24,14 @@ const A: Flow = WEB_FLOW.on(TCP, ALWAYS);
 /// Ids of the services as flow records have them.
 const WEB_ID: u16 = 1;
 const DNS_ID: u16 = 2 | UDP_CLASS;
+const ALWAYS_ID: u16 = 4;
 
 const fn to(server: u32, reason: Reason) -> Fate {
     Fate::To(server, reason)
 }
 
 pub fn cases() -> Vec<Case> {
-    [udp(), untracked(), always_tcp(), service_table(), next_hops(), tcp_room(), udp_room()]
+    [udp(), untracked(), always_tcp(), service_table(), next_hops(), tcp_room(), udp_room(), flooded()]
         .into_iter()
         .flatten()
         .collect()
@@ -262,9 +263,9 @@ fn tcp_room() -> Vec<Case> {
         .frame(F.syn(1000), to(OWNER, Reason::New))
         .leaves(candidate(OWNER, 1000).evicting()),
         Case::new(
-            "one free entry beside three candidates",
+            "free entries beside two candidates",
             "a free entry is taken first",
-            changed().fill(F, 0, 3, WEB_ID, a_candidate()).fill(F, 1, 4, WEB_ID, a_record()),
+            changed().fill(F, 0, 2, WEB_ID, a_candidate()).fill(F, 1, 4, WEB_ID, a_record()),
         )
         .frame(F.syn(1000), to(OWNER, Reason::New))
         .leaves(candidate(OWNER, 1000)),
@@ -275,6 +276,58 @@ fn tcp_room() -> Vec<Case> {
         )
         .frame(F.tcp(tcp::ACK, 5000, b""), to(LEGACY, Reason::Adopted))
         .leaves(record(LEGACY, 0)),
+    ]
+}
+
+/// Floods that have taken all that they can of both buckets, and what others still get.
+fn flooded() -> Vec<Case> {
+    let why = "one entry of two buckets is UDP's, one is for TCP flows that would be misplaced without";
+    let changed = || Setup::changed_from(LEGACY);
+    let stray = |setup: Setup, flow| {
+        let record = a_record().for_change(true);
+        setup.fill(flow, 0, 3, WEB_ID, record).fill(flow, 1, 3, WEB_ID, record)
+    };
+    let both = |flow| {
+        let setup = changed().fill(flow, 0, 2, DNS_ID, a_record()).fill(flow, 1, 2, DNS_ID, a_record());
+        let record = a_record().for_change(true);
+        setup.fill(flow, 0, 1, WEB_ID, record).fill(flow, 1, 1, WEB_ID, record)
+    };
+    let always = A;
+    let legacy = |reason| to(LEGACY, reason);
+    vec![
+        Case::new("stray ACKs have their quota: one more", "no room, and none is needed", stray(changed(), F))
+            .frame(F.ack(5000), legacy(Reason::Legacy)),
+        Case::new("stray ACKs have their quota: SYN and forged ACK", "no room, no record", stray(changed(), F))
+            .frame(F.syn(1000), legacy(Reason::NewUnrecorded))
+            .frame(F.ack(1001), legacy(Reason::Legacy)),
+        Case::new(
+            "stray ACKs have their quota: a candidate gives way",
+            "candidates alone are overwritten",
+            stray(changed(), F).instead_of_one(a_candidate().for_change(true)),
+        )
+        .frame(F.syn(1000), to(OWNER, Reason::New))
+        .leaves(candidate(OWNER, 1000).evicting()),
+        Case::new("stray ACKs have their quota: a UDP flow", why, stray(changed(), D))
+            .frame(D.udp(b"query"), to(OWNER, Reason::New))
+            .leaves(record(OWNER, 0))
+            .frame(D.udp(b"query"), to(OWNER, Reason::Record)),
+        Case::new("stray ACKs have their quota: a flow of a service on record", why, stray(changed(), always))
+            .frame(always.syn(1000), to(OWNER, Reason::New))
+            .leaves(candidate(OWNER, 1000))
+            .frame(always.ack(1001), to(OWNER, Reason::Confirmed))
+            .leaves(record(OWNER, 1000)),
+        Case::new("UDP and stray ACKs have their quota: a flow of a service on record", why, both(always))
+            .frame(always.syn(1000), to(OWNER, Reason::New))
+            .leaves(candidate(OWNER, 1000))
+            .frame(always.ack(1001), to(OWNER, Reason::Confirmed))
+            .leaves(record(OWNER, 1000)),
+        Case::new(
+            "SYNs and forged ACKs have filled a service on record: a UDP flow",
+            why,
+            changed().fill(D, 0, 3, ALWAYS_ID, a_record()).fill(D, 1, 3, ALWAYS_ID, a_record()),
+        )
+        .frame(D.udp(b"query"), to(OWNER, Reason::New))
+        .leaves(record(OWNER, 0)),
     ]
 }
 

@@ -252,6 +252,12 @@ impl Setup {
         self
     }
 
+    /// The last entry is this instead.
+    pub fn instead_of_one(mut self, word: FlowWord) -> Self {
+        self.entries.last_mut().expect("an entry").3 = word;
+        self
+    }
+
     /// The two buckets of a flow.
     pub fn buckets(&self, flow: Flow) -> [u32; 2] {
         let packet = self.flow(&flow.packet()).map_or(flow.packet(), |(_, packet)| packet);

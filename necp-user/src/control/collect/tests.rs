@@ -178,6 +178,7 @@ fn a_legacy_stays_while_insertions_fail() {
     assert_eq!(run(100, 1), legacies, "one idle time from then on");
     assert_eq!(run(TCP_IDLE - 110, 1), legacies);
     assert_eq!(run(12, 1), 0);
+    assert_eq!(bed.collector.turned_away_at(), Some(bed.now - Duration::from_secs(100 + TCP_IDLE - 110 + 12)));
 }
 
 #[test]

@@ -1,7 +1,7 @@
 //! What `necp status` shows: counters sampled once a second, and the state of the cluster.
 
 use std::collections::{BTreeMap, HashMap};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use necp_ebpf::abi::ServerStats;
 use necp_ebpf::verdict::{Action, REASONS, Reason};
@@ -129,6 +129,19 @@ fn one_way_alarms(farm: &Farm) -> Vec<String> {
     farm.services.iter().flat_map(of_service).collect()
 }
 
+/// How long the last flow that found no room in the flow table is news.
+const NEWS: Duration = Duration::from_secs(60);
+
+/// The flow table has turned flows away, so long ago.
+fn full_alarm(ago: Option<Duration>) -> Option<String> {
+    ago.filter(|ago| *ago <= NEWS).map(|_| {
+        "the flow table has turned flows away within the last minute (packets `new-unrecorded`, `legacy`): they go on without \
+         a record, but new ones to l3 servers may fail. Is it a flood? The servers with most records are its target: filter \
+         its sources before they come here"
+            .to_owned()
+    })
+}
+
 /// By reason, and by server id.
 type Counters = ([u64; REASONS as usize], Vec<ServerStats>);
 
@@ -177,7 +190,11 @@ impl Owner {
             interfaces: interfaces.collect(),
             sessions: self.open_sessions(),
             connections: self.door.connected(),
-            alarms: alarms(&in_alarm, failing).into_iter().chain(farms.iter().flat_map(one_way_alarms)).collect(),
+            alarms: alarms(&in_alarm, failing)
+                .into_iter()
+                .chain(full_alarm(self.collector.turned_away_at().map(|at| at.elapsed())))
+                .chain(farms.iter().flat_map(one_way_alarms))
+                .collect(),
             farms,
             exceptions: exceptions.entries,
             max_exceptions: exceptions.limit,
@@ -208,5 +225,17 @@ impl Owner {
             max_by_server: config.map_or(0, |config| config.max_exceptions),
             by_server,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_full_flow_table_is_an_alarm_for_a_minute() {
+        assert_eq!(full_alarm(None), None);
+        assert!(full_alarm(Some(Duration::from_secs(59))).is_some_and(|alarm| alarm.contains("turned flows away")));
+        assert_eq!(full_alarm(Some(Duration::from_secs(61))), None);
     }
 }
