@@ -193,6 +193,10 @@ pub(super) fn count_reply(server: u32) {
     }
 }
 
+/// A key of `crossings`: its length in bits, the set, the address.
+#[repr(C, align(8))]
+struct CrossingWords([u32; 3]);
+
 /// The kernel's tables.
 pub(super) struct Maps;
 
@@ -277,7 +281,13 @@ impl Tables for Maps {
 
     #[inline(always)]
     fn is_in(&self, set: AddressSet, address: u32) -> bool {
-        CROSSINGS.get(&Key::new(u64::BITS, [u32::from_ne_bytes(set.0), address])).is_some()
+        let mut words = CrossingWords([0; 3]);
+        for (word, value) in words.0.iter_mut().zip([u64::BITS, u32::from_ne_bytes(set.0), address]) {
+            // SAFETY: an exclusive reference. Volatile, or two words become one store where the verifier wants an aligned one.
+            unsafe { core::ptr::from_mut(word).write_volatile(value) };
+        }
+        // SAFETY: a key is these three words, and its alignment is one byte.
+        CROSSINGS.get(unsafe { &*(&raw const words).cast::<Key<[u32; 2]>>() }).is_some()
     }
 
     #[inline(always)]
