@@ -194,10 +194,9 @@ pub(super) fn count_reply(server: u32) {
     }
 }
 
-/// A key of `crossings` whose last two words stand at eight bytes: the compiler writes them at once, and the verifier allows no
-/// such write to a place on the stack that is not aligned for it.
+/// A key of `crossings`: its length in bits, the set, the address.
 #[repr(C, align(8))]
-struct CrossingKey(u32, Key<[u32; 2]>);
+struct CrossingWords([u32; 3]);
 
 /// The kernel's tables.
 pub(super) struct Maps;
@@ -283,8 +282,13 @@ impl Tables for Maps {
 
     #[inline(always)]
     fn is_in(&self, set: AddressSet, address: u32) -> bool {
-        let key = CrossingKey(0, Key::new(u64::BITS, [u32::from_ne_bytes(set.0), address]));
-        CROSSINGS.get(&key.1).is_some()
+        let mut words = CrossingWords([0; 3]);
+        for (word, value) in words.0.iter_mut().zip([u64::BITS, u32::from_ne_bytes(set.0), address]) {
+            // SAFETY: an exclusive reference. Volatile, or two words become one store where the verifier wants an aligned one.
+            unsafe { core::ptr::from_mut(word).write_volatile(value) };
+        }
+        // SAFETY: a key is these three words, and its alignment is one byte.
+        CROSSINGS.get(unsafe { &*(&raw const words).cast::<Key<[u32; 2]>>() }).is_some()
     }
 
     #[inline(always)]
