@@ -36,7 +36,7 @@ impl Conversation {
     /// # Errors
     /// If it is refused, or nobody greets within [`PATIENCE`].
     pub fn open(ns: &Namespace, to: SocketAddrV4) -> Result<Self> {
-        let (local, stream) = ns.run(|| connect(Some(fresh_source()), to, PATIENCE))?;
+        let (local, stream) = ns.run(|| connect_afresh(to))?;
         Self::greeted(local, stream).with_context(|| format!("{local} to {to}"))
     }
 
@@ -55,7 +55,7 @@ impl Conversation {
     /// As [`Conversation::open`].
     pub fn open_many(ns: &Namespace, count: usize, to: SocketAddrV4) -> Result<Vec<Self>> {
         let open = || {
-            let (local, stream) = connect(Some(fresh_source()), to, PATIENCE)?;
+            let (local, stream) = connect_afresh(to)?;
             Self::greeted(local, stream).with_context(|| format!("{local} to {to}"))
         };
         ns.run(|| (0..count).map(|_| open()).collect())
@@ -221,6 +221,17 @@ pub fn fresh_source() -> SocketAddrV4 {
     let number = NEXT.fetch_add(1, Ordering::Relaxed);
     let address: Ipv4Addr = client_address(number % ADDRESSES);
     SocketAddrV4::new(address, PORTS.start + (number % PORTS.len()) as u16)
+}
+
+/// Connects from a source of [`fresh_source`]; the host may have given one to somebody else already.
+fn connect_afresh(to: SocketAddrV4) -> io::Result<(SocketAddrV4, TcpStream)> {
+    for _ in 0..TRIES {
+        match connect(Some(fresh_source()), to, PATIENCE) {
+            Err(error) if error.kind() == io::ErrorKind::AddrInUse => {}
+            other => return other,
+        }
+    }
+    Err(io::ErrorKind::AddrInUse.into())
 }
 
 /// A megabyte there and back again, over one new connection to a [`Hold`](crate::echo::Hold) server.

@@ -66,6 +66,8 @@ impl NetworkElement {
         let mut command = ns.command(necp_binary()?);
         command.args(["ne", "--config"]).arg(&file);
         let mut process = Process::spawn(command, name, topology.dir())?;
+        // It has the port before it has the packet path, and may fail at that.
+        process.wait_for_log("listening on", STARTUP)?;
         process.wait_until("it listens for servers", STARTUP, |_| ns.listens(NECP_PORT))?;
         Ok(Self { process, ns: ns.clone(), socket })
     }

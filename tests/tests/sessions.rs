@@ -134,9 +134,8 @@ fn units_fail_one_by_one() -> Result<()> {
 }
 
 #[test]
-fn forwarding_that_is_not_built_is_refused_and_said() -> Result<()> {
-    let config = one_farm(1.0).replace("[\"l2\"]", "[\"l2\", \"gre\", \"l3\"]");
-    let mut line = Line::start(Topology::builder().servers(2).build()?, &config)?;
+fn forwarding_that_the_farm_does_not_allow_is_refused_and_said() -> Result<()> {
+    let mut line = Line::start(Topology::builder().servers(2).build()?, &one_farm(1.0))?;
     line.start_agent(0, &["tcp/7=gre", "udp/53=l3"], &[])?;
     line.agent(0).process().wait_for_log("refused", SOON)?;
     let log = line.agent(0).process().log();

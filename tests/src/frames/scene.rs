@@ -5,8 +5,8 @@ use std::ops::Range;
 use necp_ebpf::{
     abi::{
         ACCEPTS, ALIVE, ALWAYS_TRACKED, DIRECT, EXCEPTION_GLOBAL, EXCEPTION_LOCAL, Exception, ExceptionMask,
-        ExceptionMasks, FIRST_SERVER, FORWARDING_SHIFT, GRE, LAYER_2, LAYER_3, REACHABLE, REPLY, Server, Service,
-        UDP_CLASS, UNTRACKED, VIP as VIP_STATE,
+        ExceptionMasks, FIRST_SERVER, FORWARDING_SHIFT, GRE, LAYER_2, LAYER_3, NO_ECHO, REACHABLE, REPLY, Server,
+        Service, UDP_CLASS, UNTRACKED, VIP as VIP_STATE,
     },
     hash::service_bucket,
     host::View,
@@ -214,7 +214,7 @@ fn reply(index: usize) -> (u64, Service) {
 
 /// What says that an address is a VIP, and its key.
 fn vip() -> (u64, Service) {
-    (vip_key(u32::from_ne_bytes(VIP)), Service { address: VIP, state: VIP_STATE, ..Service::default() })
+    (vip_key(u32::from_ne_bytes(VIP)), Service { address: VIP, state: VIP_STATE, flags: NO_ECHO, ..Service::default() })
 }
 
 fn key(index: usize) -> u64 {
