@@ -226,7 +226,8 @@ fn bridge<D: Device>(device: &D, decision: &Decision) -> Ending {
 fn icmp_error<D: Device, T: Tables>(device: &D, tables: &T, l3: usize, head: &Datagram) -> Ending {
     let other = Ending::new(Reason::Icmp, Out::Pass);
     let packet = device.frame().skip(l3);
-    if packet.skip(head.header).read::<u8>(0) == Some(ECHO) {
+    // Behind the datagram there may be padding.
+    if head.total as usize > head.header && packet.skip(head.header).read::<u8>(0) == Some(ECHO) {
         let vip = find_vip(head.packet.destination, tables);
         return if vip.is_some_and(|vip| vip.flags & NO_ECHO != 0) { Ending::drop(Reason::Echo) } else { other };
     }

@@ -336,6 +336,12 @@ fn errors_that_are_none() -> Vec<Case> {
         Case::new("echo to a silent VIP", "as configured", Setup::plain().silent())
             .bytes(echo(VIP), Fate::Drop(Reason::Echo)),
         Case::new("echo to another address", "the host's own", Setup::plain().silent()).bytes(echo(OWN_ADDRESS), host),
+        Case::new(
+            "echo to a silent VIP, its type in padding",
+            "padding is not part of the datagram",
+            Setup::plain().silent(),
+        )
+        .frame(F.on(ICMP, 80).udp(b"").with(|spec| spec.total = Some(20)), host),
         Case::new("echo reply to a silent VIP", "the host's own", Setup::plain().silent())
             .bytes(icmp(0, 0, VIP, &[0; 4]), host),
     ]);

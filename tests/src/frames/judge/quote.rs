@@ -47,13 +47,17 @@ impl Quote {
 
 /// Holds an ICMP message and what was counted against each other.
 pub(super) fn hold(datagram: &[u8], reason: Reason, tables: View<'_>) -> Result<(), String> {
-    let (header, _) = ipv4(datagram).ok_or("ICMP in no IPv4 packet")?;
+    let (header, message) = ipv4(datagram).ok_or("ICMP in no IPv4 packet")?;
+    // The scene's VIP does not answer echo (RFC 792: type 8).
+    let echo = header.destination() == VIP && message.first() == Some(&8) && !header.more_fragments();
     let quote = Quote::of(datagram).filter(|_| !header.more_fragments());
     // The VIP sent what is quoted.
     let of_vip = quote.filter(|quote| {
         quote.source == header.destination() && is_service(quote.source, quote.protocol, quote.source_port)
     });
     match (reason, quote) {
+        (Reason::Echo, _) if echo => Ok(()),
+        (Reason::Icmp, _) if echo => Err("an echo that should have been dropped".into()),
         (Reason::Icmp, _) => match of_vip {
             Some(quote) if all_steered(&quote, tables) => Err(format!("nobody gets an error about {quote:?}")),
             _ => Ok(()),
