@@ -88,6 +88,14 @@ impl Drop for WorkDir {
     fn drop(&mut self) {
         remove_tree(&self.path);
         remove_tree(&self.pins);
+        // What agents that were killed have left: their pins are called after their locks, which were in our directory.
+        let readable = |c: char| if c.is_ascii_alphanumeric() { c } else { '_' };
+        let ours: String = format!("{}/", self.path.display()).chars().map(readable).collect();
+        for pin in fs::read_dir(BPF_DIR).into_iter().flatten().flatten() {
+            if pin.file_name().to_string_lossy().strip_prefix("necp-se").is_some_and(|name| name.starts_with(&ours)) {
+                remove_tree(&pin.path());
+            }
+        }
     }
 }
 
