@@ -87,15 +87,7 @@ mod bpf {
         if grown == 0 { XDP_PASS } else { XDP_ABORTED }
     }
 
-    #[panic_handler]
-    fn panic(_: &core::panic::PanicInfo<'_>) -> ! {
-        // SAFETY: the verifier refuses a program that could get here.
-        unsafe { core::hint::unreachable_unchecked() }
-    }
-
-    #[unsafe(link_section = "license")]
-    #[unsafe(no_mangle)]
-    static LICENSE: [u8; 13] = *b"Dual MIT/GPL\0";
+    necp_ebpf::kernel_program!();
 }
 
 #[cfg(not(target_arch = "bpf"))]

@@ -56,6 +56,24 @@ pub mod tables;
 pub mod verdict;
 pub mod word;
 
+/// What every kernel program needs beside its own code: a panic handler that is never reached, and its licence.
+#[doc(hidden)]
+#[macro_export]
+macro_rules! kernel_program {
+    () => {
+        #[panic_handler]
+        fn panic(_: &core::panic::PanicInfo<'_>) -> ! {
+            // SAFETY: the verifier refuses a program that could get here.
+            unsafe { core::hint::unreachable_unchecked() }
+        }
+
+        /// Some helpers are for GPL-compatible programs only.
+        #[unsafe(link_section = "license")]
+        #[unsafe(no_mangle)]
+        static LICENSE: [u8; 13] = *b"Dual MIT/GPL\0";
+    };
+}
+
 /// Source address and port, as they stand in a header, of the benchmark's flow of this number.
 #[doc(hidden)]
 #[inline(always)]

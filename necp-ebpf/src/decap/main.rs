@@ -37,16 +37,7 @@ mod bpf {
         XDP_PASS
     }
 
-    #[panic_handler]
-    fn panic(_: &core::panic::PanicInfo<'_>) -> ! {
-        // SAFETY: the verifier refuses a program that could get here.
-        unsafe { core::hint::unreachable_unchecked() }
-    }
-
-    /// Some helpers are for GPL-compatible programs only.
-    #[unsafe(link_section = "license")]
-    #[unsafe(no_mangle)]
-    static LICENSE: [u8; 13] = *b"Dual MIT/GPL\0";
+    necp_ebpf::kernel_program!();
 }
 
 #[cfg(not(target_arch = "bpf"))]

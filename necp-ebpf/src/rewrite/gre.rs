@@ -21,7 +21,6 @@ pub const OVERHEAD: usize = Ipv4Hdr::LEN + GRE_LEN;
 const GRE_LEN: usize = 4;
 /// Of GRE itself.
 const PROTOCOL: u8 = 47;
-
 /// The fragment offset.
 const OFFSET: u16 = 0x1fff;
 /// Keeps parts of neighbouring identifications apart.
