@@ -259,7 +259,11 @@ impl Web {
         for index in 0..2 {
             line.start_agent(index, &[&OFFERS[..], &["tcp/80=l2"]].concat(), &[])?;
         }
-        (0..2).try_for_each(|index| line.wait_until_serving(index))?;
+        // After the slow start: a new flow asks so many slots and no more for a server that wants it, and where one server has a
+        // sixth of them, 3 of 1000 flows that the other one does not want find none.
+        let half =
+            |row: &serde_json::Value| row["slots_percent"].as_f64().is_some_and(|share| (share - 50.0).abs() < 1.0);
+        (0..2).try_for_each(|index| line.wait_for_row(index, "has half of the slots", half))?;
         let runtime = line.bed().client().runtime(2)?;
         let mut web = Self { runtime, content, line, _nginx: nginx };
         // All offers come with one START, so that both serve tcp/80 now.
