@@ -6,7 +6,7 @@
 //! are in network byte order unless a field says otherwise; everything else is in the host's.
 
 /// Raised whenever a record below, or what a field means, changes: pinned maps of another layout are never reused.
-pub const LAYOUT_VERSION: u32 = 5;
+pub const LAYOUT_VERSION: u32 = 6;
 
 /// Map and object names, as `bpftool` and the pin directory show them (at most 15 bytes, the kernel's limit).
 pub mod names {
@@ -18,8 +18,10 @@ pub mod names {
     pub const SLOTS: &str = "slots";
     /// `Array<Server>`: one entry per server id.
     pub const SERVERS: &str = "servers";
-    /// `Array<FlowBucket>`: flows that the slot tables alone would misplace (IPv4).
-    pub const FLOWS: &str = "flows4";
+    /// `Array<FlowBucket>`: flows that the slot tables alone would misplace.
+    pub const FLOWS: &str = "flows";
+    /// `Array<Address6>`: the IPv6 VIPs, by [`Service::vip`](super::Service::vip).
+    pub const VIPS6: &str = "vips6";
     /// `Array<ExceptionMasks>`: by farm, what its exceptions look at.
     pub const EXCEPTION_MASKS: &str = "except_masks";
     /// `Array<ExceptionBucket>`: where in [`EXCEPTIONS`] an exception is.
@@ -61,11 +63,12 @@ pub mod names {
     /// Read-only global: 1 if some farm intercepts what crosses this host, else 0 and no packet is asked about it.
     pub const INTERCEPTS: &str = "INTERCEPTS";
     /// All maps that outlive the daemon, by name.
-    pub const PINNED: [&str; 17] = [
+    pub const PINNED: [&str; 18] = [
         SERVICES,
         SLOTS,
         SERVERS,
         FLOWS,
+        VIPS6,
         EXCEPTION_MASKS,
         EXCEPTION_INDEX,
         EXCEPTIONS,
@@ -96,6 +99,9 @@ pub const FLOWS_PER_BUCKET: usize = 4;
 pub const DEFAULT_FLOW_BUCKETS: u32 = 524_288;
 /// Default capacity of the slot map, in slots (8 bytes each); set at load.
 pub const DEFAULT_SLOTS: u32 = 1 << 20;
+
+/// IPv6 VIPs of one instance, and one more: none has index 0.
+pub const MAX_VIPS6: u32 = 4096;
 
 /// Farms of one instance.
 pub const MAX_FARMS: u32 = 1024;
@@ -132,13 +138,13 @@ pub const FIRST_SERVER: u32 = 2;
 #[repr(C, align(8))]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Service {
-    /// The VIP.
+    /// The VIP; of an IPv6 one the [fold](crate::hash::fold6), `vip` says which.
     pub address: [u8; 4],
     /// Destination port; 0 for protocols without.
     pub port: [u8; 2],
     /// IP protocol.
     pub protocol: u8,
-    /// 0: this entry is free. 1: valid. [`REPLY`], [`VIP`], [`INTERCEPT`]: see there.
+    /// 0: this entry is free. 1: valid. [`REPLY`], [`VIP`], [`INTERCEPT`], [`SERVICE6`] and others: see there.
     pub state: u8,
     /// Index of the service's first slot in the map `slots`.
     pub slots_base: u32,
@@ -151,7 +157,9 @@ pub struct Service {
     /// [`ALWAYS_TRACKED`] or [`UNTRACKED`], or neither.
     pub flags: u16,
     /// Index of the farm.
-    pub farm: u32,
+    pub farm: u16,
+    /// Index in [`names::VIPS6`] of an IPv6 VIP; else 0.
+    pub vip: u16,
 }
 
 /// In [`Service::state`]: one of the VIPs whose servers' replies from this port may pass here (layer 3). `address` is its number
@@ -163,6 +171,12 @@ pub const VIP: u8 = 3;
 pub const NO_ECHO: u16 = 1;
 /// In [`Service::state`]: a service of a farm that intercepts. `address` is 0; [`AddressSet`] says whose packets it takes.
 pub const INTERCEPT: u8 = 4;
+/// In [`Service::state`]: a service at an IPv6 VIP. `address` is the VIP's fold; a packet is for it only if it has the VIP's address.
+pub const SERVICE6: u8 = 5;
+/// In [`Service::state`]: [`REPLY`] of IPv6. `address` is the number; `vip` says which VIP; `slots_base` is 0.
+pub const REPLY6: u8 = 6;
+/// In [`Service::state`]: [`VIP`] of IPv6. `address` is its fold, `vip` says which.
+pub const VIP6: u8 = 7;
 /// VIPs of one protocol and port whose servers may ask for layer 3: a reply looks at each of them.
 pub const REPLY_VIPS: u32 = 16;
 /// In [`Service::id`]: records of this service count against the quota of flows that show no beginning.
@@ -171,6 +185,14 @@ pub const UDP_CLASS: u16 = 0x8000;
 pub const ALWAYS_TRACKED: u16 = 1;
 /// In [`Service::flags`]: no flow is ever recorded; every packet goes where the slot table says (UDP, opted out).
 pub const UNTRACKED: u16 = 2;
+
+/// An IPv6 address.
+#[repr(C, align(8))]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Address6 {
+    /// As it stands in a header.
+    pub bytes: [u8; 16],
+}
 
 /// One bucket of the service table.
 #[repr(C, align(8))]
@@ -384,19 +406,24 @@ pub struct ExceptionMasks {
 #[repr(C, align(8))]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct ExceptionMask {
-    /// Length of the source's prefix, 0–32.
+    /// Length of the source's prefix, 0–32, of IPv6 0–128.
     pub source_len: u8,
-    /// Length of the destination's prefix, 0–32.
+    /// Length of the destination's prefix, likewise.
     pub destination_len: u8,
     /// 1: the IP protocol counts. 0: any.
     pub protocol: u8,
     /// 1: the destination port counts. 0: any.
     pub port: u8,
-    /// 1: there are exceptions with this mask. 0: this is free.
+    /// [`OF_IPV4`] or [`OF_IPV6`]: there are exceptions of this family with this mask. 0: this is free.
     pub used: u8,
     /// 0.
     pub reserved: [u8; 3],
 }
+
+/// In [`ExceptionMask::used`].
+pub const OF_IPV4: u8 = 1;
+/// In [`ExceptionMask::used`].
+pub const OF_IPV6: u8 = 2;
 
 /// Flows that servers do not want (draft §5.7); see [`ExceptionWords`](crate::exceptions::ExceptionWords).
 ///
@@ -404,7 +431,8 @@ pub struct ExceptionMask {
 #[repr(C, align(8))]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Exception {
-    /// Source address; bits that the mask does not look at are 0, here and below.
+    /// Source address; bits that the mask does not look at are 0, here and below. Of IPv6 this and the destination are a digest of
+    /// both addresses, see [`name6`](crate::exceptions::name6).
     pub source: [u8; 4],
     /// Destination address.
     pub destination: [u8; 4],
@@ -457,7 +485,7 @@ pub struct Layout {
     pub version: u32,
     /// Capacity of `slots`.
     pub slots: u32,
-    /// Number of buckets of `flows4`.
+    /// Number of buckets of `flows`.
     pub flow_buckets: u32,
     /// Number of records of `exceptions`; that of the buckets of their index follows ([`exception_buckets`]).
     pub exceptions: u32,
@@ -469,6 +497,8 @@ const _: () = {
     assert!(size_of::<Service>() == 32);
     assert!(size_of::<ServiceBucket>() == 128);
     assert!(size_of::<Slot>() == 8);
+    assert!(size_of::<Address6>() == 16);
+    assert!(MAX_FARMS <= 1 << 16 && MAX_VIPS6 <= 1 << 16);
     assert!(size_of::<Server>() == 64);
     assert!(size_of::<ServerStats>() == 32);
     assert!(size_of::<Allowance>() == 16);

@@ -10,8 +10,9 @@
 use crate::{
     abi::{
         EXCEPTION_GLOBAL, EXCEPTION_INSTALLERS, EXCEPTION_MASKS, EXCEPTIONS_PER_BUCKET, Exception, ExceptionBucket,
-        ExceptionMasks,
+        ExceptionMasks, OF_IPV4,
     },
+    digest::{keys_of, siphash},
     flows::opaque,
     tables::Tables,
     word::Word,
@@ -62,6 +63,13 @@ pub struct ExceptionKey {
     pub addresses: u64,
     /// The second, without its last two bytes.
     pub rest: u64,
+}
+
+/// What stands for two IPv6 addresses, each as its two halves are read from a header, where there is room for two of IPv4: their
+/// source and destination in an [`Exception`]. `seed` is that of the exceptions' hash, a secret.
+#[inline(always)]
+pub fn name6(source: [u64; 2], destination: [u64; 2], seed: u64) -> u64 {
+    siphash(keys_of(seed), [source[0], source[1], destination[0], destination[1]], 0)
 }
 
 /// Where the state stands in a record's second word.
@@ -155,8 +163,8 @@ impl MaskWord {
     }
 
     #[inline(always)]
-    const fn is_used(self) -> bool {
-        self.byte(4) != 0
+    const fn is_of(self, family: u8) -> bool {
+        self.byte(4) == family as u64
     }
 
     #[inline(always)]
@@ -268,7 +276,7 @@ impl Tuple {
     #[inline(always)]
     fn find<T: Tables>(self, tables: &T, masks: &ExceptionMasksWords, index: u32) -> Option<(u32, u8)> {
         let mask = MaskWord(masks.masks[index as usize % EXCEPTION_MASKS].load());
-        if mask.is_used() { find(tables, ExceptionKey::for_flow(self, index, mask)) } else { None }
+        if mask.is_of(OF_IPV4) { find(tables, ExceptionKey::for_flow(self, index, mask)) } else { None }
     }
 }
 

@@ -15,6 +15,7 @@
 use crate::{
     abi::{AddressSet, LAYER_3, Service},
     device::{Device, Ending, Out},
+    digest::{keys_of, siphash},
     hash::service_bucket,
     packet::{Packet, protocol},
     parse::{Part, ports},
@@ -79,9 +80,9 @@ fn about<T: Tables>(packet: &Packet, tables: &T) -> Option<Decision> {
 fn interceptor<'a, T: Tables>(packet: &Packet, tables: &'a T) -> Option<&'a Service> {
     let key = packet.intercept_key();
     let service = find_entry(key, tables.service_bucket(service_bucket(key))?)?;
-    let taken = tables.is_in(AddressSet::intercepted(service.farm), packet.destination)
+    let taken = tables.is_in(AddressSet::intercepted(service.farm as u32), packet.destination)
         && !tables.is_in(AddressSet::OWN, packet.destination)
-        && !tables.is_in(AddressSet::servers(service.farm), packet.source);
+        && !tables.is_in(AddressSet::servers(service.farm as u32), packet.source);
     taken.then_some(service)
 }
 
@@ -89,64 +90,13 @@ fn interceptor<'a, T: Tables>(packet: &Packet, tables: &'a T) -> Option<&'a Serv
 #[inline(always)]
 pub fn named(packet: &Packet, seed: u64) -> Packet {
     let addresses = (packet.destination as u64) << 32 | packet.source as u64;
-    let digest = siphash([seed, seed.rotate_left(32) ^ SECOND], addresses, packet.source_port);
+    let digest = siphash(keys_of(seed), [addresses], packet.source_port);
     Packet { source: digest as u32, source_port: (digest >> 32) as u16, destination: 0, ..*packet }
-}
-
-/// What makes two keys of one seed.
-const SECOND: u64 = 0x6e65_6370_6372_6f73;
-
-/// SipHash-1-3 (Aumasson and Bernstein) of ten bytes: a word and a half, least significant byte first.
-#[inline(always)]
-const fn siphash([k0, k1]: [u64; 2], word: u64, rest: u16) -> u64 {
-    let last = 10 << 56 | rest as u64;
-    let mut v = [
-        k0 ^ 0x736f_6d65_7073_6575,
-        k1 ^ 0x646f_7261_6e64_6f6d,
-        k0 ^ 0x6c79_6765_6e65_7261,
-        k1 ^ 0x7465_6462_7974_6573 ^ word,
-    ];
-    v = round(v);
-    v[0] ^= word;
-    v[3] ^= last;
-    v = round(v);
-    v[0] ^= last;
-    v[2] ^= 0xff;
-    let [a, b, c, d] = round(round(round(v)));
-    a ^ b ^ c ^ d
-}
-
-#[inline(always)]
-const fn round([mut a, mut b, mut c, mut d]: [u64; 4]) -> [u64; 4] {
-    a = a.wrapping_add(b);
-    b = b.rotate_left(13) ^ a;
-    a = a.rotate_left(32);
-    c = c.wrapping_add(d);
-    d = d.rotate_left(16) ^ c;
-    a = a.wrapping_add(d);
-    d = d.rotate_left(21) ^ a;
-    c = c.wrapping_add(b);
-    b = b.rotate_left(17) ^ c;
-    c = c.rotate_left(32);
-    [a, b, c, d]
 }
 
 #[cfg(test)]
 mod tests {
-    extern crate std;
-    use core::hash::Hasher as _;
-    use std::hash::DefaultHasher;
-
     use super::*;
-
-    #[test]
-    fn the_digest_is_siphash() {
-        let (word, rest) = (0x0123_4567_89ab_cdefu64, 0xfedc_u16);
-        let mut hasher = DefaultHasher::new();
-        hasher.write(&word.to_le_bytes());
-        hasher.write(&rest.to_le_bytes());
-        assert_eq!(siphash([0, 0], word, rest), hasher.finish(), "the library's is SipHash-1-3 with keys of zeroes");
-    }
 
     #[test]
     fn source_port_and_destination_name_a_flow() {

@@ -35,6 +35,7 @@ pub mod abi;
 pub mod choice;
 pub mod decap;
 pub mod device;
+pub mod digest;
 pub mod exceptions;
 pub mod flows;
 pub mod frame;

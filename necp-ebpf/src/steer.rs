@@ -353,7 +353,7 @@ impl<'a, T: Tables> At<'a, T> {
                 destination: self.packet.destination,
                 port: self.packet.destination_port,
                 protocol: self.packet.protocol,
-                farm: self.service.farm,
+                farm: self.service.farm as u32,
             },
             slots_base: self.service.slots_base,
             slots_size: self.service.slots_size,

@@ -98,7 +98,7 @@ impl Layout {
                         return Err(ConfigError::Claimed { vip, service: key, first, second });
                     }
                     if let Some(old) = find(existing, vip, key) {
-                        layout.old_farms.entry(old.service.farm).or_insert(farm_index);
+                        layout.old_farms.entry(old.service.farm.into()).or_insert(farm_index);
                     }
                 }
                 layout.services.push(layout.adopt_region(config, existing, farm_index, key));
@@ -122,7 +122,8 @@ impl Layout {
             seed: config.farms[service.farm].seed(),
             id: frontend.id,
             flags: service.flags,
-            farm: service.farm as u32,
+            farm: service.farm as u16,
+            vip: 0,
         }
     }
 

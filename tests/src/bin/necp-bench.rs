@@ -13,7 +13,7 @@ use etherparse::PacketBuilder;
 use necp_ebpf::{
     abi::{
         ACCEPTS, ALIVE, ALWAYS_TRACKED, EXCEPTION_GLOBAL, Exception, ExceptionMask, ExceptionMasks, FORWARDING_SHIFT,
-        GRE, LAYER_2, LAYER_3, REACHABLE, Server, Service, UDP_CLASS, exception_records,
+        GRE, LAYER_2, LAYER_3, OF_IPV4, REACHABLE, Server, Service, UDP_CLASS, exception_records,
     },
     bench_flow,
     hash::service_bucket,
@@ -134,6 +134,7 @@ impl Case {
             id,
             flags,
             farm: 0,
+            vip: 0,
         };
         (self != Self::NotOurs).then_some(service)
     }
@@ -290,7 +291,7 @@ fn except(view: View<'_>, number: u32) -> Result<()> {
     let mut masks = ExceptionMasks { count: MASKS.min(number), ..ExceptionMasks::default() };
     for (index, mask) in (0u8..).zip(masks.masks.iter_mut().take(masks.count as usize)) {
         let source_len = 24 + 2 * (index >> 2);
-        *mask = ExceptionMask { source_len, protocol: index & 1, port: index >> 1 & 1, used: 1, ..*mask };
+        *mask = ExceptionMask { source_len, protocol: index & 1, port: index >> 1 & 1, used: OF_IPV4, ..*mask };
     }
     for (record, one) in (0..number).map(|n| (n, n / MASKS)) {
         let mask = masks.masks[(record % MASKS) as usize];

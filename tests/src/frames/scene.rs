@@ -5,8 +5,8 @@ use std::ops::Range;
 use necp_ebpf::{
     abi::{
         ACCEPTS, ALIVE, ALWAYS_TRACKED, DIRECT, EXCEPTION_GLOBAL, EXCEPTION_LOCAL, Exception, ExceptionMask,
-        ExceptionMasks, FIRST_SERVER, FORWARDING_SHIFT, GRE, LAYER_2, LAYER_3, NO_ECHO, REACHABLE, REPLY, Server,
-        Service, UDP_CLASS, UNTRACKED, VIP as VIP_STATE,
+        ExceptionMasks, FIRST_SERVER, FORWARDING_SHIFT, GRE, LAYER_2, LAYER_3, NO_ECHO, OF_IPV4, REACHABLE, REPLY,
+        Server, Service, UDP_CLASS, UNTRACKED, VIP as VIP_STATE,
     },
     hash::service_bucket,
     host::View,
@@ -144,7 +144,7 @@ impl Scene {
             destination_len: pick(random, &[0, 32]),
             protocol: random.random_range(0..2),
             port: random.random_range(0..2),
-            used: 1,
+            used: OF_IPV4,
             ..ExceptionMask::default()
         };
         if self.masks.masks.contains(&mask) {
@@ -200,6 +200,7 @@ fn service(index: usize) -> Service {
         id: (index as u16 + 1) | class,
         flags: FLAGS[index],
         farm: 0,
+        vip: 0,
     }
 }
 

@@ -7,7 +7,8 @@ use necp_ebpf::{
     abi::{
         ACCEPTS, ALIVE, ALWAYS_TRACKED, AddressSet, DIRECT, EXCEPTION_GLOBAL, EXCEPTION_INSTALLERS, EXCEPTION_LOCAL,
         Exception, ExceptionMask, ExceptionMasks, FLOWS_PER_BUCKET, FORWARDING_SHIFT, GRE, INTERCEPT, LAYER_2, LAYER_3,
-        NO_ECHO, REACHABLE, REPLY, SERVICES_PER_BUCKET, Server, Service, UDP_CLASS, UNTRACKED, VIP as VIP_STATE,
+        NO_ECHO, OF_IPV4, REACHABLE, REPLY, SERVICES_PER_BUCKET, Server, Service, UDP_CLASS, UNTRACKED,
+        VIP as VIP_STATE,
     },
     flows::{FlowWord, flow_key},
     hash::{flow_buckets, flow_hash, service_bucket, slot_index},
@@ -190,7 +191,7 @@ impl Setup {
             destination_len,
             protocol: has_protocol,
             port: has_port,
-            used: 1,
+            used: OF_IPV4,
             ..ExceptionMask::default()
         };
         let there = self.masks.masks.iter().position(|other| *other == mask || other.used == 0).expect("a free mask");
@@ -361,6 +362,7 @@ fn service(id: u16, protocol: u8, port: u16, flags: u16) -> Service {
         id: id | class,
         flags,
         farm: 0,
+        vip: 0,
     }
 }
 

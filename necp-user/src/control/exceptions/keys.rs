@@ -97,7 +97,7 @@ impl Mask {
             destination_len: self.destination,
             protocol: self.protocol.into(),
             port: self.port.into(),
-            used: 1,
+            used: abi::OF_IPV4,
             reserved: [0; 3],
         }
     }
