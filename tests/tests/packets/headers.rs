@@ -40,7 +40,7 @@ fn ethernet() -> Vec<Case> {
     let mut cases: Vec<Case> = ether_types
         .into_iter()
         .map(|(name, kind, why)| {
-            one(name, why, WEB_FLOW.data(1).with(|f| f.ether_type = kind), Fate::Pass(Reason::NotIpv4))
+            one(name, why, WEB_FLOW.data(1).with(|f| f.ether_type = kind), Fate::Pass(Reason::NotIp))
         })
         .collect();
     let other_host = Fate::Pass(Reason::OtherHost);
