@@ -66,7 +66,7 @@ fn tags() -> Vec<Case> {
             Case::new(format!("{name}, ARP"), why, Setup::plain())
                 .frame(on(F).with(|spec| spec.ether_type = 0x0806), Fate::Pass(Reason::NotIp)),
             Case::new(format!("{name}, IPv6"), why, Setup::plain())
-                .frame(on(F).with(|spec| spec.ether_type = 0x86dd), Fate::Pass(Reason::NotIp)),
+                .frame(on(F).with(|spec| spec.ether_type = 0x86dd), Fate::Pass(Reason::Malformed)),
         ]);
         let header = 14 + 4 * tags.len();
         for cut in 15..header + 40 {
