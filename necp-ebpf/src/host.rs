@@ -23,11 +23,15 @@ pub struct View<'a> {
     flows: &'a [FlowBucketWords],
     exceptions: ExceptionTables<'a>,
     crossings: &'a [Crossing],
+    vips6: &'a [VipWords],
     memory: PhantomData<&'a ()>,
 }
 
 /// A prefix of a set of addresses: the set, network and mask as they stand in a header.
 pub type Crossing = (AddressSet, u32, u32);
+
+/// [`Address6`](crate::abi::Address6), as words.
+pub type VipWords = [Word; 2];
 
 /// The tables of exceptions.
 #[derive(Clone, Copy)]
@@ -59,7 +63,7 @@ impl<'a> View<'a> {
         exceptions: ExceptionTables<'a>,
     ) -> Self {
         debug_assert!(flows.len().is_power_of_two() && exceptions.index.len().is_power_of_two());
-        Self { services, slots, servers, flows, exceptions, crossings: &[], memory: PhantomData }
+        Self { services, slots, servers, flows, exceptions, crossings: &[], vips6: &[], memory: PhantomData }
     }
 
     /// The same tables with these sets of addresses; without, all are empty.
@@ -131,6 +135,20 @@ impl<'a> View<'a> {
             }
         }
         true
+    }
+
+    /// Writes the IPv6 VIP of this index, which no service entry may name meanwhile; false if there is none.
+    pub fn set_vip6(&self, index: u32, address: [u8; 16]) -> bool {
+        let Some([high, low]) = self.vips6.get(index as usize) else { return false };
+        let [a, b, c, d, e, f, g, h, i, j, k, l, m, n, o, p] = address;
+        high.store(u64::from_ne_bytes([a, b, c, d, e, f, g, h]));
+        low.store(u64::from_ne_bytes([i, j, k, l, m, n, o, p]));
+        true
+    }
+
+    /// The IPv6 VIP of this index.
+    pub fn vip6(&self, index: u32) -> Option<[u64; 2]> {
+        self.vips6.get(index as usize).map(|[high, low]| [high.load(), low.load()])
     }
 
     fn server_ptr(&self, id: u32) -> Option<*mut Server> {
@@ -212,6 +230,7 @@ pub struct Owned {
     exception_index: alloc::vec::Vec<ExceptionBucketWords>,
     exceptions: alloc::vec::Vec<ExceptionWords>,
     crossings: alloc::vec::Vec<Crossing>,
+    vips6: alloc::vec::Vec<VipWords>,
 }
 
 /// Farms of tables of a process's own that may have exceptions.
@@ -233,6 +252,7 @@ impl Owned {
             exception_index: exceptions::no_index(EXCEPTIONS),
             exceptions: exceptions::no_records(EXCEPTIONS),
             crossings: alloc::vec::Vec::new(),
+            vips6: (0..64).map(|_| [Word::new(0), Word::new(0)]).collect(),
         }
     }
 
@@ -259,6 +279,6 @@ impl Owned {
         };
         // SAFETY: both are borrowed exclusively for as long as the view lives.
         let view = unsafe { View::new(services, &self.slots, servers, &self.flows, exceptions) };
-        view.with_crossings(&self.crossings)
+        View { vips6: &self.vips6, ..view.with_crossings(&self.crossings) }
     }
 }
