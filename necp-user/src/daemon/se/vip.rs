@@ -19,7 +19,7 @@ use std::net::Ipv4Addr;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 
-use ipnet::Ipv4Net;
+use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
@@ -79,7 +79,7 @@ struct Changed {
 #[derive(Debug)]
 pub struct Vips {
     addresses: HostAddresses,
-    ours: Vec<Ipv4Net>,
+    ours: Vec<IpNet>,
     state: State,
     state_path: PathBuf,
 }
@@ -118,8 +118,8 @@ impl Vips {
 
     async fn set_up(&mut self, vips: &[Ipv4Addr]) -> Result<(), VipError> {
         let lo = interface_index(LOOPBACK)?;
-        let wanted: Vec<Ipv4Net> = vips.iter().map(|vip| Ipv4Net::from(*vip)).collect();
-        let keep: Vec<(u32, Ipv4Net)> = wanted.iter().map(|net| (lo, *net)).collect();
+        let wanted: Vec<IpNet> = vips.iter().map(|vip| IpNet::from(std::net::IpAddr::from(*vip))).collect();
+        let keep: Vec<(u32, IpNet)> = wanted.iter().map(|net| (lo, *net)).collect();
         for left in self.addresses.remove_leftovers(&keep).await? {
             tracing::info!(address = %left.net, "removed a VIP that an earlier run had left");
         }
@@ -137,7 +137,7 @@ impl Vips {
         Ok(())
     }
 
-    async fn add(&mut self, lo: u32, net: Ipv4Net) -> Result<(), VipError> {
+    async fn add(&mut self, lo: u32, net: IpNet) -> Result<(), VipError> {
         let elsewhere =
             self.addresses.list().await?.into_iter().find(|one| one.net.addr() == net.addr() && one.ifindex != lo);
         if let Some(other) = elsewhere {
@@ -247,7 +247,11 @@ mod tests {
     const VIP: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 10);
     const SECOND: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 11);
 
-    async fn addresses() -> Vec<(Ipv4Net, bool)> {
+    fn net(vip: Ipv4Addr) -> IpNet {
+        std::net::IpAddr::V4(vip).into()
+    }
+
+    async fn addresses() -> Vec<(IpNet, bool)> {
         let (addresses, driver) = HostAddresses::open(TAG).expect("netlink");
         tokio::spawn(driver);
         let listed = addresses.list().await.expect("a list");
@@ -275,7 +279,7 @@ mod tests {
             let state = state_in(&directory);
             set([0, 0]);
             let vips = Vips::establish(&[VIP, SECOND], &state).await.expect("set up").expect("something to set up");
-            assert_eq!(addresses().await, [(VIP.into(), true), (SECOND.into(), true)]);
+            assert_eq!(addresses().await, [(net(VIP), true), (net(SECOND), true)]);
             assert_eq!(settings(), [1, 2]);
             assert!(state.exists());
             vips.withdraw().await.expect("taken away");
@@ -291,11 +295,11 @@ mod tests {
             set([2, 0]);
             let (others, driver) = HostAddresses::open("other").expect("netlink");
             tokio::spawn(driver);
-            others.add("lo", VIP.into(), Scope::Global).await.expect("added");
+            others.add("lo", net(VIP), Scope::Global).await.expect("added");
             let vips = Vips::establish(&[VIP], &state_in(&directory)).await.expect("set up").expect("something");
             assert_eq!(settings(), [2, 2], "a larger value does as well");
             vips.withdraw().await.expect("taken away");
-            assert_eq!((addresses().await, settings()), (vec![(VIP.into(), false)], [2, 0]));
+            assert_eq!((addresses().await, settings()), (vec![(net(VIP), false)], [2, 0]));
         });
     }
 
@@ -319,7 +323,7 @@ mod tests {
             set([0, 1]);
             drop(Vips::establish(&[VIP, SECOND], &state).await.expect("set up"));
             let vips = Vips::establish(&[SECOND], &state).await.expect("set up").expect("something");
-            assert_eq!(addresses().await, [(SECOND.into(), true)], "the other one is no longer wanted");
+            assert_eq!(addresses().await, [(net(SECOND), true)], "the other one is no longer wanted");
             vips.withdraw().await.expect("taken away");
             assert_eq!((addresses().await, settings()), (vec![], [0, 1]), "the values before the crash");
 
