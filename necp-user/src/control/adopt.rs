@@ -1,9 +1,6 @@
 //! Starting anew on maps that are in use: the packet path has forwarded on meanwhile, and goes on while SEs come back.
 
-use std::{
-    net::{Ipv4Addr, Ipv6Addr},
-    time::Instant,
-};
+use std::{net::Ipv6Addr, time::Instant};
 
 use necp_ebpf::{
     abi::{ACCEPTS, ALIVE, FIRST_SERVER, NONE, REACHABLE, SERVICE_BUCKETS, Server},
@@ -101,7 +98,7 @@ impl Cluster {
     /// Whose record this is, if the configuration still allows it.
     fn offer_of(&self, server: &Server) -> Option<OfferKey> {
         let farm = *self.layout.old_farms.get(&u32::from(server.farm))?;
-        let address = Ipv6Addr::from(server.address).to_ipv4_mapped()?;
+        let address = Ipv6Addr::from(server.address).to_canonical();
         let forwarding = Forwarding::from_wire(u32::from(server.forwarding))?;
         let service = ServiceKey::new(server.protocol, server.service_port);
         let wanted = &self.config.farms[farm];
@@ -135,8 +132,8 @@ impl Cluster {
 }
 
 fn hop_of(server: &Server) -> Hop {
-    let source = Ipv6Addr::from(server.source).to_ipv4_mapped();
-    Hop { mac: server.mac, port: server.port, source: source.unwrap_or(Ipv4Addr::UNSPECIFIED), mtu: server.mtu }
+    let source = Ipv6Addr::from(server.source).to_canonical();
+    Hop { mac: server.mac, port: server.port, source, mtu: server.mtu }
 }
 
 fn existing(view: &View<'_>) -> Vec<Existing> {

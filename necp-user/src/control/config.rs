@@ -1,8 +1,8 @@
 //! What the cluster is configured with, as plain values; the configuration file is somebody else's.
 
-use std::{collections::BTreeMap, fmt, net::Ipv4Addr, time::Duration};
+use std::{collections::BTreeMap, fmt, net::{IpAddr, Ipv4Addr}, time::Duration};
 
-use ipnet::Ipv4Net;
+use ipnet::{IpNet, Ipv4Net};
 use necp_ebpf::{abi, packet::protocol};
 
 /// What a client asks for at a VIP.
@@ -78,7 +78,7 @@ pub struct FarmConfig {
     /// What forwarding types servers may ask for.
     pub forwarding: Vec<Forwarding>,
     /// Who may join.
-    pub servers: Vec<Ipv4Net>,
+    pub servers: Vec<IpNet>,
     /// Slots of each service's table; a prime.
     pub table_size: u32,
     /// How long after its session was lost a server keeps its flows while its host is not known to be gone.
@@ -94,7 +94,7 @@ pub struct FarmConfig {
     /// Seed of the flow hash; none: derived from the name.
     pub hash_seed: Option<u64>,
     /// Capacity by server, in thousandths; 1000 for those not named, at most 1,000,000.
-    pub capacity: BTreeMap<Ipv4Addr, u32>,
+    pub capacity: BTreeMap<IpAddr, u32>,
     /// Its servers' global exceptions are in force as such; else as local ones.
     pub global_exceptions: bool,
     /// Exceptions that one server may have. Of a server that several farms admit: the least of them.
@@ -145,12 +145,12 @@ impl FarmConfig {
     }
 
     /// Whether this address may join.
-    pub fn admits(&self, address: Ipv4Addr) -> bool {
+    pub fn admits(&self, address: IpAddr) -> bool {
         self.servers.iter().any(|prefix| prefix.contains(&address))
     }
 
     /// Capacity of a server, in thousandths.
-    pub fn capacity_of(&self, address: Ipv4Addr) -> u32 {
+    pub fn capacity_of(&self, address: IpAddr) -> u32 {
         self.capacity.get(&address).copied().unwrap_or(super::weight::CAPACITY_ONE)
     }
 }
@@ -227,7 +227,7 @@ pub enum ConfigError {
         /// The farm's name.
         farm: String,
         /// The server.
-        address: Ipv4Addr,
+        address: IpAddr,
     },
     /// Protocol 0, or TCP or UDP with port 0, or another protocol with a port.
     #[error(
@@ -272,7 +272,7 @@ pub enum ConfigError {
     )]
     Ambiguous {
         /// The narrower of the overlapping prefixes.
-        prefix: Ipv4Net,
+        prefix: IpNet,
         /// The service.
         service: ServiceKey,
         /// One farm.
@@ -447,7 +447,7 @@ mod tests {
         let layer_3 = FarmConfig { vips: Vec::new(), forwarding: vec![Forwarding::Layer3], ..both.clone() };
         assert_eq!(check(vec![layer_3]), Err(interception));
         assert_eq!(check(vec![FarmConfig { vips: Vec::new(), ..both }]), Ok(()));
-        let strong = FarmConfig { capacity: [(Ipv4Addr::LOCALHOST, 1_000_001)].into(), ..good() };
+        let strong = FarmConfig { capacity: [(Ipv4Addr::LOCALHOST.into(), 1_000_001)].into(), ..good() };
         assert!(matches!(check(vec![strong]), Err(ConfigError::Capacity { .. })));
     }
 

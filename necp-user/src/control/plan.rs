@@ -2,6 +2,7 @@
 
 use std::{
     collections::BTreeSet,
+    net::IpAddr,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -437,13 +438,13 @@ impl Cluster {
             mac: hop.map_or([0; 6], |hop| hop.mac),
             flags,
             port: hop.map_or(0, |hop| hop.port),
-            address: offer.key.address.to_ipv6_mapped().octets(),
+            address: in_record(offer.key.address),
             farm: offer.key.farm as u16,
             service_port: offer.key.service.port,
             protocol: offer.key.service.protocol,
             forwarding: offer.key.forwarding as u8,
             host: host.map_or(0, |host| host.number),
-            source: hop.map_or([0; 16], |hop| hop.source.to_ipv6_mapped().octets()),
+            source: hop.map_or([0; 16], |hop| in_record(hop.source)),
             mtu: hop.map_or(0, |hop| hop.mtu),
             reserved: [0; 14],
         }
@@ -538,6 +539,14 @@ impl Cluster {
             table: None,
         });
         gone.chain(notes).chain(wanted).collect()
+    }
+}
+
+/// As server records have addresses: IPv4 in its IPv6-mapped form.
+fn in_record(address: IpAddr) -> [u8; 16] {
+    match address {
+        IpAddr::V4(address) => address.to_ipv6_mapped().octets(),
+        IpAddr::V6(address) => address.octets(),
     }
 }
 

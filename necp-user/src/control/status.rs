@@ -1,6 +1,6 @@
 //! What `necp status` shows of the cluster; packets are somebody else's to add.
 
-use std::net::Ipv4Addr;
+use std::net::{IpAddr, Ipv4Addr};
 
 use ipnet::Ipv4Net;
 use necp_ebpf::abi;
@@ -52,7 +52,7 @@ pub struct ServerStatus {
     /// The server id.
     pub id: u32,
     /// The SE.
-    pub address: Ipv4Addr,
+    pub address: IpAddr,
     /// Its forwarding type.
     pub forwarding: Forwarding,
     /// What it is doing.

@@ -1,7 +1,7 @@
 //! A cluster on tables in memory, on a clock of its own.
 
 use std::{
-    net::Ipv4Addr,
+    net::{IpAddr, Ipv4Addr},
     time::{Duration, Instant},
 };
 
@@ -32,13 +32,13 @@ pub(super) struct Bed {
 }
 
 /// The address of a server by its number.
-pub(super) fn se(number: u8) -> Ipv4Addr {
-    Ipv4Addr::new(10, 0, 0, number)
+pub(super) fn se(number: u8) -> IpAddr {
+    [10, 0, 0, number].into()
 }
 
 /// Where a server is.
 pub(super) fn hop(number: u8) -> Hop {
-    Hop { mac: [2, 0, 0, 0, 0, number], port: 1, source: Ipv4Addr::new(10, 0, 0, 254), mtu: 1500 }
+    Hop { mac: [2, 0, 0, 0, 0, number], port: 1, source: [10, 0, 0, 254].into(), mtu: 1500 }
 }
 
 /// One farm with tcp/80 and udp/53, 11 slots each.

@@ -29,6 +29,7 @@ use anyhow::Context as _;
 use futures_util::Stream;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
+use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
@@ -172,7 +173,6 @@ fn check(args: &Args, config: &NeConfig) -> ExitCode {
 }
 
 async fn serve(config: NeConfig, keys: HashMap<PathBuf, Key>, leave: bool) -> anyhow::Result<()> {
-    let config = Arc::new(config);
     if let Err(error) = limits::raise_open_files(listener::MAX_SESSIONS) {
         tracing::warn!("{error}");
     }
@@ -182,12 +182,11 @@ async fn serve(config: NeConfig, keys: HashMap<PathBuf, Key>, leave: bool) -> an
     let admin = AdminSocket::bind(&config.socket)
         .with_context(|| format!("cannot listen on the admin socket {}", config.socket.display()))?;
     let mut protections = Protections::read(&config)?;
+    let listeners = listen(&config, &protections)?;
+    let mut config = config;
+    config.listen = listeners.iter().map(|listener| listener.local_addr()).collect::<Result<_, _>>()?;
+    let config = Arc::new(config);
     let keys = Keys::new(Arc::clone(&config), keys)?;
-    let mut listeners = Vec::new();
-    for address in &config.listen {
-        let listener = listener::bind(*address, &protections).with_context(|| format!("cannot listen on {address}"))?;
-        listeners.push(Arc::new(listener));
-    }
     let (mut owner, mut inputs, sender, mut changes, door) = start(&config, &keys).await?;
 
     let mut tasks = JoinSet::new();
@@ -203,6 +202,21 @@ async fn serve(config: NeConfig, keys: HashMap<PathBuf, Key>, leave: bool) -> an
     tasks.shutdown().await;
     tracing::info!("all sessions are closed");
     finish(owner, leave.into_inner()).await
+}
+
+/// Where the configuration says; if it says nothing, this host need not have both families.
+fn listen(config: &NeConfig, protections: &Protections) -> anyhow::Result<Vec<Arc<TcpListener>>> {
+    let mut listeners = Vec::new();
+    for address in config.listens_on() {
+        match listener::bind(address, protections) {
+            Ok(listener) => listeners.push(Arc::new(listener)),
+            Err(error) if config.listen.is_empty() && error.raw_os_error() == Some(libc::EAFNOSUPPORT) => {
+                tracing::info!("this host cannot listen on {address}: no server can join there");
+            }
+            Err(error) => return Err(error).with_context(|| format!("cannot listen on {address}")),
+        }
+    }
+    Ok(listeners)
 }
 
 type Started<C> = (Owner, mpsc::Receiver<Input>, mpsc::Sender<Input>, C, Arc<Door>);
@@ -236,7 +250,7 @@ async fn start(
     let ports = plane.ports();
     let hosts = Hosts::new(neighbours, ports.iter().cloned());
     let vips = if config.manage_vips {
-        let all = config.farms.iter().flat_map(|farm| farm.vips.iter().copied());
+        let all = config.farms.iter().flat_map(|farm| ipv4(&farm.vips));
         let distinct: BTreeSet<_> = all.collect();
         Some(Vips::put(distinct.into_iter().collect(), &ports).await?)
     } else {
@@ -379,7 +393,7 @@ pub(super) fn plane_config(config: &NeConfig) -> PlaneConfig {
 pub(super) fn cluster_config(config: &NeConfig) -> ClusterConfig {
     let farm = |farm: &crate::config::ne::FarmConfig| FarmConfig {
         name: farm.name.clone(),
-        vips: farm.vips.clone(),
+        vips: ipv4(&farm.vips),
         intercept: farm.intercept.clone(),
         services: farm.services.iter().map(|key| ServiceKey::new(key.protocol(), key.port())).collect(),
         forwarding: farm.forwarding.iter().filter_map(|one| Forwarding::from_wire(one.code().into())).collect(),
@@ -403,6 +417,10 @@ pub(super) fn cluster_config(config: &NeConfig) -> ClusterConfig {
         max_exceptions: config.max_exceptions,
         ..ClusterConfig::default()
     }
+}
+
+fn ipv4(addresses: &[std::net::IpAddr]) -> Vec<std::net::Ipv4Addr> {
+    addresses.iter().filter_map(|one| if let std::net::IpAddr::V4(one) = one { Some(*one) } else { None }).collect()
 }
 
 fn list<T: ToString>(items: &[T]) -> String {

@@ -8,7 +8,7 @@ mod client;
 pub mod render;
 
 use std::borrow::Cow;
-use std::net::Ipv4Addr;
+use std::net::{IpAddr, Ipv4Addr};
 
 use ipnet::Ipv4Net;
 use serde::{Deserialize, Serialize};
@@ -115,7 +115,7 @@ pub struct Exceptions {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ExceptionsOf {
     /// Its address.
-    pub address: Ipv4Addr,
+    pub address: IpAddr,
     /// How many, in all of its farms.
     pub exceptions: u32,
 }
@@ -137,7 +137,7 @@ pub struct Server {
     /// The server id, as in the maps.
     pub id: u32,
     /// The server's address.
-    pub address: Ipv4Addr,
+    pub address: IpAddr,
     /// `l2`, `gre` or `l3`.
     pub forwarding: Cow<'static, str>,
     /// `up`, `adopted`, `lost`, `kept`, `draining`, `stopped` or `dead`.

@@ -8,7 +8,7 @@
 use std::{
     io,
     mem::{size_of, size_of_val, zeroed},
-    net::Ipv4Addr,
+    net::IpAddr,
     os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd},
 };
 
@@ -45,21 +45,21 @@ impl PathMtus {
     }
 
     /// Destinations that ICMP errors came about since the last call.
-    pub fn take(&self) -> Vec<Ipv4Addr> {
+    pub fn take(&self) -> Vec<IpAddr> {
         let mut destinations: Vec<_> = std::iter::from_fn(|| self.one()).take(AT_ONCE).collect();
         destinations.sort_unstable();
         destinations.dedup();
         destinations
     }
 
-    fn one(&self) -> Option<Ipv4Addr> {
+    fn one(&self) -> Option<IpAddr> {
         // SAFETY: both are plain old data, for which zeroes are valid.
         let (mut destination, mut message): (libc::sockaddr_in, libc::msghdr) = unsafe { (zeroed(), zeroed()) };
         message.msg_name = (&raw mut destination).cast();
         message.msg_namelen = size_of::<libc::sockaddr_in>() as libc::socklen_t;
         // SAFETY: the message points to an address of the size that it says, and to nothing else.
         let length = unsafe { libc::recvmsg(self.socket.as_raw_fd(), &mut message, libc::MSG_ERRQUEUE) };
-        (length >= 0).then(|| Ipv4Addr::from(destination.sin_addr.s_addr.to_ne_bytes()))
+        (length >= 0).then(|| destination.sin_addr.s_addr.to_ne_bytes().into())
     }
 }
 

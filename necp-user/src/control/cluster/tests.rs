@@ -18,7 +18,7 @@ const TCP: u8 = 6;
 fn only_configured_addresses_may_join() {
     let mut bed = Bed::new();
     assert_eq!(bed.cluster.may_join(se(1)), Some(Admission { farms: vec![0] }));
-    let stranger = Ipv4Addr::new(10, 0, 1, 1);
+    let stranger = IpAddr::from([10, 0, 1, 1]);
     assert_eq!(bed.cluster.may_join(stranger), None);
     assert_eq!(bed.cluster.init(stranger, true, bed.now), Err(NotAdmitted(stranger)));
     bed.cluster.host_reachable(stranger, Hop { mac: [2; 6], port: 0, ..hop(1) }, bed.now);

@@ -7,7 +7,7 @@ mod keys;
 mod listing;
 mod store;
 
-use std::{net::Ipv4Addr, time::Instant};
+use std::{net::IpAddr, time::Instant};
 
 use necp_ebpf::abi;
 
@@ -73,7 +73,7 @@ impl Cluster {
     /// In force in all farms that admit the SE; global only in those that trust it, else local.
     pub fn except_add(
         &mut self,
-        address: Ipv4Addr,
+        address: IpAddr,
         exception: &Exception,
         now: Instant,
     ) -> Result<Change, ExceptError> {
@@ -88,7 +88,7 @@ impl Cluster {
     }
 
     /// A unit of EXCEPTION_DEL (draft §5.7.3): the SE's own entry goes. Of something that is not there: nothing happens.
-    pub fn except_del(&mut self, address: Ipv4Addr, flows: &Flows, _now: Instant) -> Change {
+    pub fn except_del(&mut self, address: IpAddr, flows: &Flows, _now: Instant) -> Change {
         let change = self.begin();
         self.exceptions.delete(address, flows, change);
         change
@@ -98,7 +98,7 @@ impl Cluster {
     ///
     /// They are not listed any more from now on. If there are many, they leave the maps in several plans; until the last of
     /// them [`Applied::outcome`](super::plan::Applied::outcome) says none.
-    pub fn except_reset(&mut self, address: Ipv4Addr, _now: Instant) -> Change {
+    pub fn except_reset(&mut self, address: IpAddr, _now: Instant) -> Change {
         let change = self.begin();
         self.exceptions.doom(address, change);
         change
@@ -120,7 +120,7 @@ impl Cluster {
     }
 
     /// How many exceptions of this SE are in force.
-    pub fn exceptions_of(&self, address: Ipv4Addr) -> u32 {
+    pub fn exceptions_of(&self, address: IpAddr) -> u32 {
         self.exceptions.count_of(address)
     }
 }

@@ -62,6 +62,14 @@ fn assert_no_exception_in_maps(bed: &Bed) {
     assert_eq!(bed.view.exception_masks_record(0), Some(ExceptionMasks::default()));
 }
 
+/// As lists name it.
+fn installer(address: IpAddr) -> std::net::Ipv4Addr {
+    match address {
+        IpAddr::V4(address) => address,
+        IpAddr::V6(_) => panic!("the bed's servers are IPv4"),
+    }
+}
+
 #[test]
 fn a_local_exception_keeps_new_flows_from_its_installer_and_no_others() {
     let mut bed = Bed::new();
@@ -94,7 +102,7 @@ fn global_is_local_where_the_farm_does_not_trust() {
         let other = bed.serve(2);
         bed.cluster.except_add(se(1), &global(clients()), bed.now).unwrap();
         bed.sync();
-        assert_eq!(list(&bed, Filter::default(), 7), [Listed { scope, installer: se(1), flows: clients() }]);
+        assert_eq!(list(&bed, Filter::default(), 7), [Listed { scope, installer: installer(se(1)), flows: clients() }]);
         let wanted = goes.map_or(0, |_| other);
         (1..60).for_each(|client| assert_eq!(bed.connect(client), wanted));
         let counts = FarmExceptions {
@@ -134,7 +142,7 @@ fn an_entry_ends_with_its_time_and_a_second_add_prolongs_it() {
     bed.sync();
     assert_eq!(
         list(&bed, Filter::default(), 9),
-        [Listed { scope: Scope::Local, installer: se(1), flows: other.flows }]
+        [Listed { scope: Scope::Local, installer: installer(se(1)), flows: other.flows }]
     );
     bed.now = begun + Duration::from_millis(10_250);
     bed.sync();
@@ -276,7 +284,7 @@ fn a_listing_has_as_many_entries_as_it_said_whatever_happens() {
     for number in 0..20 {
         bed.cluster.except_add(se(1 + number % 2), &global(host(number)), bed.now).unwrap();
     }
-    let mut listing = bed.cluster.except_list(Filter { installer: Some(se(1)), ..Filter::default() });
+    let mut listing = bed.cluster.except_list(Filter { installer: Some(installer(se(1))), ..Filter::default() });
     assert_eq!(listing.count(&bed.cluster, 5), None);
     assert_eq!(listing.count(&bed.cluster, 50), Some(10));
     let mut entries = Vec::new();
@@ -342,7 +350,7 @@ proptest! {
     fn the_store_is_what_a_naive_model_is(steps in proptest::collection::vec(any::<u32>(), 1..80)) {
         let mut bed = Bed::with(trusting());
         let servers: Vec<u32> = (1..=3).map(|number| bed.serve(number)).collect();
-        let mut model: BTreeMap<(Ipv4Addr, Flows), (Scope, Option<Instant>)> = BTreeMap::new();
+        let mut model: BTreeMap<(IpAddr, Flows), (Scope, Option<Instant>)> = BTreeMap::new();
         for (client, step) in (1..).zip(steps) {
             let [act, who, what, how] = step.to_le_bytes();
             let (address, flows) = (se(1 + who % 3), some_flows(what));
@@ -372,7 +380,7 @@ proptest! {
             listed.sort_by_key(|entry| (entry.installer, entry.flows));
             let wanted: Vec<Listed> = model
                 .iter()
-                .map(|((installer, flows), (scope, _))| Listed { scope: *scope, installer: *installer, flows: *flows })
+                .map(|((installer, flows), (scope, _))| Listed { scope: *scope, installer: self::installer(*installer), flows: *flows })
                 .collect();
             prop_assert_eq!(&listed, &wanted);
             // A client of 11.0.0.1 asks for tcp/80.
@@ -382,8 +390,8 @@ proptest! {
             if hit(Scope::Global).next().is_some() {
                 prop_assert_eq!(went, 0);
             } else {
-                let refuse: Vec<Ipv4Addr> = hit(Scope::Local).map(|one| one.installer).collect();
-                let left = |number: &u8| !refuse.contains(&se(*number));
+                let refuse: Vec<std::net::Ipv4Addr> = hit(Scope::Local).map(|one| one.installer).collect();
+                let left = |number: &u8| !refuse.contains(&installer(se(*number)));
                 let possible: Vec<u32> =
                     (1..=3).filter(left).map(|number| servers[usize::from(number) - 1]).collect();
                 prop_assert!(possible.contains(&went) || possible.is_empty() && went == 0, "{} of {:?}", went, possible);
@@ -404,7 +412,7 @@ fn a_million_exceptions_take_little_room_and_leave_in_small_batches() {
     bed.serve(1);
     let begun = Instant::now();
     for one in 0..number {
-        let source = ipnet::Ipv4Net::new_assert(Ipv4Addr::from(0x0b00_0000 + (one << 4)), 28);
+        let source = ipnet::Ipv4Net::new_assert(std::net::Ipv4Addr::from(0x0b00_0000 + (one << 4)), 28);
         let flows = Flows { source, ..clients() };
         bed.cluster.except_add(se(1), &Exception { ttl: 1000 + one, ..local(flows) }, bed.now).unwrap();
         if one % 4096 == 0 {

@@ -2,8 +2,9 @@
 //! they come and go.
 
 use std::collections::BTreeSet;
+use std::net::IpAddr;
 
-use ipnet::Ipv4Net;
+use ipnet::{IpNet, Ipv4Net};
 use necp_ebpf::abi::AddressSet;
 
 use crate::config::ne::NeConfig;
@@ -51,10 +52,13 @@ fn fixed(config: &NeConfig) -> BTreeSet<(AddressSet, Ipv4Net)> {
     let loopback = Ipv4Net::new_assert([127, 0, 0, 0].into(), 8);
     let mut all: BTreeSet<_> = [(AddressSet::OWN, loopback)].into();
     for (farm, number) in config.farms.iter().zip(0..) {
-        all.extend(farm.vips.iter().map(|vip| (AddressSet::OWN, Ipv4Net::from(*vip))));
+        let vips = farm.vips.iter().filter_map(|vip| if let IpAddr::V4(vip) = vip { Some(*vip) } else { None });
+        all.extend(vips.map(|vip| (AddressSet::OWN, Ipv4Net::from(vip))));
         if !farm.intercept.is_empty() {
             all.extend(farm.intercept.iter().map(|net| (AddressSet::intercepted(number), *net)));
-            all.extend(farm.servers.iter().map(|net| (AddressSet::servers(number), *net)));
+            // What is intercepted is IPv4, so it never comes from a server of the other family.
+            let servers = farm.servers.iter().filter_map(|net| if let IpNet::V4(net) = net { Some(*net) } else { None });
+            all.extend(servers.map(|net| (AddressSet::servers(number), net)));
         }
     }
     all

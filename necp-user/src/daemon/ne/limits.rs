@@ -3,7 +3,7 @@
 
 use std::collections::HashMap;
 use std::io;
-use std::net::Ipv4Addr;
+use std::net::IpAddr;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 
@@ -68,7 +68,7 @@ pub struct Voices(Mutex<Spoken>);
 
 #[derive(Default)]
 struct Spoken {
-    by_server: HashMap<Ipv4Addr, Voice>,
+    by_server: HashMap<IpAddr, Voice>,
     calls: u64,
 }
 
@@ -80,7 +80,7 @@ struct Voice {
 
 impl Voices {
     /// Whether a line about this server may be written now; if not, it is counted.
-    pub fn may_speak(&self, server: Ipv4Addr) -> bool {
+    pub fn may_speak(&self, server: IpAddr) -> bool {
         let mut spoken = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let voice = spoken.by_server.entry(server).or_default();
         if voice.lines < LINES {
@@ -92,7 +92,7 @@ impl Voices {
     }
 
     /// To be called once a second. Returns who has been calm for long enough, and how many lines were left out.
-    pub fn refill(&self) -> Vec<(Ipv4Addr, u64)> {
+    pub fn refill(&self) -> Vec<(IpAddr, u64)> {
         let mut spoken = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         spoken.calls += 1;
         if !spoken.calls.is_multiple_of(CALLS_PER_LINE) {
@@ -158,8 +158,8 @@ pub struct TooFewFiles {
 mod tests {
     use super::*;
 
-    const SERVER: Ipv4Addr = Ipv4Addr::new(10, 0, 0, 1);
-    const OTHER: Ipv4Addr = Ipv4Addr::new(10, 0, 0, 2);
+    const SERVER: IpAddr = IpAddr::V4(std::net::Ipv4Addr::new(10, 0, 0, 1));
+    const OTHER: IpAddr = IpAddr::V4(std::net::Ipv4Addr::new(10, 0, 0, 2));
 
     #[test]
     fn a_quarrelsome_server_is_hushed_and_the_others_are_not() {

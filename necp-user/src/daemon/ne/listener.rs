@@ -2,14 +2,15 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::io;
-use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4};
+use std::net::{IpAddr, SocketAddr};
 use std::num::NonZeroU8;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use ipnet::Ipv4Net;
+use ipnet::IpNet;
+use socket2::SockRef;
 use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
@@ -48,7 +49,7 @@ pub struct Door {
 #[derive(Default)]
 struct Connected {
     total: usize,
-    by_address: HashMap<Ipv4Addr, usize>,
+    by_address: HashMap<IpAddr, usize>,
     /// From the oldest on: those that may not have said INIT yet.
     pending: BTreeMap<SessionId, Pending>,
 }
@@ -81,9 +82,16 @@ pub struct Protections {
 /// The key of some addresses, and its file.
 #[derive(Debug)]
 struct Md5 {
-    net: Ipv4Net,
+    net: IpNet,
     path: PathBuf,
     key: Md5Key,
+}
+
+impl Md5 {
+    /// Whether its servers can connect to this address of ours.
+    fn is_for(&self, listener: SocketAddr) -> bool {
+        matches!(self.net, IpNet::V6(_)) == listener.is_ipv6()
+    }
 }
 
 impl Protections {
@@ -101,41 +109,46 @@ impl Protections {
     /// goes on with the old ones.
     pub fn reload(&mut self, listeners: &[Arc<TcpListener>]) -> Reloaded {
         let mut reloaded = Reloaded::default();
-        for Md5 { net, path, key } in &mut self.md5 {
-            let new = match Md5Key::read(path) {
-                Ok(new) if new == *key => continue,
+        for md5 in &mut self.md5 {
+            let new = match Md5Key::read(&md5.path) {
+                Ok(new) if new == md5.key => continue,
                 Ok(new) => new,
                 Err(error) => {
                     reloaded.failed.push(error.into());
                     continue;
                 }
             };
-            match listeners.iter().try_for_each(|listener| tcp_security::set_md5(&**listener, *net, &new)) {
+            let (net, path) = (md5.net, md5.path.clone());
+            let fits = |listener: &&Arc<TcpListener>| listener.local_addr().is_ok_and(|address| md5.is_for(address));
+            match listeners.iter().filter(fits).try_for_each(|one| tcp_security::set_md5(&**one, net, &new)) {
                 Ok(()) => {
-                    *key = new;
-                    reloaded.changed.push(path.clone());
+                    md5.key = new;
+                    reloaded.changed.push(path);
                 }
-                Err(source) => reloaded.failed.push(ReloadError::Socket { net: *net, path: path.clone(), source }),
+                Err(source) => reloaded.failed.push(ReloadError::Socket { net, path, source }),
             }
         }
         reloaded
     }
 }
 
-/// Binds an address. What is accepted there inherits the protections.
+/// Binds an address, for its own family only. What is accepted there inherits the protections.
 ///
 /// # Errors
 /// As `bind(2)`, `listen(2)` and `setsockopt(2)`.
-pub fn bind(address: SocketAddrV4, protections: &Protections) -> io::Result<TcpListener> {
-    let socket = TcpSocket::new_v4()?;
+pub fn bind(address: SocketAddr, protections: &Protections) -> io::Result<TcpListener> {
+    let socket = if address.is_ipv6() { TcpSocket::new_v6()? } else { TcpSocket::new_v4()? };
+    if address.is_ipv6() {
+        SockRef::from(&socket).set_only_v6(true)?;
+    }
     if let Some(hops) = protections.ttl_hops {
         tcp_security::set_ttl_security(&socket, hops)?;
     }
-    for Md5 { net, key, .. } in &protections.md5 {
+    for Md5 { net, key, .. } in protections.md5.iter().filter(|md5| md5.is_for(address)) {
         tcp_security::set_md5(&socket, *net, key)?;
     }
     socket.set_reuseaddr(true)?;
-    socket.bind(address.into())?;
+    socket.bind(address)?;
     socket.listen(BACKLOG)
 }
 
@@ -160,12 +173,11 @@ impl Door {
         loop {
             tokio::select! {
                 accepted = listener.accept() => match accepted {
-                    Ok((stream, SocketAddr::V4(peer))) => {
-                        if let Some((place, kicked)) = self.admit(*peer.ip()) {
+                    Ok((stream, peer)) => {
+                        if let Some((place, kicked)) = self.admit(peer.ip().to_canonical()) {
                             sessions.spawn(Arc::clone(&self).session(stream, place, kicked));
                         }
                     }
-                    Ok((_, SocketAddr::V6(_))) => {}
                     Err(error) => {
                         tracing::warn!(%error, "cannot accept a connection; is the limit of open files too low?");
                         tokio::time::sleep(PAUSE).await;
@@ -200,7 +212,7 @@ impl Door {
         self.connected.lock().unwrap_or_else(PoisonError::into_inner).total
     }
 
-    fn admit(self: &Arc<Self>, address: Ipv4Addr) -> Option<(Place, mpsc::Receiver<CloseReason>)> {
+    fn admit(self: &Arc<Self>, address: IpAddr) -> Option<(Place, mpsc::Receiver<CloseReason>)> {
         if self.config.admits(address).is_none() {
             self.count(&self.counts.not_admitted, address, "is admitted by no farm (`servers`)");
             return None;
@@ -273,7 +285,7 @@ impl Door {
     }
 
     /// The first of each kind is shown, the others are counted.
-    fn count(&self, counter: &AtomicU64, address: Ipv4Addr, what: &str) {
+    fn count(&self, counter: &AtomicU64, address: IpAddr, what: &str) {
         if counter.fetch_add(1, Ordering::Relaxed) == 0 {
             tracing::warn!(
                 "{address} {what}: closed; from now on such connections are only counted, see `necp status`"
@@ -310,7 +322,7 @@ impl Connected {
 /// One of the places, given back when dropped.
 struct Place {
     door: Arc<Door>,
-    address: Ipv4Addr,
+    address: IpAddr,
     id: SessionId,
     joined: Arc<AtomicBool>,
     kick: mpsc::Sender<CloseReason>,

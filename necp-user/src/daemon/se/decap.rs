@@ -69,7 +69,7 @@ async fn towards(nes: &BTreeSet<Ipv4Addr>) -> anyhow::Result<Vec<String>> {
     let driver = tokio::spawn(driver);
     let mut interfaces = BTreeSet::new();
     for ne in nes {
-        if let Some(route) = neighbours.route(*ne).await? {
+        if let Some(route) = neighbours.route((*ne).into()).await? {
             interfaces.insert(interface_name(route.ifindex)?);
         }
     }
