@@ -68,7 +68,7 @@ async fn exceptions_come_go_and_are_listed() {
     client.except(&[Exception { flows: sloppy, ..global(80, 300) }, local]).await.expect("legal").all().expect("done");
     assert_eq!(ne.operations().await, [Operation::Except(global(80, 300)), Operation::Except(local)]);
 
-    let listed = |scope, port| Listed { scope, installer: INSTALLER, flows: flows(port) };
+    let listed = |scope, port| Listed { scope, installer: INSTALLER.into(), flows: flows(port) };
     let all = client.exceptions(Filter::default()).await.all().expect("done");
     assert_eq!(all[0].entries, [listed(Scope::Global, 80), listed(Scope::Local, 81)]);
     let filter = Filter { port: Some(81), ..Filter::default() };
