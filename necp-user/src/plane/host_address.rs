@@ -257,14 +257,14 @@ fn is_ours(label: &str, tag: &str) -> bool {
     label.rsplit_once(':').is_some_and(|(_, end)| end == tag)
 }
 
-fn errno(error: &rtnetlink::Error) -> Option<i32> {
+pub(super) fn errno(error: &rtnetlink::Error) -> Option<i32> {
     match error {
         rtnetlink::Error::NetlinkError(answer) => answer.to_io().raw_os_error(),
         _ => None,
     }
 }
 
-fn refused(what: &str, error: rtnetlink::Error) -> HostAddressError {
+pub(super) fn refused(what: &str, error: rtnetlink::Error) -> HostAddressError {
     let source = match &error {
         rtnetlink::Error::NetlinkError(answer) => answer.to_io(),
         other => io::Error::other(other.to_string()),

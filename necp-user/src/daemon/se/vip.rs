@@ -10,12 +10,15 @@
 //! The kernel uses the larger of the values of `all` and of the interface, so `all` is enough for every interface,
 //! those that come later too; `lo` itself never sees ARP. A value that is large enough already is left alone.
 //!
-//! Taken away is exactly what was changed, also after a crash: addresses are recognised by their label, the former values
-//! stand in a state file beside the lock, written before the first change.
+//! IPv6 needs no setting: an address on `lo` is never answered for in neighbour discovery; see
+//! [`Loopback6`](crate::plane::loopback6::Loopback6).
+//!
+//! Taken away is exactly what was changed, also after a crash: addresses are recognised by their label, those of IPv6, which
+//! have none, and the former values stand in a state file beside the lock, written before the first change.
 
 use std::fs;
 use std::io;
-use std::net::Ipv4Addr;
+use std::net::{IpAddr, Ipv6Addr};
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 
@@ -24,6 +27,7 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use crate::plane::host_address::{Added, HostAddressError, HostAddresses, Scope, interface_index};
+use crate::plane::loopback6::Loopback6;
 
 /// Marks our addresses, see [`HostAddresses::open`].
 const TAG: &str = "necp-se";
@@ -65,6 +69,9 @@ struct State {
     /// Boot and network namespace for which the rest holds.
     place: String,
     changed: Vec<Changed>,
+    /// Addresses of IPv6 that are ours.
+    #[serde(default)]
+    added: Vec<Ipv6Addr>,
 }
 
 /// A setting that was changed.
@@ -79,6 +86,7 @@ struct Changed {
 #[derive(Debug)]
 pub struct Vips {
     addresses: HostAddresses,
+    loopback6: Loopback6,
     ours: Vec<Ipv4Net>,
     state: State,
     state_path: PathBuf,
@@ -90,7 +98,7 @@ impl Vips {
     ///
     /// # Errors
     /// See [`VipError`]; what had been changed until then is taken back.
-    pub async fn establish(vips: &[Ipv4Addr], state_path: &Path) -> Result<Option<Self>, VipError> {
+    pub async fn establish(vips: &[IpAddr], state_path: &Path) -> Result<Option<Self>, VipError> {
         let place = place();
         let left = load(state_path);
         if vips.is_empty() && left.is_none() {
@@ -98,12 +106,14 @@ impl Vips {
         }
         let (addresses, driver) = HostAddresses::open(TAG)?;
         tokio::spawn(driver);
-        let changed = match left {
-            Some(left) if left.place == place => left.changed,
-            _ => Vec::new(),
+        let (loopback6, driver) = Loopback6::open()?;
+        tokio::spawn(driver);
+        let (changed, added) = match left {
+            Some(left) if left.place == place => (left.changed, left.added),
+            _ => (Vec::new(), Vec::new()),
         };
-        let state = State { place, changed };
-        let mut this = Self { addresses, ours: Vec::new(), state, state_path: state_path.into() };
+        let state = State { place, changed, added };
+        let mut this = Self { addresses, loopback6, ours: Vec::new(), state, state_path: state_path.into() };
         match this.set_up(vips).await {
             Ok(()) if vips.is_empty() => this.withdraw().await.map(|()| None),
             Ok(()) => Ok(Some(this)),
@@ -116,23 +126,62 @@ impl Vips {
         }
     }
 
-    async fn set_up(&mut self, vips: &[Ipv4Addr]) -> Result<(), VipError> {
+    async fn set_up(&mut self, vips: &[IpAddr]) -> Result<(), VipError> {
         let lo = interface_index(LOOPBACK)?;
-        let wanted: Vec<Ipv4Net> = vips.iter().map(|vip| Ipv4Net::from(*vip)).collect();
+        let mut wanted: Vec<Ipv4Net> = Vec::new();
+        let mut wanted6: Vec<Ipv6Addr> = Vec::new();
+        for vip in vips {
+            match vip {
+                IpAddr::V4(vip) => wanted.push((*vip).into()),
+                IpAddr::V6(vip) => wanted6.push(*vip),
+            }
+        }
         let keep: Vec<(u32, Ipv4Net)> = wanted.iter().map(|net| (lo, *net)).collect();
         for left in self.addresses.remove_leftovers(&keep).await? {
             tracing::info!(address = %left.net, "removed a VIP that an earlier run had left");
         }
-        if wanted.is_empty() {
+        let (keep6, left6) = self.state.added.iter().partition(|left| wanted6.contains(left));
+        self.state.added = keep6;
+        for left in left6 {
+            self.loopback6.remove(left).await?;
+            tracing::info!(address = %left, "removed a VIP that an earlier run had left");
+        }
+        if vips.is_empty() {
             return Ok(());
         }
         // The settings first: an address that is there without them is answered for at once.
         self.save()?;
-        for (path, least) in SETTINGS {
+        for (path, least) in SETTINGS.into_iter().filter(|_| !wanted.is_empty()) {
             self.raise(path, least)?;
         }
         for net in wanted {
             self.add(lo, net).await?;
+        }
+        for vip in wanted6 {
+            self.add6(lo, vip).await?;
+        }
+        Ok(())
+    }
+
+    async fn add6(&mut self, lo: u32, vip: Ipv6Addr) -> Result<(), VipError> {
+        let there = self.loopback6.find(vip).await?;
+        if let Some(other) = there.iter().find(|index| **index != lo) {
+            tracing::warn!(
+                %vip,
+                "this VIP is also on interface {other} and is answered for there: clients may go past the network element"
+            );
+        }
+        match (there.contains(&lo), self.state.added.contains(&vip)) {
+            (true, true) => tracing::info!(%vip, "VIP taken over from an earlier run"),
+            (true, false) => tracing::info!(%vip, "VIP was on {LOOPBACK} already; it will stay"),
+            (false, known) => {
+                if !known {
+                    self.state.added.push(vip);
+                    self.save()?;
+                }
+                self.loopback6.add(vip).await?;
+                tracing::info!(%vip, "VIP set up on {LOOPBACK}");
+            }
         }
         Ok(())
     }
@@ -184,6 +233,12 @@ impl Vips {
         for net in &self.ours {
             match self.addresses.remove(lo, *net).await {
                 Ok(_) => tracing::info!(vip = %net.addr(), "VIP removed from {LOOPBACK}"),
+                Err(error) => first = first.and(Err(error.into())),
+            }
+        }
+        for vip in &self.state.added {
+            match self.loopback6.remove(*vip).await {
+                Ok(_) => tracing::info!(%vip, "VIP removed from {LOOPBACK}"),
                 Err(error) => first = first.and(Err(error.into())),
             }
         }
@@ -241,11 +296,15 @@ fn place() -> String {
 
 #[cfg(test)]
 mod tests {
+    use std::net::Ipv4Addr;
+
     use super::*;
     use crate::plane::throwaway_netns::in_new_netns;
 
     const VIP: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 10);
     const SECOND: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 11);
+    const VIP6: Ipv6Addr = Ipv6Addr::new(0x2001, 0xdb8, 1, 0, 0, 0, 0, 0x10);
+    const SECOND6: Ipv6Addr = Ipv6Addr::new(0x2001, 0xdb8, 1, 0, 0, 0, 0, 0x11);
 
     async fn addresses() -> Vec<(Ipv4Net, bool)> {
         let (addresses, driver) = HostAddresses::open(TAG).expect("netlink");
@@ -274,7 +333,7 @@ mod tests {
             let directory = tempfile::tempdir().expect("a directory");
             let state = state_in(&directory);
             set([0, 0]);
-            let vips = Vips::establish(&[VIP, SECOND], &state).await.expect("set up").expect("something to set up");
+            let vips = Vips::establish(&[VIP.into(), SECOND.into()], &state).await.expect("set up").expect("something to set up");
             assert_eq!(addresses().await, [(VIP.into(), true), (SECOND.into(), true)]);
             assert_eq!(settings(), [1, 2]);
             assert!(state.exists());
@@ -292,7 +351,7 @@ mod tests {
             let (others, driver) = HostAddresses::open("other").expect("netlink");
             tokio::spawn(driver);
             others.add("lo", VIP.into(), Scope::Global).await.expect("added");
-            let vips = Vips::establish(&[VIP], &state_in(&directory)).await.expect("set up").expect("something");
+            let vips = Vips::establish(&[VIP.into()], &state_in(&directory)).await.expect("set up").expect("something");
             assert_eq!(settings(), [2, 2], "a larger value does as well");
             vips.withdraw().await.expect("taken away");
             assert_eq!((addresses().await, settings()), (vec![(VIP.into(), false)], [2, 0]));
@@ -304,7 +363,7 @@ mod tests {
         in_new_netns(async || {
             let directory = tempfile::tempdir().expect("a directory");
             set([0, 0]);
-            let vips = Vips::establish(&[VIP], &state_in(&directory)).await.expect("set up").expect("something");
+            let vips = Vips::establish(&[VIP.into()], &state_in(&directory)).await.expect("set up").expect("something");
             set([8, 2]);
             vips.withdraw().await.expect("taken away");
             assert_eq!(settings(), [8, 0]);
@@ -317,13 +376,13 @@ mod tests {
             let directory = tempfile::tempdir().expect("a directory");
             let state = state_in(&directory);
             set([0, 1]);
-            drop(Vips::establish(&[VIP, SECOND], &state).await.expect("set up"));
-            let vips = Vips::establish(&[SECOND], &state).await.expect("set up").expect("something");
+            drop(Vips::establish(&[VIP.into(), SECOND.into()], &state).await.expect("set up"));
+            let vips = Vips::establish(&[SECOND.into()], &state).await.expect("set up").expect("something");
             assert_eq!(addresses().await, [(SECOND.into(), true)], "the other one is no longer wanted");
             vips.withdraw().await.expect("taken away");
             assert_eq!((addresses().await, settings()), (vec![], [0, 1]), "the values before the crash");
 
-            drop(Vips::establish(&[VIP], &state).await.expect("set up"));
+            drop(Vips::establish(&[VIP.into()], &state).await.expect("set up"));
             assert!(Vips::establish(&[], &state).await.expect("cleaned up").is_none());
             assert_eq!((addresses().await, settings(), state.exists()), (vec![], [0, 1], false));
         });
@@ -335,7 +394,7 @@ mod tests {
             let directory = tempfile::tempdir().expect("a directory");
             let state = state_in(&directory);
             let changed = SETTINGS.map(|(path, after)| Changed { path: path.into(), before: 0, after }).to_vec();
-            let foreign = State { place: "another boot/1".into(), changed };
+            let foreign = State { place: "another boot/1".into(), changed, added: vec![VIP6] };
             fs::write(&state, serde_json::to_string(&foreign).expect("JSON")).expect("written");
             set([1, 2]);
             assert!(Vips::establish(&[], &state).await.expect("nothing to do").is_none());
@@ -349,7 +408,7 @@ mod tests {
             let directory = tempfile::tempdir().expect("a directory");
             let state = state_in(&directory);
             fs::write(&state, b"{\"place\": 7").expect("written");
-            let vips = Vips::establish(&[VIP], &state).await.expect("set up").expect("something");
+            let vips = Vips::establish(&[VIP.into()], &state).await.expect("set up").expect("something");
             vips.withdraw().await.expect("taken away");
             assert!(!state.exists());
         });
@@ -364,6 +423,55 @@ mod tests {
             let error = Vips::establish(&[VIP, Ipv4Addr::new(224, 0, 0, 1)], &state).await;
             assert!(matches!(error, Err(VipError::Address(_))), "{error:?}");
             assert_eq!((addresses().await, settings(), state.exists()), (vec![], [0, 0], false));
+        });
+    }
+
+    async fn loopback6() -> Loopback6 {
+        let (loopback6, driver) = Loopback6::open().expect("netlink");
+        tokio::spawn(driver);
+        loopback6
+    }
+
+    async fn has6(vips: [Ipv6Addr; 2]) -> [bool; 2] {
+        let lo = loopback6().await;
+        [lo.has(vips[0]).await.expect("a list"), lo.has(vips[1]).await.expect("a list")]
+    }
+
+    #[test]
+    fn ipv6_comes_and_goes_and_changes_no_setting() {
+        in_new_netns(async || {
+            let directory = tempfile::tempdir().expect("a directory");
+            let state = state_in(&directory);
+            set([0, 0]);
+            let vips = Vips::establish(&[VIP6.into()], &state).await.expect("set up").expect("something to set up");
+            assert_eq!((has6([VIP6, SECOND6]).await, settings()), ([true, false], [0, 0]));
+            vips.withdraw().await.expect("taken away");
+            assert_eq!((has6([VIP6, SECOND6]).await, state.exists()), ([false, false], false));
+            // Of both families.
+            let both = [VIP.into(), VIP6.into()];
+            let vips = Vips::establish(&both, &state).await.expect("set up").expect("something to set up");
+            assert_eq!((has6([VIP6, SECOND6]).await, settings()), ([true, false], [1, 2]));
+            assert_eq!(addresses().await, [(VIP.into(), true)]);
+            vips.withdraw().await.expect("taken away");
+            assert_eq!((has6([VIP6, SECOND6]).await, addresses().await, settings()), ([false, false], vec![], [0, 0]));
+        });
+    }
+
+    #[test]
+    fn ipv6_of_others_stays_and_what_a_crash_left_goes() {
+        in_new_netns(async || {
+            let directory = tempfile::tempdir().expect("a directory");
+            let state = state_in(&directory);
+            loopback6().await.add(SECOND6).await.expect("added by somebody");
+            drop(Vips::establish(&[VIP6.into(), SECOND6.into()], &state).await.expect("set up"));
+            // A crash, and the next run wants nothing.
+            assert!(Vips::establish(&[], &state).await.expect("cleaned up").is_none());
+            assert_eq!((has6([VIP6, SECOND6]).await, state.exists()), ([false, true], false));
+            // A crash, and the next run wants the same.
+            drop(Vips::establish(&[VIP6.into()], &state).await.expect("set up"));
+            let vips = Vips::establish(&[VIP6.into()], &state).await.expect("set up").expect("something to set up");
+            vips.withdraw().await.expect("taken away");
+            assert_eq!(has6([VIP6, SECOND6]).await, [false, true]);
         });
     }
 }
