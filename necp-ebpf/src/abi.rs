@@ -307,14 +307,20 @@ pub enum Stage {
     Ports,
     /// What is for no VIP, if some farm intercepts.
     Crossing,
+    /// IPv6.
+    Six,
+    /// What comes seldom of it.
+    SixRare,
+    /// What of that has ports.
+    SixPorts,
 }
 
 /// Entries of [`names::STAGES`].
-pub const MAX_STAGES: u32 = 3 * MAX_PORTS;
+pub const MAX_STAGES: u32 = 6 * MAX_PORTS;
 
 impl Stage {
     /// All of them.
-    pub const ALL: [Self; 3] = [Self::Rare, Self::Ports, Self::Crossing];
+    pub const ALL: [Self; 6] = [Self::Rare, Self::Ports, Self::Crossing, Self::Six, Self::SixRare, Self::SixPorts];
 
     /// The program's name.
     pub const fn program(self) -> &'static str {
@@ -322,6 +328,9 @@ impl Stage {
             Self::Rare => "necp_rare",
             Self::Ports => "necp_ports",
             Self::Crossing => "necp_crossing",
+            Self::Six => "necp_six",
+            Self::SixRare => "necp_six_rare",
+            Self::SixPorts => "necp_six_ports",
         }
     }
 
@@ -498,7 +507,7 @@ const _: () = {
     assert!(size_of::<ServiceBucket>() == 128);
     assert!(size_of::<Slot>() == 8);
     assert!(size_of::<Address6>() == 16);
-    assert!(MAX_FARMS <= 1 << 16 && MAX_VIPS6 <= 1 << 16);
+    assert!(MAX_FARMS <= 1 << 16 && MAX_VIPS6 <= 1 << 16 && MAX_SERVERS <= 1 << 24);
     assert!(size_of::<Server>() == 64);
     assert!(size_of::<ServerStats>() == 32);
     assert!(size_of::<Allowance>() == 16);

@@ -1,11 +1,11 @@
 //! Which server a new flow goes to: what exceptions say of it, then its slot's owner, then the probe sequence.
 //!
-//! A question of five words and an answer of one: in the kernel it is a function of its own, which the verifier follows
+//! A question of four words and an answer of one: in the kernel it is a function of its own, which the verifier follows
 //! once, knowing nothing of its arguments, instead of once for each way that leads there.
 
 use crate::{
     abi::{ACCEPTS, ALIVE, DIRECT, REACHABLE},
-    exceptions::{GLOBAL, Rounds, Tuple},
+    exceptions::{GLOBAL, Rounds, TUPLE_BITS, Tuple},
     hash::{next_probe, slot_index},
     slot::SlotWord,
     tables::Tables,
@@ -58,23 +58,23 @@ impl Chosen {
 }
 
 impl NewFlow {
-    /// As arguments of a function in the kernel, which has five.
+    /// As arguments of a function in the kernel: few, because each of them takes room on its stack.
     #[inline(always)]
-    pub const fn to_words(self) -> [u64; 5] {
+    pub const fn to_words(self) -> [u64; 4] {
         let [addresses, rest] = self.tuple.to_words();
         let slots = (self.slots_base as u64) << 32 | self.slots_size as u64;
-        [addresses, rest, slots, self.hash, self.owner as u64]
+        [addresses, (self.owner as u64) << TUPLE_BITS | rest, slots, self.hash]
     }
 
     /// From [`to_words`](Self::to_words).
     #[inline(always)]
-    pub const fn from_words([addresses, rest, slots, hash, owner]: [u64; 5]) -> Self {
+    pub const fn from_words([addresses, rest, slots, hash]: [u64; 4]) -> Self {
         Self {
             tuple: Tuple::from_words([addresses, rest]),
             slots_base: (slots >> 32) as u32,
             slots_size: slots as u32,
             hash,
-            owner: owner as u32,
+            owner: (rest >> TUPLE_BITS) as u32,
         }
     }
 
@@ -125,17 +125,11 @@ mod tests {
     #[test]
     fn a_question_is_the_same_after_its_way_through_words() {
         let flow = NewFlow {
-            tuple: Tuple {
-                source: 0x8102_0304,
-                destination: 0x8506_0708,
-                port: 0x890a,
-                protocol: 0x8b,
-                farm: 0x8c0d_0e0f,
-            },
+            tuple: Tuple { source: 0x8102_0304, destination: 0x8506_0708, port: 0x890a, protocol: 0x8b, farm: 0x8e0f },
             slots_base: 0x9011_1213,
             slots_size: 0x9415_1617,
             hash: 0x9819_1a1b_1c1d_1e1f,
-            owner: 0xa021_2223,
+            owner: 0xa0_2122,
         };
         assert_eq!(NewFlow::from_words(flow.to_words()), flow);
     }

@@ -3,6 +3,11 @@
 use crate::{
     frame::Frame,
     rare::{FragmentKey, FragmentPlace},
+    six::{
+        head::{Walk, walk},
+        routed,
+    },
+    tables::{Address6, Tables},
     verdict::Reason,
 };
 
@@ -14,6 +19,13 @@ pub trait Device {
     fn length(&self) -> usize;
     /// Where the datagram begins ([`skip_tags`](crate::rare::skip_tags)).
     fn datagram_at(&self) -> usize;
+    /// The same of IPv6.
+    fn datagram6_at(&self) -> usize;
+    /// What the extension headers of the IPv6 datagram at this offset say ([`walk`](crate::six::head::walk)).
+    #[inline(always)]
+    fn walk6(&self, at: usize) -> Walk {
+        walk(&self.frame().skip(at))
+    }
     /// Room for this many bytes before the frame's first one; what stands in them means nothing.
     fn grow(&self, bytes: u32) -> bool;
     /// Takes this many bytes from the frame's end.
@@ -34,6 +46,27 @@ pub trait Device {
     fn count_reply(&self, server: u32);
     /// Which way the kernel would route a packet that came in by this interface.
     fn way(&self, packet: &Routed) -> Way;
+    /// The same of IPv6.
+    fn way6(&self, packet: &Routed6) -> Way;
+
+    // In the kernel each of these is a function of its own, with a stack of its own, on the kernel's tables.
+
+    /// [`routed::send`].
+    #[inline(always)]
+    fn send_routed6<T: Tables>(&self, tables: &T, server: u32, reason: u32, l3: usize) -> Ending
+    where
+        Self: Sized,
+    {
+        routed::send(self, tables, server, reason, l3)
+    }
+    /// [`routed::send_reply`].
+    #[inline(always)]
+    fn send_reply6<T: Tables>(&self, tables: &T, l3: usize, vip: u32, server: u32) -> Ending
+    where
+        Self: Sized,
+    {
+        routed::send_reply(self, tables, l3, vip, server)
+    }
 }
 
 /// What routing looks at.
@@ -48,6 +81,21 @@ pub struct Routed {
     /// Type of service.
     pub tos: u8,
     /// Total length in bytes.
+    pub length: u16,
+}
+
+/// What routing looks at, of IPv6.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Routed6 {
+    /// Source address.
+    pub source: Address6,
+    /// Destination address.
+    pub destination: Address6,
+    /// The header's first word, as it stands there: traffic class and flow label.
+    pub first: u32,
+    /// IP protocol.
+    pub protocol: u8,
+    /// Length in bytes, the IPv6 header included.
     pub length: u16,
 }
 

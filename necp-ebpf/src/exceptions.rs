@@ -10,11 +10,11 @@
 use crate::{
     abi::{
         EXCEPTION_GLOBAL, EXCEPTION_INSTALLERS, EXCEPTION_MASKS, EXCEPTIONS_PER_BUCKET, Exception, ExceptionBucket,
-        ExceptionMasks, OF_IPV4,
+        ExceptionMasks, OF_IPV4, OF_IPV6,
     },
     digest::{keys_of, siphash},
     flows::opaque,
-    tables::Tables,
+    tables::{Address6, Addresses6, Tables},
     word::Word,
 };
 
@@ -68,7 +68,7 @@ pub struct ExceptionKey {
 /// What stands for two IPv6 addresses, each as its two halves are read from a header, where there is room for two of IPv4: their
 /// source and destination in an [`Exception`]. `seed` is that of the exceptions' hash, a secret.
 #[inline(always)]
-pub fn name6(source: [u64; 2], destination: [u64; 2], seed: u64) -> u64 {
+pub fn name6(source: Address6, destination: Address6, seed: u64) -> u64 {
     siphash(keys_of(seed), [source[0], source[1], destination[0], destination[1]], 0)
 }
 
@@ -95,15 +95,17 @@ impl ExceptionKey {
     fn for_flow(flow: Tuple, index: u32, mask: MaskWord) -> Self {
         let source = (flow.source & mask.source()) as u64;
         let destination = (flow.destination & mask.destination()) as u64;
-        let port = flow.port as u64 & mask.port();
-        let protocol = flow.protocol as u64 & mask.protocol();
-        if cfg!(target_endian = "little") {
-            let rest = flow.farm as u64 & 0xffff | port << 16 | protocol << 32 | (index as u64) << 40;
-            Self { addresses: source | destination << 32, rest }
-        } else {
-            let rest = (flow.farm as u64 & 0xffff) << 48 | port << 32 | protocol << 24 | (index as u64) << 16;
-            Self { addresses: source << 32 | destination, rest }
-        }
+        let addresses =
+            if cfg!(target_endian = "little") { source | destination << 32 } else { source << 32 | destination };
+        Self { addresses, rest: rest_of(flow, index, mask) }
+    }
+
+    /// The same of IPv6.
+    #[inline(always)]
+    fn for_flow6<T: Tables>(flow: Tuple, addresses: &Addresses6, index: u32, mask: MaskWord, tables: &T) -> Self {
+        let source = prefix6(addresses.source, mask.byte(0));
+        let destination = prefix6(addresses.destination, mask.byte(1));
+        Self { addresses: tables.name6(source, destination), rest: rest_of(flow, index, mask) }
     }
 
     /// Its hash: the upper half is the tag, the lower half begins the sequence of buckets.
@@ -116,6 +118,36 @@ impl ExceptionKey {
         h = h.wrapping_mul(0x94d0_49bb_1331_11eb);
         h ^ h >> 32
     }
+}
+
+/// [`ExceptionKey::rest`] for a flow.
+#[inline(always)]
+const fn rest_of(flow: Tuple, index: u32, mask: MaskWord) -> u64 {
+    let port = flow.port as u64 & mask.port();
+    let protocol = flow.protocol as u64 & mask.protocol();
+    if cfg!(target_endian = "little") {
+        flow.farm as u64 & 0xffff | port << 16 | protocol << 32 | (index as u64) << 40
+    } else {
+        (flow.farm as u64 & 0xffff) << 48 | port << 32 | protocol << 24 | (index as u64) << 16
+    }
+}
+
+/// An IPv6 address, of which so many bits count.
+#[inline(always)]
+pub const fn prefix6([high, low]: Address6, length: u64) -> Address6 {
+    // All in the first half, and what is left in the second.
+    let length = if length > 128 { 128 } else { length };
+    let first = if length > 64 { 64 } else { length };
+    [high & netmask64(first), low & netmask64(length - first)]
+}
+
+/// The mask of a prefix length up to 64, for half an address as it is read from a header.
+#[inline(always)]
+const fn netmask64(length: u64) -> u64 {
+    // Twice half of it, because a shift by 64 is none.
+    let zeroes = 64u64.wrapping_sub(length) & 127;
+    let (half, rest) = (zeroes / 2, zeroes - zeroes / 2);
+    (u64::MAX << half << rest).to_be()
 }
 
 /// The bucket of this number in a sequence; `mask` is the number of all buckets less one.
@@ -212,13 +244,16 @@ pub struct Tuple {
 /// In the answer of [`Tuple::matches`]: a global exception, the flow is to be cut through.
 pub const GLOBAL: u64 = 1 << EXCEPTION_MASKS;
 
+/// See [`Tuple::to_words`].
+pub const TUPLE_BITS: u32 = 40;
+
 impl Tuple {
-    /// As arguments of a function in the kernel.
+    /// As arguments of a function in the kernel; the second one has [`TUPLE_BITS`] bits.
     #[inline(always)]
     pub const fn to_words(self) -> [u64; 2] {
         [
             (self.source as u64) << 32 | self.destination as u64,
-            (self.farm as u64) << 32 | (self.protocol as u64) << 16 | self.port as u64,
+            (self.farm as u64 & 0xffff) << 24 | (self.protocol as u64) << 16 | self.port as u64,
         ]
     }
 
@@ -230,7 +265,7 @@ impl Tuple {
             destination: addresses as u32,
             port: rest as u16,
             protocol: (rest >> 16) as u8,
-            farm: (rest >> 32) as u32,
+            farm: (rest >> 24) as u16 as u32,
         }
     }
 
@@ -276,7 +311,12 @@ impl Tuple {
     #[inline(always)]
     fn find<T: Tables>(self, tables: &T, masks: &ExceptionMasksWords, index: u32) -> Option<(u32, u8)> {
         let mask = MaskWord(masks.masks[index as usize % EXCEPTION_MASKS].load());
-        if mask.is_of(OF_IPV4) { find(tables, ExceptionKey::for_flow(self, index, mask)) } else { None }
+        let key = match tables.addresses6() {
+            None if mask.is_of(OF_IPV4) => ExceptionKey::for_flow(self, index, mask),
+            Some(addresses) if mask.is_of(OF_IPV6) => ExceptionKey::for_flow6(self, &addresses, index, mask, tables),
+            _ => return None,
+        };
+        find(tables, key)
     }
 }
 

@@ -10,7 +10,7 @@ use crate::{
     abi::{AddressSet, Server, ServiceBucket},
     exceptions::{ExceptionBucketWords, ExceptionMasksWords, ExceptionWords},
     flows::FlowBucketWords,
-    tables::{FarEnd, NextHop, Tables},
+    tables::{Address6, Addresses6, FarEnd, FarEnd6, NextHop, Tables, halves},
     word::Word,
 };
 
@@ -23,11 +23,16 @@ pub struct View<'a> {
     flows: &'a [FlowBucketWords],
     exceptions: ExceptionTables<'a>,
     crossings: &'a [Crossing],
+    vips6: &'a [VipWords],
+    addresses6: Option<Addresses6>,
     memory: PhantomData<&'a ()>,
 }
 
 /// A prefix of a set of addresses: the set, network and mask as they stand in a header.
 pub type Crossing = (AddressSet, u32, u32);
+
+/// [`Address6`](crate::abi::Address6), as words.
+pub type VipWords = [Word; 2];
 
 /// The tables of exceptions.
 #[derive(Clone, Copy)]
@@ -56,10 +61,21 @@ impl<'a> View<'a> {
         slots: &'a [Word],
         servers: NonNull<[Server]>,
         flows: &'a [FlowBucketWords],
+        vips6: &'a [VipWords],
         exceptions: ExceptionTables<'a>,
     ) -> Self {
         debug_assert!(flows.len().is_power_of_two() && exceptions.index.len().is_power_of_two());
-        Self { services, slots, servers, flows, exceptions, crossings: &[], memory: PhantomData }
+        Self {
+            services,
+            slots,
+            servers,
+            flows,
+            exceptions,
+            crossings: &[],
+            vips6,
+            addresses6: None,
+            memory: PhantomData,
+        }
     }
 
     /// The same tables with these sets of addresses; without, all are empty.
@@ -133,6 +149,15 @@ impl<'a> View<'a> {
         true
     }
 
+    /// Writes the IPv6 VIP of this index, which no service entry may name meanwhile; false if there is none.
+    pub fn set_vip6(&self, index: u32, address: [u8; 16]) -> bool {
+        let Some([high, low]) = self.vips6.get(index as usize) else { return false };
+        let halves = halves(address);
+        high.store(halves[0]);
+        low.store(halves[1]);
+        true
+    }
+
     fn server_ptr(&self, id: u32) -> Option<*mut Server> {
         // SAFETY: the index is within the slice.
         ((id as usize) < self.servers.len()).then(|| unsafe { self.servers.cast::<Server>().as_ptr().add(id as usize) })
@@ -197,6 +222,24 @@ impl Tables for View<'_> {
         self.server(server).map(|server| FarEnd::of(&server))
     }
 
+    fn vip6(&self, index: u32) -> Option<Address6> {
+        self.vips6.get(index as usize).map(|[high, low]| [high.load(), low.load()])
+    }
+
+    fn far_end6(&self, server: u32) -> Option<FarEnd6> {
+        self.server(server).map(|server| FarEnd6::of(&server))
+    }
+
+    type Six = Self;
+
+    fn six(&self, addresses: Addresses6) -> Option<Self> {
+        Some(Self { addresses6: Some(addresses), ..*self })
+    }
+
+    fn addresses6(&self) -> Option<Addresses6> {
+        self.addresses6
+    }
+
     fn is_in(&self, set: AddressSet, address: u32) -> bool {
         self.crossings.iter().any(|&(of, network, mask)| of == set && address & mask == network)
     }
@@ -208,6 +251,7 @@ pub struct Owned {
     slots: alloc::vec::Vec<Word>,
     servers: alloc::vec::Vec<Server>,
     flows: alloc::vec::Vec<FlowBucketWords>,
+    vips6: alloc::vec::Vec<VipWords>,
     exception_masks: alloc::vec::Vec<ExceptionMasksWords>,
     exception_index: alloc::vec::Vec<ExceptionBucketWords>,
     exceptions: alloc::vec::Vec<ExceptionWords>,
@@ -216,6 +260,8 @@ pub struct Owned {
 
 /// Farms of tables of a process's own that may have exceptions.
 const FARMS: usize = 16;
+/// Room for IPv6 VIPs in such tables.
+const VIPS6: usize = 64;
 /// Room for exceptions in such tables, unless they are made for more.
 const EXCEPTIONS: u32 = 64;
 
@@ -229,6 +275,7 @@ impl Owned {
             slots: (0..slots).map(|_| Word::new(0)).collect(),
             servers: alloc::vec![Server::default(); servers],
             flows: (0..flow_buckets).map(|_| FlowBucketWords { entries: core::array::from_fn(|_| empty()) }).collect(),
+            vips6: (0..VIPS6).map(|_| [Word::new(0), Word::new(0)]).collect(),
             exception_masks: exceptions::no_masks(FARMS),
             exception_index: exceptions::no_index(EXCEPTIONS),
             exceptions: exceptions::no_records(EXCEPTIONS),
@@ -258,7 +305,7 @@ impl Owned {
             seed: 0x0ddb_a11c_0ffe_e000,
         };
         // SAFETY: both are borrowed exclusively for as long as the view lives.
-        let view = unsafe { View::new(services, &self.slots, servers, &self.flows, exceptions) };
+        let view = unsafe { View::new(services, &self.slots, servers, &self.flows, &self.vips6, exceptions) };
         view.with_crossings(&self.crossings)
     }
 }

@@ -20,7 +20,7 @@
 //!    the frame, a way, and [`icmp`] errors for what does not fit; layer-3 replies are among them.
 //! 4. [`verdict`]: every packet ends in exactly one reason, one action, one counter.
 //!
-//! What comes seldom (tags, fragments, ICMP errors, several buffers) goes to programs of their own, [`rare`]. What all of
+//! [`six`] is the same for IPv6, in programs of its own. What comes seldom (tags, fragments, ICMP errors, several buffers) goes to programs of their own, [`rare`]. What all of
 //! them ask of the interface is a [`device`], the kernel's or a test's. [`decap`] is the server's end of GRE, another program.
 //!
 //! The kernel program ([`abi::names::PROGRAM`]) is this crate's binary; `bpf/` has its maps and its entry point. [`host`] has the same
@@ -51,6 +51,7 @@ pub mod rare;
 pub mod rewrite;
 pub mod room;
 pub mod routed;
+pub mod six;
 pub mod slot;
 pub mod steer;
 pub mod tables;

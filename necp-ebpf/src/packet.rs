@@ -1,6 +1,6 @@
 //! What the rest of the path needs to know of a packet.
 
-use crate::abi::{INTERCEPT, REPLY, VIP};
+use crate::abi::{INTERCEPT, REPLY, REPLY6, VIP};
 
 /// TCP flag bits, as in byte 13 of the TCP header (RFC 9293 §3.1).
 pub mod tcp {
@@ -81,6 +81,12 @@ impl Packet {
     pub const fn reply_key(&self, number: u32) -> u64 {
         entry_key(number, self.source_port, self.protocol, REPLY)
     }
+
+    /// The same of IPv6, whose entry says which VIP it is.
+    #[inline(always)]
+    pub const fn reply_key6(&self, number: u32) -> u64 {
+        entry_key(number, self.source_port, self.protocol, REPLY6)
+    }
 }
 
 /// The first eight bytes of the entry that says of an address that it is a VIP.
@@ -91,7 +97,7 @@ pub const fn vip_key(address: u32) -> u64 {
 
 /// The first eight bytes of a [`Service`](crate::abi::Service).
 #[inline(always)]
-const fn entry_key(address: u32, port: u16, protocol: u8, state: u8) -> u64 {
+pub(crate) const fn entry_key(address: u32, port: u16, protocol: u8, state: u8) -> u64 {
     let (address, port, protocol, state) = (address as u64, port as u64, protocol as u64, state as u64);
     if cfg!(target_endian = "little") {
         state << 56 | protocol << 48 | port << 32 | address

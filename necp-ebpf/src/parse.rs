@@ -48,7 +48,7 @@ const UDP_LEN: u16 = UdpHdr::LEN as u16;
 pub fn parse(frame: &Frame) -> Result<Packet, Reason> {
     let ether_type: u16 = frame.read(offset_of!(EthHdr, ether_type)).ok_or(Reason::Malformed)?;
     if ether_type != u16::from(EtherType::Ipv4) {
-        return Err(Reason::NotIpv4);
+        return Err(Reason::NotIp);
     }
     let ip: &Ipv4Hdr = frame.header(L2_LEN).ok_or(Reason::Malformed)?;
     let header = ip.vihl as u16 & 0xf;
@@ -137,7 +137,13 @@ pub fn ports(frame: &Frame, datagram: &mut Datagram) -> Result<(), Reason> {
 
 /// Reads the transport header at `offset`, which has `length` bytes with what follows it; UDP may announce so many.
 #[inline(always)]
-fn transport(frame: &Frame, offset: usize, length: u16, most: u16, packet: &mut Packet) -> Result<(), Reason> {
+pub(crate) fn transport(
+    frame: &Frame,
+    offset: usize,
+    length: u16,
+    most: u16,
+    packet: &mut Packet,
+) -> Result<(), Reason> {
     match packet.protocol {
         protocol::TCP => {
             let tcp: &TcpFields = frame.header(offset).ok_or(Reason::Malformed)?;

@@ -38,9 +38,9 @@ pub struct FragmentKey {
     pub destination: u32,
     /// Identification, likewise.
     pub id: u16,
-    /// IP protocol.
+    /// IP protocol; of IPv6 0.
     pub protocol: u8,
-    /// 0.
+    /// 0; of IPv6 6, and both addresses are a digest of what names the datagram.
     pub reserved: u8,
 }
 
@@ -60,13 +60,12 @@ pub struct FragmentPlace {
     pub at: u64,
     /// To, or from, this server id.
     pub server: u32,
-    /// The VIP that it was given, if it is a reply of that server; else 0.
+    /// The VIP that it was given, of IPv6 its index, if it is a reply of that server; else 0.
     pub vip: u32,
 }
 
 /// EtherTypes of tags: IEEE 802.1Q, and 802.1ad.
 const TAGS: [u16; 2] = [u16::from_ne_bytes([0x81, 0x00]), u16::from_ne_bytes([0x88, 0xa8])];
-const IPV4: u16 = u16::from_ne_bytes([0x08, 0x00]);
 const TAG_LEN: usize = 4;
 /// ICMP types that say something to the sender of what they quote: unreachable, time exceeded, parameter problem. A redirect is
 /// for the host itself, and nobody heeds a source quench (RFC 6633).
@@ -99,15 +98,20 @@ pub(crate) fn head<D: Device>(device: &D) -> Result<(usize, Datagram), Ending> {
     let pass = |reason| Ending::new(reason, Out::Pass);
     let (l3, frame) = (device.datagram_at(), device.frame());
     if l3 == 0 {
-        return Err(pass(if frame.len() < L2_LEN { Reason::Malformed } else { Reason::NotIpv4 }));
+        return Err(pass(if frame.len() < L2_LEN { Reason::Malformed } else { Reason::NotIp }));
     }
     let head = datagram(&frame.skip(l3), device.length().wrapping_sub(l3)).map_err(pass)?;
     if l2::is_for(&frame.skip(0), device.own_mac()) { Ok((l3, head)) } else { Err(pass(Reason::OtherHost)) }
 }
 
-/// Where the datagram begins; 0 if it is not IPv4, or has three tags.
+/// EtherType of IPv4, as it stands in a frame.
+pub const IPV4: u16 = u16::from_ne_bytes([0x08, 0x00]);
+/// EtherType of IPv6, likewise.
+pub const IPV6: u16 = u16::from_ne_bytes([0x86, 0xdd]);
+
+/// Where the datagram begins; 0 if the frame is of another EtherType than this, or has three tags.
 #[inline(always)]
-pub fn skip_tags(frame: &Frame) -> usize {
+pub fn skip_tags(frame: &Frame, wanted: u16) -> usize {
     let mut l3 = L2_LEN;
     let Some(mut ether_type) = frame.read::<u16>(L2_LEN - 2) else { return 0 };
     for _ in 0..2 {
@@ -118,7 +122,7 @@ pub fn skip_tags(frame: &Frame) -> usize {
         let Some(next) = frame.read::<u16>(l3 - 2) else { return 0 };
         ether_type = next;
     }
-    if ether_type == IPV4 { l3 } else { 0 }
+    if ether_type == wanted { l3 } else { 0 }
 }
 
 /// A datagram with ports, or the first part of one.
@@ -211,7 +215,7 @@ pub(crate) fn send<D: Device, T: Tables>(device: &D, tables: &T, l3: usize, deci
 }
 
 #[inline(always)]
-fn bridge<D: Device>(device: &D, decision: &Decision) -> Ending {
+pub(crate) fn bridge<D: Device>(device: &D, decision: &Decision) -> Ending {
     let port = decision.next_hop.port() as u32;
     let Some(source) = device.port_mac(port) else { return Ending::drop(Reason::NoNextHop) };
     if l2::rewrite(&device.frame(), decision.next_hop.mac(), source) {

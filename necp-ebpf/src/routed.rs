@@ -74,7 +74,7 @@ pub struct Sent {
     pub ending: Ending,
     /// Whose it is.
     pub server: u32,
-    /// The VIP.
+    /// The VIP; of IPv6 its index.
     pub vip: u32,
 }
 
@@ -141,7 +141,7 @@ impl Reply {
 
     /// As the client's packets are.
     #[inline(always)]
-    fn turned_round(self, vip: u32) -> Packet {
+    pub(crate) fn turned_round(self, vip: u32) -> Packet {
         Packet {
             source: self.addresses as u32,
             destination: vip,
@@ -154,6 +154,12 @@ impl Reply {
         }
     }
 
+    /// It keeps its flow's record young.
+    #[inline(always)]
+    pub(crate) const fn counts(self) -> bool {
+        self.rest >> COUNTS & 1 != 0
+    }
+
     /// The server whose flow it belongs to, if the client speaks to this VIP; [`NONE`] if it belongs to none.
     #[inline(always)]
     pub fn server<T: Tables>(self, tables: &T, vip: u32) -> u32 {
@@ -164,7 +170,7 @@ impl Reply {
         let source = (self.addresses >> 32) as u32;
         let ours = |word: FlowWord| word != FlowWord::EMPTY && is_layer_3_at(tables, word.server(), source);
         if ours(found.record.value) {
-            if self.rest >> COUNTS & 1 != 0 {
+            if self.counts() {
                 found.touch(&packet);
             }
             return found.record.value.server();

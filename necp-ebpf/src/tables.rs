@@ -3,10 +3,11 @@
 use crate::{
     abi::{ALIVE, AddressSet, FORWARDING_SHIFT, REACHABLE, Server, ServiceBucket},
     choice::{Chosen, NewFlow},
-    exceptions::{ExceptionBucketWords, ExceptionMasksWords, ExceptionWords, Tuple},
+    exceptions::{ExceptionBucketWords, ExceptionMasksWords, ExceptionWords, Tuple, name6},
     flows::{FlowBucketWords, FlowWord},
     room::insert_into,
     routed::Reply,
+    six::digest,
     word::Word,
 };
 
@@ -38,6 +39,20 @@ pub trait Tables {
     fn far_end(&self, server: u32) -> Option<FarEnd>;
     /// Whether an address, as it stands in a header, is in this set.
     fn is_in(&self, set: AddressSet, address: u32) -> bool;
+    /// The IPv6 VIP of this index.
+    fn vip6(&self, index: u32) -> Option<Address6>;
+    /// [`far_end`](Self::far_end) of a server that is reached by IPv6.
+    fn far_end6(&self, server: u32) -> Option<FarEnd6>;
+
+    /// These tables for an IPv6 packet with these addresses.
+    type Six: Tables;
+    /// See there. Until the next call, in the kernel: the addresses are kept in one place for each CPU.
+    fn six(&self, addresses: Addresses6) -> Option<Self::Six>;
+    /// The addresses of the IPv6 packet that these tables are for; of IPv4 there are none.
+    #[inline(always)]
+    fn addresses6(&self) -> Option<Addresses6> {
+        None
+    }
 
     // In the kernel each of these is a function of its own, which the verifier follows once.
 
@@ -81,6 +96,24 @@ pub trait Tables {
     {
         reply.server(self, vip)
     }
+    /// [`digest`] of an IPv6 flow.
+    #[inline(always)]
+    fn digest6(&self, source: Address6, port: u16, seed: u64) -> u64 {
+        digest(source, port, seed)
+    }
+    /// [`name6`] under the exceptions' seed.
+    #[inline(always)]
+    fn name6(&self, source: Address6, destination: Address6) -> u64 {
+        name6(source, destination, self.exception_seed())
+    }
+    /// [`Reply::server6`] on these tables, which have the reply's addresses.
+    #[inline(always)]
+    fn server_of_reply6(&self, reply: Reply, vip: u32) -> u32
+    where
+        Self: Sized,
+    {
+        reply.server6(self, vip)
+    }
 }
 
 /// Of a [`Server`]'s record; addresses as they stand in a header, read as native integers.
@@ -99,6 +132,52 @@ impl FarEnd {
     pub fn of(server: &Server) -> Self {
         let last = |address: &[u8; 16]| u32::from_ne_bytes([address[12], address[13], address[14], address[15]]);
         Self { address: last(&server.address), source: last(&server.source), mtu: server.mtu }
+    }
+}
+
+/// An IPv6 address: its two halves, as they stand in a header, read as native integers.
+pub type Address6 = [u64; 2];
+
+/// An IPv6 packet's addresses.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct Addresses6 {
+    /// Source.
+    pub source: Address6,
+    /// Destination.
+    pub destination: Address6,
+}
+
+impl Addresses6 {
+    /// The other way.
+    #[inline(always)]
+    pub const fn turned_round(&self) -> Self {
+        Self { source: self.destination, destination: self.source }
+    }
+}
+
+/// The halves of an address as it stands in a record.
+#[inline(always)]
+pub const fn halves(bytes: [u8; 16]) -> Address6 {
+    let [a, b, c, d, e, f, g, h, i, j, k, l, m, n, o, p] = bytes;
+    [u64::from_ne_bytes([a, b, c, d, e, f, g, h]), u64::from_ne_bytes([i, j, k, l, m, n, o, p])]
+}
+
+/// Of a [`Server`]'s record that is reached by IPv6.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct FarEnd6 {
+    /// The server's own address.
+    pub address: Address6,
+    /// Source address of an outer header.
+    pub source: Address6,
+    /// Longest packet that gets there whole, in bytes; 0: not known.
+    pub mtu: u16,
+}
+
+impl FarEnd6 {
+    /// From a server's record.
+    pub const fn of(server: &Server) -> Self {
+        Self { address: halves(server.address), source: halves(server.source), mtu: server.mtu }
     }
 }
 

@@ -4,15 +4,15 @@
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 #[repr(u32)]
 pub enum Reason {
-    /// Not IPv4: ARP, IPv6, anything else.
-    NotIpv4 = 0,
+    /// Neither IPv4 nor IPv6: ARP, anything else.
+    NotIp = 0,
     /// Its headers do not add up.
     Malformed = 1,
     /// A fragment of something that is not ours.
     Fragment = 2,
     /// No service for its destination.
     NotOurs = 3,
-    /// IPv4, but sent to another host's MAC address or to many.
+    /// IP, but sent to another host's MAC address or to many.
     OtherHost = 4,
     /// For a service that no server takes new flows of: the host's own stack answers.
     NoServer = 5,
@@ -62,6 +62,8 @@ pub enum Reason {
     Quoted = 27,
     /// ICMP echo to a VIP that does not answer any.
     Echo = 28,
+    /// More IPv6 extension headers than are looked at, or a routing header with places left to go.
+    Extended = 29,
 }
 
 /// What becomes of a packet.
@@ -80,12 +82,12 @@ pub enum Action {
 }
 
 /// How many reasons there are.
-pub const REASONS: u32 = 29;
+pub const REASONS: u32 = 30;
 
 impl Reason {
     /// All of them, in the order of their numbers.
     pub const ALL: [Self; REASONS as usize] = [
-        Self::NotIpv4,
+        Self::NotIp,
         Self::Malformed,
         Self::Fragment,
         Self::NotOurs,
@@ -114,26 +116,28 @@ impl Reason {
         Self::Icmp,
         Self::Quoted,
         Self::Echo,
+        Self::Extended,
     ];
 
     /// The fast path leaves what it finds so to the program for what comes seldom.
     #[inline(always)]
     pub const fn is_rare(self) -> bool {
-        matches!(self, Self::NotIpv4 | Self::Malformed | Self::Fragment | Self::Icmp)
+        matches!(self, Self::NotIp | Self::Malformed | Self::Fragment | Self::Icmp)
     }
 
     /// The one action of each.
     #[inline(always)]
     pub const fn action(self) -> Action {
         match self {
-            Self::NotIpv4
+            Self::NotIp
             | Self::Malformed
             | Self::Fragment
             | Self::NotOurs
             | Self::OtherHost
             | Self::NoServer
             | Self::Direct
-            | Self::Icmp => Action::Pass,
+            | Self::Icmp
+            | Self::Extended => Action::Pass,
             Self::Plain
             | Self::Record
             | Self::Adopted
@@ -155,7 +159,7 @@ impl Reason {
     /// Its name in `necp status`.
     pub const fn name(self) -> &'static str {
         match self {
-            Self::NotIpv4 => "not-ipv4",
+            Self::NotIp => "not-ip",
             Self::Malformed => "malformed",
             Self::Fragment => "fragment",
             Self::NotOurs => "not-ours",
@@ -184,6 +188,7 @@ impl Reason {
             Self::Icmp => "icmp",
             Self::Quoted => "quoted",
             Self::Echo => "echo",
+            Self::Extended => "extended",
         }
     }
 }

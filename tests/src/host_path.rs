@@ -8,7 +8,7 @@ use std::{
 
 use necp_ebpf::{
     abi::{GRE, ICMP_BURST, LAYER_3, MAX_SERVERS, ServerStats},
-    device::{Device, Ending, Out, Routed, Way},
+    device::{Device, Ending, Out, Routed, Routed6, Way},
     frame::Frame,
     host::{Crossing, Owned, View},
     intercept,
@@ -17,7 +17,7 @@ use necp_ebpf::{
     path::decide,
     rare::{self, FragmentKey, FragmentPlace},
     rewrite::l2,
-    routed,
+    routed, six,
     steer::Decision,
     verdict::{Action, Reason},
 };
@@ -34,7 +34,7 @@ pub fn parse_bytes(frame: &[u8]) -> Result<Packet, Reason> {
     // SAFETY: the buffer outlives the frame, and nobody else touches it meanwhile.
     let frame = unsafe { Frame::new(start, start + bytes.len()) };
     parse(&frame).or_else(|reason| {
-        let l3 = rare::skip_tags(&frame);
+        let l3 = rare::skip_tags(&frame, rare::IPV4);
         if l3 == 0 {
             return Err(reason);
         }
@@ -105,24 +105,9 @@ impl HostPath {
         let length = counted_length(&memory[place.clone()]);
         let device = Buffer::new(memory, place, &self.world);
         let view = self.tables.view();
-        let decision = decide(&device.frame(), OWN_MAC, &view);
-        let ending = match decision.action() {
-            Action::Transmit if matches!(decision.next_hop.forwarding(), GRE | LAYER_3) => {
-                routed::send(&device, &view, decision.server, decision.reason as u32, L2_LEN)
-            }
-            Action::Transmit => transmit(&device, decision),
-            Action::Drop => Ending::drop(decision.reason),
-            _ if decision.reason.is_rare() => {
-                rare::handle(&device, &view).unwrap_or_else(|| rare::with_ports(&device, &view))
-            }
-            _ => Ending::new(decision.reason, Out::Pass),
-        };
-        let reply = match parse(&device.frame()) {
-            Ok(packet) if decision.reason == Reason::NotOurs => routed::reply(&device, &view, &packet, L2_LEN),
-            _ => None,
-        };
-        let ending = reply.map_or(ending, |sent| sent.ending);
-        let ending = if intercept::is_open(ending) { intercept::handle(&device, &view) } else { ending };
+        let family =
+            if six::is_ipv6(&device.frame()) { Family::six(&device, &view) } else { Family::four(&device, &view) };
+        let Family { decision, ending } = family;
         if decision.action() == Action::Transmit && matches!(ending.out(), Out::Port(_) | Out::Pass) {
             device.count(decision.server, length, decision.begins);
         }
@@ -136,6 +121,65 @@ impl HostPath {
         };
         (verdict, reason, device.start.get()..device.end.get())
     }
+}
+
+/// What the programs of one family make of a frame.
+struct Family {
+    /// The fast path's.
+    decision: Decision,
+    /// The last one's.
+    ending: Ending,
+}
+
+impl Family {
+    fn four(device: &Buffer<'_>, view: &View<'_>) -> Self {
+        let decision = decide(&device.frame(), OWN_MAC, view);
+        let ending = match decision.action() {
+            Action::Transmit if matches!(decision.next_hop.forwarding(), GRE | LAYER_3) => {
+                routed::send(device, view, decision.server, decision.reason as u32, L2_LEN)
+            }
+            Action::Transmit => transmit(device, decision),
+            Action::Drop => Ending::drop(decision.reason),
+            _ if decision.reason.is_rare() => match rare::handle(device, view) {
+                Some(ending) if ending.reason() == Reason::NotIp as u32 && device.datagram6_at() != 0 => {
+                    return Self { decision, ending: six_rare(device, view) };
+                }
+                Some(ending) => ending,
+                None => rare::with_ports(device, view),
+            },
+            _ => Ending::new(decision.reason, Out::Pass),
+        };
+        let reply = match parse(&device.frame()) {
+            Ok(packet) if decision.reason == Reason::NotOurs => routed::reply(device, view, &packet, L2_LEN),
+            _ => None,
+        };
+        let ending = reply.map_or(ending, |sent| sent.ending);
+        let ending = if intercept::is_open(ending) { intercept::handle(device, view) } else { ending };
+        Self { decision, ending }
+    }
+
+    fn six(device: &Buffer<'_>, view: &View<'_>) -> Self {
+        let decision = six::decide(&device.frame(), OWN_MAC, view);
+        let ending = match decision.action() {
+            Action::Transmit if matches!(decision.next_hop.forwarding(), GRE | LAYER_3) => {
+                six::routed::send(device, view, decision.server, decision.reason as u32, L2_LEN)
+            }
+            Action::Transmit => transmit(device, decision),
+            Action::Drop => Ending::drop(decision.reason),
+            _ if decision.reason.is_rare() => six_rare(device, view),
+            _ => Ending::new(decision.reason, Out::Pass),
+        };
+        let reply = match six::parse(&device.frame()) {
+            Ok(packet) if decision.reason == Reason::NotOurs => six::routed::whose_reply(&packet, view),
+            _ => None,
+        };
+        let sent = reply.map(|(vip, server)| six::routed::send_reply(device, view, L2_LEN, vip, server));
+        Self { decision, ending: sent.unwrap_or(ending) }
+    }
+}
+
+fn six_rare(device: &Buffer<'_>, view: &View<'_>) -> Ending {
+    six::rare::handle(device, view).unwrap_or_else(|| six::rare::with_ports(device, view))
 }
 
 /// A test run's first buffer: a page without headroom and the kernel's own notes.
@@ -187,7 +231,11 @@ impl Device for Buffer<'_> {
     }
 
     fn datagram_at(&self) -> usize {
-        rare::skip_tags(&self.frame())
+        rare::skip_tags(&self.frame(), rare::IPV4)
+    }
+
+    fn datagram6_at(&self) -> usize {
+        rare::skip_tags(&self.frame(), rare::IPV6)
     }
 
     fn remember(&self, key: &FragmentKey, place: FragmentPlace) {
@@ -242,6 +290,10 @@ impl Device for Buffer<'_> {
 
     /// What the kernel says of a way that begins on the loopback.
     fn way(&self, _packet: &Routed) -> Way {
+        Way::Kernel
+    }
+
+    fn way6(&self, _packet: &Routed6) -> Way {
         Way::Kernel
     }
 }

@@ -7,18 +7,19 @@ use aya_ebpf::{
 };
 use necp_ebpf::{
     abi::{
-        AddressSet, Allowance, DEFAULT_EXCEPTIONS, DEFAULT_FLOW_BUCKETS, DEFAULT_SLOTS, Exception, ExceptionBucket,
-        ExceptionMasks, FlowBucket, Layout, MAX_CROSSINGS, MAX_FARMS, MAX_FRAGMENTS, MAX_PORTS, MAX_SERVERS,
-        MAX_STAGES, Port, SERVICE_BUCKETS, Server, ServerStats, ServiceBucket, Slot, Stage, exception_buckets,
-        exception_records,
+        Address6, AddressSet, Allowance, DEFAULT_EXCEPTIONS, DEFAULT_FLOW_BUCKETS, DEFAULT_SLOTS, Exception,
+        ExceptionBucket, ExceptionMasks, FlowBucket, Layout, MAX_CROSSINGS, MAX_FARMS, MAX_FRAGMENTS, MAX_PORTS,
+        MAX_SERVERS, MAX_STAGES, MAX_VIPS6, Port, SERVICE_BUCKETS, Server, ServerStats, ServiceBucket, Slot, Stage,
+        exception_buckets, exception_records,
     },
     choice::{Chosen, NewFlow},
-    exceptions::{ExceptionBucketWords, ExceptionMasksWords, ExceptionWords, Tuple},
+    exceptions::{ExceptionBucketWords, ExceptionMasksWords, ExceptionWords, Tuple, name6},
     flows::{FlowBucketWords, FlowWord},
     rare::{FragmentKey, FragmentPlace},
     room::insert_into,
     routed::Reply,
-    tables::{FarEnd, NextHop, Tables},
+    six,
+    tables::{Addresses6, FarEnd, FarEnd6, NextHop, Tables},
     verdict::REASONS,
     word::Word,
 };
@@ -38,6 +39,8 @@ static SLOTS: Array<Slot, { DEFAULT_SLOTS as usize }, MMAPABLE> = Array::new();
 static SERVERS: Array<Server, { MAX_SERVERS as usize }, MMAPABLE> = Array::new();
 #[btf_map(name = "flows")]
 static FLOWS: Array<FlowBucket, { DEFAULT_FLOW_BUCKETS as usize }, MMAPABLE> = Array::new();
+#[btf_map(name = "vips6")]
+static VIPS6: Array<Address6, { MAX_VIPS6 as usize }, MMAPABLE> = Array::new();
 #[btf_map(name = "except_masks")]
 static EXCEPTION_MASKS: Array<ExceptionMasks, { MAX_FARMS as usize }, MMAPABLE> = Array::new();
 #[btf_map(name = "except_index")]
@@ -62,6 +65,9 @@ static STAGES: ProgramArray<{ MAX_STAGES as usize }> = ProgramArray::new();
 static CROSSINGS: LpmTrie<[u32; 2], u32, { MAX_CROSSINGS as usize }> = LpmTrie::new();
 #[btf_map(name = "allowance")]
 static ALLOWANCE: PerCpuArray<Allowance, 1> = PerCpuArray::new();
+/// Of the IPv6 packet that this CPU is at. Each instance of the program has its own.
+#[btf_map(name = "addresses6")]
+static ADDRESSES6: PerCpuArray<Addresses6, 1> = PerCpuArray::new();
 #[btf_map(name = "layout")]
 static LAYOUT: Array<Layout, 1> = Array::new();
 
@@ -198,10 +204,14 @@ pub(super) fn count_reply(server: u32) {
 #[repr(C, align(8))]
 struct CrossingWords([u32; 3]);
 
-/// The kernel's tables.
-pub(super) struct Maps;
+/// The kernel's tables, for packets of IPv4, or for one of IPv6.
+pub(super) struct Maps<const SIX: bool>;
+/// For IPv4.
+pub(super) const MAPS: Maps<false> = Maps;
+/// For the IPv6 packet whose addresses this CPU keeps.
+const MAPS6: Maps<true> = Maps;
 
-impl Tables for Maps {
+impl<const SIX: bool> Tables for Maps<SIX> {
     #[inline(always)]
     fn service_bucket(&self, index: u32) -> Option<&ServiceBucket> {
         SERVICES.get(index)
@@ -281,6 +291,44 @@ impl Tables for Maps {
     }
 
     #[inline(always)]
+    fn vip6(&self, index: u32) -> Option<[u64; 2]> {
+        // SAFETY: an address is two aligned words, and changes only while no service entry names it.
+        VIPS6.get_ptr(index).map(|address| unsafe { address.cast::<[u64; 2]>().read_volatile() })
+    }
+
+    #[inline(always)]
+    fn far_end6(&self, server: u32) -> Option<FarEnd6> {
+        let server = SERVERS.get_ptr(server)?;
+        // SAFETY: aligned fields of a record that is valid for as long as the map is.
+        unsafe {
+            Some(FarEnd6 {
+                address: (&raw const (*server).address).cast::<[u64; 2]>().read_volatile(),
+                source: (&raw const (*server).source).cast::<[u64; 2]>().read_volatile(),
+                mtu: (&raw const (*server).mtu).read_volatile(),
+            })
+        }
+    }
+
+    type Six = Maps<true>;
+
+    #[inline(always)]
+    fn six(&self, addresses: Addresses6) -> Option<Maps<true>> {
+        let place = ADDRESSES6.get_ptr_mut(0)?;
+        // SAFETY: this CPU's own entry; a program is not interrupted by another one on its CPU.
+        unsafe { place.write_volatile(addresses) };
+        Some(MAPS6)
+    }
+
+    #[inline(always)]
+    fn addresses6(&self) -> Option<Addresses6> {
+        if !SIX {
+            return None;
+        }
+        // SAFETY: as above.
+        ADDRESSES6.get_ptr(0).map(|place| unsafe { place.read_volatile() })
+    }
+
+    #[inline(always)]
     fn is_in(&self, set: AddressSet, address: u32) -> bool {
         let mut words = CrossingWords([0; 3]);
         for (word, value) in words.0.iter_mut().zip([u64::BITS, u32::from_ne_bytes(set.0), address]) {
@@ -293,8 +341,8 @@ impl Tables for Maps {
 
     #[inline(always)]
     fn choose(&self, flow: NewFlow) -> Chosen {
-        let [a, b, c, d, e] = flow.to_words();
-        Chosen(choose_server(a, b, c, d, e))
+        let [a, b, c, d] = flow.to_words();
+        Chosen(if SIX { choose_server6(a, b, c, d) } else { choose_server(a, b, c, d) })
     }
 
     #[inline(always)]
@@ -305,19 +353,36 @@ impl Tables for Maps {
     #[inline(always)]
     fn matches(&self, flow: Tuple) -> u64 {
         let [a, b] = flow.to_words();
-        match_exceptions(a, b)
+        if SIX { match_exceptions6(a, b) } else { match_exceptions(a, b) }
     }
 
     #[inline(always)]
     fn excludes(&self, flow: Tuple, matches: u64, host: u16) -> bool {
         let [a, b] = flow.to_words();
-        exclude_host(a, b, matches, host as u64) != 0
+        let host = host as u64;
+        (if SIX { exclude_host6(a, b, matches, host) } else { exclude_host(a, b, matches, host) }) != 0
     }
 
     #[inline(always)]
     fn server_of_reply(&self, reply: Reply, vip: u32) -> u32 {
         let [a, b] = reply.to_words();
         server_of_reply(a, b, vip as u64) as u32
+    }
+
+    #[inline(always)]
+    fn digest6(&self, [high, low]: [u64; 2], port: u16, seed: u64) -> u64 {
+        digest_flow(high, low, port as u64, seed)
+    }
+
+    #[inline(always)]
+    fn name6(&self, source: [u64; 2], destination: [u64; 2]) -> u64 {
+        name_addresses(source[0], source[1], destination[0], destination[1])
+    }
+
+    #[inline(always)]
+    fn server_of_reply6(&self, reply: Reply, vip: u32) -> u32 {
+        let [_, rest] = reply.to_words();
+        server_of_reply6(rest, vip as u64) as u32
     }
 }
 
@@ -326,34 +391,76 @@ impl Tables for Maps {
 /// [`NewFlow::choose`].
 #[unsafe(no_mangle)]
 #[inline(never)]
-extern "C" fn choose_server(a: u64, b: u64, c: u64, d: u64, e: u64) -> u64 {
-    NewFlow::from_words([a, b, c, d, e]).choose(&Maps).0
+extern "C" fn choose_server(a: u64, b: u64, c: u64, d: u64) -> u64 {
+    NewFlow::from_words([a, b, c, d]).choose(&MAPS).0
 }
 
 /// [`insert_into`].
 #[unsafe(no_mangle)]
 #[inline(never)]
 extern "C" fn insert_flow(buckets: u64, key: u64, value: u64) -> u64 {
-    insert_into(&Maps, [(buckets >> 32) as u32, buckets as u32], key, FlowWord(value)) as u64
+    insert_into(&MAPS, [(buckets >> 32) as u32, buckets as u32], key, FlowWord(value)) as u64
 }
 
 /// [`Tuple::matches`].
 #[unsafe(no_mangle)]
 #[inline(never)]
 extern "C" fn match_exceptions(a: u64, b: u64) -> u64 {
-    Tuple::from_words([a, b]).matches(&Maps)
+    Tuple::from_words([a, b]).matches(&MAPS)
 }
 
 /// [`Tuple::excludes`].
 #[unsafe(no_mangle)]
 #[inline(never)]
 extern "C" fn exclude_host(a: u64, b: u64, matches: u64, host: u64) -> u64 {
-    Tuple::from_words([a, b]).excludes(&Maps, matches, host as u16) as u64
+    Tuple::from_words([a, b]).excludes(&MAPS, matches, host as u16) as u64
 }
 
 /// [`Reply::server`].
 #[unsafe(no_mangle)]
 #[inline(never)]
 extern "C" fn server_of_reply(a: u64, b: u64, vip: u64) -> u64 {
-    Reply::from_words([a, b]).server(&Maps, vip as u32) as u64
+    Reply::from_words([a, b]).server(&MAPS, vip as u32) as u64
+}
+
+/// [`NewFlow::choose`] of IPv6.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn choose_server6(a: u64, b: u64, c: u64, d: u64) -> u64 {
+    NewFlow::from_words([a, b, c, d]).choose(&MAPS6).0
+}
+
+/// [`Tuple::matches`] of IPv6.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn match_exceptions6(a: u64, b: u64) -> u64 {
+    Tuple::from_words([a, b]).matches(&MAPS6)
+}
+
+/// [`Tuple::excludes`] of IPv6.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn exclude_host6(a: u64, b: u64, matches: u64, host: u64) -> u64 {
+    Tuple::from_words([a, b]).excludes(&MAPS6, matches, host as u16) as u64
+}
+
+/// [`Reply::server6`].
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn server_of_reply6(rest: u64, vip: u64) -> u64 {
+    Reply::from_words([0, rest]).server6(&MAPS6, vip as u32) as u64
+}
+
+/// [`digest`](six::digest).
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn digest_flow(high: u64, low: u64, port: u64, seed: u64) -> u64 {
+    six::digest([high, low], port as u16, seed)
+}
+
+/// [`name6`].
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn name_addresses(a: u64, b: u64, c: u64, d: u64) -> u64 {
+    name6([a, b], [c, d], MAPS.exception_seed())
 }

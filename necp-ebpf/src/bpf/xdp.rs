@@ -18,14 +18,14 @@ use necp_ebpf::{
     path::decide,
     rare,
     rewrite::l2,
-    routed,
+    routed, six,
     steer::Decision,
     verdict::{Action, Reason},
 };
 
 use super::{
     device::Interface,
-    maps::{self, Maps},
+    maps::{self, MAPS},
 };
 
 /// On every interface, natively where the driver can.
@@ -34,9 +34,9 @@ use super::{
 fn necp(ctx: XdpContext) -> u32 {
     let frame = Interface(ctx.ctx).frame();
     let (own_index, own_mac) = maps::own_port();
-    let decision = decide(&frame, own_mac, &Maps);
+    let decision = decide(&frame, own_mac, &MAPS);
     match decision.action() {
-        Action::Transmit => transmit(&ctx, &frame, decision, own_index, own_mac),
+        Action::Transmit => transmit::<false>(&ctx, &frame, decision, own_index, own_mac),
         Action::Drop => {
             if decision.reason == Reason::BadTables {
                 error!(&ctx, "a service's slots are outside the slot table: please report this");
@@ -47,7 +47,9 @@ fn necp(ctx: XdpContext) -> u32 {
             end_unless_crossing(&ctx, Ending(take_reply(ctx.ctx)))
         }
         _ => {
-            if decision.reason.is_rare() {
+            if decision.reason == Reason::NotIp && six::is_ipv6(&frame) {
+                maps::leave_to(&ctx, Stage::Six);
+            } else if decision.reason.is_rare() {
                 maps::leave_to(&ctx, Stage::Rare);
             } else if decision.reason == Reason::NotOurs && maps::intercepts() {
                 maps::leave_to(&ctx, Stage::Crossing);
@@ -61,7 +63,11 @@ fn necp(ctx: XdpContext) -> u32 {
 #[xdp(frags)]
 #[inline(always)]
 fn necp_rare(ctx: XdpContext) -> u32 {
-    if let Some(ending) = rare::handle(&Interface(ctx.ctx), &Maps) {
+    let device = Interface(ctx.ctx);
+    if let Some(ending) = rare::handle(&device, &MAPS) {
+        if ending.reason() == Reason::NotIp as u32 && device.datagram6_at() != 0 {
+            maps::leave_to(&ctx, Stage::SixRare);
+        }
         return end_unless_crossing(&ctx, ending);
     }
     maps::leave_to(&ctx, Stage::Ports);
@@ -72,7 +78,7 @@ fn necp_rare(ctx: XdpContext) -> u32 {
 #[xdp(frags)]
 #[inline(always)]
 fn necp_ports(ctx: XdpContext) -> u32 {
-    let ending = rare::with_ports(&Interface(ctx.ctx), &Maps);
+    let ending = rare::with_ports(&Interface(ctx.ctx), &MAPS);
     end_unless_crossing(&ctx, ending)
 }
 
@@ -80,15 +86,71 @@ fn necp_ports(ctx: XdpContext) -> u32 {
 #[xdp(frags)]
 #[inline(always)]
 fn necp_crossing(ctx: XdpContext) -> u32 {
-    let ending = intercept::handle(&Interface(ctx.ctx), &Maps);
+    let ending = intercept::handle(&Interface(ctx.ctx), &MAPS);
+    end(&ctx, ending)
+}
+
+/// IPv6, if it is not tagged.
+#[xdp(frags)]
+#[inline(always)]
+fn necp_six(ctx: XdpContext) -> u32 {
+    let (own_index, own_mac) = maps::own_port();
+    let decision = six::decide(&Interface(ctx.ctx).frame(), own_mac, &MAPS);
+    match decision.action() {
+        // The frame's bounds are asked for again: they take less time than room on the stack.
+        Action::Transmit => transmit::<true>(&ctx, &Interface(ctx.ctx).frame(), decision, own_index, own_mac),
+        Action::Drop => finish(decision.reason, XDP_DROP),
+        _ if decision.reason == Reason::NotOurs && maps::expects_replies() => match whose_reply6(ctx.ctx) {
+            0 => finish(Reason::NotOurs, XDP_PASS),
+            reply => {
+                let (vip, server) = ((reply >> 32) as u32, reply as u32);
+                end(&ctx, Interface(ctx.ctx).send_reply6(&MAPS, L2_LEN, vip, server))
+            }
+        },
+        _ => {
+            if decision.reason.is_rare() {
+                maps::leave_to(&ctx, Stage::SixRare);
+            }
+            finish(decision.reason, XDP_PASS)
+        }
+    }
+}
+
+/// What that leaves, and what is tagged.
+#[xdp(frags)]
+#[inline(always)]
+fn necp_six_rare(ctx: XdpContext) -> u32 {
+    if let Some(ending) = six::rare::handle(&Interface(ctx.ctx), &MAPS) {
+        return end(&ctx, ending);
+    }
+    maps::leave_to(&ctx, Stage::SixPorts);
+    finish(Reason::Malformed, XDP_PASS)
+}
+
+/// What that leaves: datagrams with ports, or parts of them.
+#[xdp(frags)]
+#[inline(always)]
+fn necp_six_ports(ctx: XdpContext) -> u32 {
+    let ending = six::rare::with_ports(&Interface(ctx.ctx), &MAPS);
     end(&ctx, ending)
 }
 
 #[inline(always)]
-fn transmit(ctx: &XdpContext, frame: &Frame, decision: Decision, own_index: u32, own_mac: [u8; 6]) -> u32 {
+fn transmit<const SIX: bool>(
+    ctx: &XdpContext,
+    frame: &Frame,
+    decision: Decision,
+    own_index: u32,
+    own_mac: [u8; 6],
+) -> u32 {
     let length = frame.len() as u64;
     if matches!(decision.next_hop.forwarding(), GRE | LAYER_3) {
-        let ending = Ending(send_routed(ctx.ctx, decision.server, decision.reason as u32, L2_LEN as u32));
+        let (server, reason) = (decision.server, decision.reason as u32);
+        let ending = if SIX {
+            Interface(ctx.ctx).send_routed6(&MAPS, server, reason, L2_LEN)
+        } else {
+            Ending(send_routed(ctx.ctx, server, reason, L2_LEN as u32))
+        };
         let verdict = end(ctx, ending);
         if verdict != XDP_DROP && matches!(ending.out(), Out::Port(_) | Out::Pass) {
             maps::count_for(decision.server, length, decision.begins);
@@ -143,8 +205,18 @@ fn end(ctx: &XdpContext, ending: Ending) -> u32 {
 #[unsafe(no_mangle)]
 #[inline(never)]
 extern "C" fn send_routed(ctx: *mut xdp_md, server: u32, reason: u32, l3: u32) -> u64 {
-    // At most two tags; the verifier wants to see a bound.
-    routed::send(&Interface(ctx), &Maps, server, reason, (l3 & 0x1f) as usize).0
+    routed::send(&Interface(ctx), &MAPS, server, reason, (l3 & Interface::L3_MASK) as usize).0
+}
+
+/// [`six::routed::whose_reply`]: the VIP's index and the server; 0 if the packet is no reply.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn whose_reply6(ctx: *mut xdp_md) -> u64 {
+    let whose = match six::parse(&Interface(ctx).frame()) {
+        Ok(packet) => six::routed::whose_reply(&packet, &MAPS),
+        Err(_) => None,
+    };
+    whose.map_or(0, |(vip, server)| (vip as u64) << 32 | server as u64)
 }
 
 /// [`routed::reply`].
@@ -153,7 +225,7 @@ extern "C" fn send_routed(ctx: *mut xdp_md, server: u32, reason: u32, l3: u32) -
 extern "C" fn take_reply(ctx: *mut xdp_md) -> u64 {
     let device = Interface(ctx);
     let sent = match parse(&device.frame()) {
-        Ok(packet) => routed::reply(&device, &Maps, &packet, L2_LEN),
+        Ok(packet) => routed::reply(&device, &MAPS, &packet, L2_LEN),
         Err(_) => None,
     };
     sent.map_or(Ending::new(Reason::NotOurs, Out::Pass), |sent| sent.ending).0

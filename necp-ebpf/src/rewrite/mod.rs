@@ -5,3 +5,4 @@ pub mod gre;
 pub mod ipv4;
 pub mod l2;
 pub mod l3;
+pub mod six;

@@ -4,10 +4,12 @@ use std::{io, os::fd::AsFd as _, os::fd::AsRawFd as _, path::Path, ptr::NonNull}
 
 use aya::maps::MapData;
 use necp_ebpf::{
-    abi::{Exception, ExceptionBucket, ExceptionMasks, FlowBucket, Layout, Server, ServiceBucket, Slot, names},
+    abi::{
+        Address6, Exception, ExceptionBucket, ExceptionMasks, FlowBucket, Layout, Server, ServiceBucket, Slot, names,
+    },
     exceptions::{ExceptionBucketWords, ExceptionMasksWords, ExceptionWords},
     flows::FlowBucketWords,
-    host::{ExceptionTables, View},
+    host::{ExceptionTables, View, VipWords},
     word::Word,
 };
 
@@ -19,6 +21,7 @@ pub(super) struct Memory {
     slots: Mapping,
     servers: Mapping,
     flows: Mapping,
+    vips6: Mapping,
     exception_masks: Mapping,
     exception_index: Mapping,
     exceptions: Mapping,
@@ -33,6 +36,7 @@ impl Memory {
             slots: Mapping::new::<Slot>(pin, names::SLOTS)?,
             servers: Mapping::new::<Server>(pin, names::SERVERS)?,
             flows: Mapping::new::<FlowBucket>(pin, names::FLOWS)?,
+            vips6: Mapping::new::<Address6>(pin, names::VIPS6)?,
             exception_masks: Mapping::new::<ExceptionMasks>(pin, names::EXCEPTION_MASKS)?,
             exception_index: Mapping::new::<ExceptionBucket>(pin, names::EXCEPTION_INDEX)?,
             exceptions: Mapping::new::<Exception>(pin, names::EXCEPTIONS)?,
@@ -41,7 +45,7 @@ impl Memory {
     }
 
     pub(super) fn view(&self) -> View<'_> {
-        let Self { services, slots, servers, flows, .. } = self;
+        let Self { services, slots, servers, flows, vips6, .. } = self;
         // SAFETY: the mappings live as long as `self`, have these types' sizes and alignments, and words are shared by atomic
         // accesses only; the sizes of the flow map and of the exceptions' index are powers of two, which `load` sees to.
         unsafe {
@@ -50,6 +54,7 @@ impl Memory {
                 slots.words::<Word>(),
                 NonNull::slice_from_raw_parts(servers.address.cast(), servers.entries),
                 flows.words::<FlowBucketWords>(),
+                vips6.words::<VipWords>(),
                 ExceptionTables {
                     masks: self.exception_masks.words::<ExceptionMasksWords>(),
                     index: self.exception_index.words::<ExceptionBucketWords>(),

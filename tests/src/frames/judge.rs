@@ -35,8 +35,8 @@ use crate::kernel::{OWN_MAC, Verdict};
 /// What a frame is to the packet path.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Class {
-    /// Another protocol than IPv4 follows its Ethernet header and tags.
-    NotIpv4,
+    /// Another protocol than IP follows its Ethernet header and tags.
+    NotIp,
     /// Its lengths or versions do not add up.
     Malformed,
     /// The first part of an IPv4 datagram that is for no service: a server's reply may be among these.
@@ -51,20 +51,24 @@ pub enum Class {
     NotOurs,
     /// TCP or UDP for a service, whole or the first part of it.
     Ours,
+    /// IPv6, which is for no service here.
+    Six,
 }
 
 impl Class {
     /// The classes that a reason may claim. A new reason has to be entered here.
     pub const fn of(reason: Reason) -> &'static [Self] {
         match reason {
-            Reason::NotIpv4 => &[Self::NotIpv4],
-            Reason::Malformed => &[Self::Malformed],
-            Reason::Fragment => &[Self::FirstPart, Self::LaterPart],
+            Reason::NotIp => &[Self::NotIp],
+            Reason::Malformed => &[Self::Malformed, Self::Six],
+            Reason::Fragment => &[Self::FirstPart, Self::LaterPart, Self::Six],
             Reason::Part | Reason::StrayPart => &[Self::LaterPart],
-            Reason::NotOurs => &[Self::NotOurs],
+            Reason::NotOurs => &[Self::NotOurs, Self::Six],
             Reason::Reply | Reason::ReplyRouted => &[Self::NotOurs, Self::FirstPart, Self::LaterPart, Self::Icmp],
-            Reason::Icmp | Reason::Quoted | Reason::Echo => &[Self::Icmp],
-            Reason::OtherHost => &[Self::OtherHost],
+            Reason::Icmp => &[Self::Icmp, Self::Six],
+            Reason::Quoted | Reason::Echo => &[Self::Icmp],
+            Reason::Extended => &[Self::Six],
+            Reason::OtherHost => &[Self::OtherHost, Self::Six],
             // Of packets to a server, and of its replies.
             Reason::TooBig | Reason::Expired | Reason::Untold => {
                 &[Self::Ours, Self::NotOurs, Self::FirstPart, Self::LaterPart, Self::Icmp]
@@ -129,7 +133,8 @@ pub fn class(frame: &[u8]) -> (Class, Option<Difference>) {
     let Ok(ethernet) = Ethernet2Slice::from_slice_without_fcs(frame) else { return (Class::Malformed, None) };
     let l3 = match datagram_at(frame) {
         Ok(l3) => l3,
-        Err(difference) => return (Class::NotIpv4, difference),
+        Err(Some(Difference::Ipv6)) => return (Class::Six, Some(Difference::Ipv6)),
+        Err(difference) => return (Class::NotIp, difference),
     };
     let Some((header, payload)) = ipv4(&frame[l3..]) else { return (Class::Malformed, None) };
     let offset = header.fragments_offset().value();

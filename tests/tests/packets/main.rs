@@ -12,6 +12,7 @@ mod rare;
 mod routed;
 mod services;
 mod setup;
+mod six;
 mod tracking;
 
 use std::collections::BTreeSet;

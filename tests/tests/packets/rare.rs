@@ -64,13 +64,13 @@ fn tags() -> Vec<Case> {
             Case::new(format!("{name}, to another host"), why, Setup::plain())
                 .frame(on(F).with(|spec| spec.to_mac = [2, 0, 0, 0, 7, 7]), Fate::Pass(Reason::OtherHost)),
             Case::new(format!("{name}, ARP"), why, Setup::plain())
-                .frame(on(F).with(|spec| spec.ether_type = 0x0806), Fate::Pass(Reason::NotIpv4)),
+                .frame(on(F).with(|spec| spec.ether_type = 0x0806), Fate::Pass(Reason::NotIp)),
             Case::new(format!("{name}, IPv6"), why, Setup::plain())
-                .frame(on(F).with(|spec| spec.ether_type = 0x86dd), Fate::Pass(Reason::NotIpv4)),
+                .frame(on(F).with(|spec| spec.ether_type = 0x86dd), Fate::Pass(Reason::Malformed)),
         ]);
         let header = 14 + 4 * tags.len();
         for cut in 15..header + 40 {
-            let reason = if cut < header { Reason::NotIpv4 } else { Reason::Malformed };
+            let reason = if cut < header { Reason::NotIp } else { Reason::Malformed };
             cases.push(
                 Case::new(format!("{name}, cut to {cut} bytes"), "nothing is read beyond the frame", Setup::plain())
                     .frame(tagged(F.ack(1), tags).with(|spec| spec.cut = Some(cut)), Fate::Pass(reason)),
@@ -79,7 +79,7 @@ fn tags() -> Vec<Case> {
     }
     cases.push(
         Case::new("three tags", "two at most", Setup::plain())
-            .frame(tagged(F.data(1), &[OUTER, VLAN, VLAN]), Fate::Pass(Reason::NotIpv4)),
+            .frame(tagged(F.data(1), &[OUTER, VLAN, VLAN]), Fate::Pass(Reason::NotIp)),
     );
     cases
 }
