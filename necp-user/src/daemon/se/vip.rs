@@ -420,7 +420,7 @@ mod tests {
             let directory = tempfile::tempdir().expect("a directory");
             let state = state_in(&directory);
             set([0, 0]);
-            let error = Vips::establish(&[VIP, Ipv4Addr::new(224, 0, 0, 1)], &state).await;
+            let error = Vips::establish(&[VIP.into(), Ipv4Addr::new(224, 0, 0, 1).into()], &state).await;
             assert!(matches!(error, Err(VipError::Address(_))), "{error:?}");
             assert_eq!((addresses().await, settings(), state.exists()), (vec![], [0, 0], false));
         });
