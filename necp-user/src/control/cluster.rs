@@ -10,7 +10,7 @@ use std::{
 use necp_ebpf::abi;
 
 use super::{
-    config::{ClusterConfig, ConfigError, Forwarding, ServiceKey},
+    config::{ClusterConfig, ConfigError, Family, Forwarding, ServiceKey},
     exceptions::Store,
     ids::{Ids, NoIdLeft, OfferKey},
     layout::{Layout, PlacedService},
@@ -58,6 +58,10 @@ pub enum StartError {
     /// The configuration does not offer this service to this SE.
     #[error("no farm that admits the server has the service {0}: add it to the farm's `services`")]
     NotOffered(ServiceKey),
+    /// The service is offered on addresses of the other family only.
+    #[error("the farm has no {family} VIP, and a server that joins over {family} serves no other: join over {other}, or add one for {0} to the farm's `vips`",
+        family = .1.name(), other = .1.other().name())]
+    NoVip(ServiceKey, Family),
     /// The farm does not allow this forwarding type.
     #[error("the farm does not allow forwarding type {}: add it to the farm's `forwarding`", .0.name())]
     NotAllowed(Forwarding),
@@ -302,7 +306,7 @@ impl Cluster {
     ) -> Result<Change, StartError> {
         let host = self.hosts.get(&address).filter(|host| host.session == Session::Up).ok_or(StartError::NoSession)?;
         let service = ServiceKey::new(protocol, port);
-        let (farm, index) = self.offered(address, service).ok_or(StartError::NotOffered(service))?;
+        let (farm, index) = self.offered(address, service)?;
         if !self.config.farms[farm].forwarding.contains(&forwarding) {
             return Err(StartError::NotAllowed(forwarding));
         }
@@ -468,10 +472,14 @@ impl Cluster {
     }
 
     /// The farm and the service's index, if the configuration offers it to this SE.
-    fn offered(&self, address: IpAddr, service: ServiceKey) -> Option<(usize, usize)> {
-        let admits = |placed: &PlacedService| placed.key == service && self.config.farms[placed.farm].admits(address);
-        let index = self.layout.services.iter().position(admits)?;
-        Some((self.layout.services[index].farm, index))
+    fn offered(&self, address: IpAddr, service: ServiceKey) -> Result<(usize, usize), StartError> {
+        let admits = |placed: &&PlacedService| placed.key == service && self.config.farms[placed.farm].admits(address);
+        let family = Family::of(address);
+        let mut offered = self.layout.services.iter().enumerate().filter(|(_, placed)| admits(placed)).peekable();
+        offered.peek().ok_or(StartError::NotOffered(service))?;
+        let (index, placed) =
+            offered.find(|(_, placed)| placed.family == family).ok_or(StartError::NoVip(service, family))?;
+        Ok((placed.farm, index))
     }
 
     fn stop_offers(&mut self, address: IpAddr, which: impl Fn(u32, &Offer) -> bool) {

@@ -393,7 +393,7 @@ pub(super) fn plane_config(config: &NeConfig) -> PlaneConfig {
 pub(super) fn cluster_config(config: &NeConfig) -> ClusterConfig {
     let farm = |farm: &crate::config::ne::FarmConfig| FarmConfig {
         name: farm.name.clone(),
-        vips: ipv4(&farm.vips),
+        vips: farm.vips.clone(),
         intercept: farm.intercept.clone(),
         services: farm.services.iter().map(|key| ServiceKey::new(key.protocol(), key.port())).collect(),
         forwarding: farm.forwarding.iter().filter_map(|one| Forwarding::from_wire(one.code().into())).collect(),

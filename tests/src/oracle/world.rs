@@ -88,7 +88,7 @@ impl<'a> World<'a> {
     pub fn new(size: Size, view: View<'a>, now: Instant) -> Self {
         wipe(&view);
         let mut farm = FarmConfig::new(FARM);
-        farm.vips = vec![Ipv4Addr::from(VIP)];
+        farm.vips = vec![Ipv4Addr::from(VIP).into()];
         farm.services = vec![ServiceKey::new(protocol::TCP, TCP_PORT), ServiceKey::new(protocol::UDP, UDP_PORT)];
         farm.servers = vec!["10.0.0.0/24".parse().expect("a prefix")];
         (farm.table_size, farm.orphan_time, farm.tcp_idle, farm.udp_idle) = (size.slots, ORPHAN, TCP_IDLE, UDP_IDLE);

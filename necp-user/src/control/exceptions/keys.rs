@@ -12,7 +12,7 @@ use std::{
 use hashbrown::HashTable;
 use necp_ebpf::{abi, exceptions::name6};
 
-use super::super::cluster::Change;
+use super::super::{cluster::Change, config::halves};
 use super::{INSTALLERS, MASKS};
 use crate::necp::message::{Family, Flows, Scope};
 
@@ -89,20 +89,15 @@ impl Record {
     pub fn named(&self, seed: u64) -> abi::Exception {
         let [source, destination] = match self.addresses {
             [IpAddr::V4(source), IpAddr::V4(destination)] => [source.octets(), destination.octets()],
-            [source, destination] => {
+            [IpAddr::V6(source), IpAddr::V6(destination)] => {
                 let [a, b, c, d, e, f, g, h] = name6(halves(source), halves(destination), seed).to_ne_bytes();
                 [[a, b, c, d], [e, f, g, h]]
             }
+            // Flows are of one family.
+            _ => return abi::Exception::default(),
         };
         abi::Exception { source, destination, ..self.exception }
     }
-}
-
-/// An address as its halves are read from a header.
-fn halves(address: IpAddr) -> [u64; 2] {
-    let IpAddr::V6(address) = address else { return [0; 2] };
-    let [high, low] = [0, 8].map(|at: usize| address.octets()[at..at + 8].try_into().expect("eight bytes"));
-    [high, low].map(u64::from_ne_bytes)
 }
 
 impl Key {

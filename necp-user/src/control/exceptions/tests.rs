@@ -1,5 +1,7 @@
 //! Exceptions of several SEs, on a clock of their own; what the maps say, and what packets do.
 
+mod six;
+
 use std::{collections::BTreeMap, time::Duration};
 
 use necp_ebpf::{
@@ -11,7 +13,7 @@ use proptest::prelude::*;
 use super::{
     super::{
         config::ClusterConfig,
-        testbed::{Bed, config, se},
+        testbed::{Bed, config, config_of_both, se, se6},
     },
     *,
 };
@@ -395,18 +397,27 @@ proptest! {
 /// Figures for the documentation: `cargo test --release -p necp-user --lib a_million -- --nocapture`.
 #[test]
 fn a_million_exceptions_take_little_room_and_leave_in_small_batches() {
+    [se(1), se6(1)].into_iter().for_each(a_million_of);
+}
+
+fn a_million_of(server: IpAddr) {
     let number = if cfg!(debug_assertions) { 1 << 17 } else { 1 << 20 };
-    let mut config = config();
+    let mut config = config_of_both();
     (config.max_exceptions, config.farms[0].max_exceptions) = (number, number);
     let records = abi::exception_records(number);
     let view = Box::leak(Box::new(Owned::new(64, 32, 64).with_exceptions(records))).view();
     let mut bed = Bed::on(view, config, Instant::now());
     bed.serve(1);
+    bed.serve6(1);
     let begun = Instant::now();
     for one in 0..number {
-        let source = ipnet::Ipv4Net::new_assert(std::net::Ipv4Addr::from(0x0b00_0000 + (one << 4)), 28);
-        let flows = Flows { source: source.into(), ..clients() };
-        bed.cluster.except_add(se(1), &Exception { ttl: 1000 + one, ..local(flows) }, bed.now).unwrap();
+        let four = ipnet::Ipv4Net::new_assert(std::net::Ipv4Addr::from(0x0b00_0000 + (one << 4)), 28);
+        let six = ipnet::Ipv6Net::new_assert((0x2001_0db8_u128 << 96 | u128::from(one) << 64).into(), 64);
+        let flows = match server {
+            IpAddr::V4(_) => Flows { source: four.into(), ..Flows::ALL },
+            IpAddr::V6(_) => Flows { source: six.into(), ..Flows::all(Family::V6) },
+        };
+        bed.cluster.except_add(server, &Exception { ttl: 1000 + one, ..local(flows) }, bed.now).unwrap();
         if one % 4096 == 0 {
             bed.sync();
         }
@@ -415,7 +426,8 @@ fn a_million_exceptions_take_little_room_and_leave_in_small_batches() {
     let added = begun.elapsed();
     let bytes = bed.cluster.exceptions.bytes();
     assert!(bytes / number as usize <= 200, "{} bytes an entry", bytes / number as usize);
-    bed.lose(1);
+    bed.cluster.session_lost(server, bed.now);
+    bed.sync();
     let (mut batches, mut longest) = (1, Duration::ZERO);
     while bed.cluster.next_expiry().is_some_and(|at| at <= bed.now) {
         let begun = Instant::now();
@@ -423,7 +435,7 @@ fn a_million_exceptions_take_little_room_and_leave_in_small_batches() {
         (batches, longest) = (batches + 1, longest.max(begun.elapsed()));
     }
     println!(
-        "{number} entries: {} bytes each, {:.2} us each to add and write; removed in {batches} batches, the longest {:.1} ms",
+        "{number} entries of {server}: {} bytes each, {:.2} us each to add and write; removed in {batches} batches, the longest {:.1} ms",
         bytes / number as usize,
         added.as_secs_f64() * 1e6 / f64::from(number),
         longest.as_secs_f64() * 1e3

@@ -1,6 +1,5 @@
 //! The extension for exceptions of IPv6, both roles; single messages stand in `necp/vectors/messages.txt`.
 
-use super::exceptions::List;
 use super::pairs::{Pair, seconds};
 use super::*;
 use crate::necp::message::{Family, extension};
@@ -412,7 +411,7 @@ fn a_pair_speaks_it() {
 fn a_long_list_is_streamed() {
     for secured in [false, true] {
         let mut pair = Pair::with(SessionConfig { extension: true, max_message: 4 << 20, ..SessionConfig::default() }, secured);
-        pair.list = List { many: 20_000, ..List::default() };
+        pair.list.many = 20_000;
         pair.settle();
         let id = pair.se.except_query(Filter::default());
         pair.settle();
