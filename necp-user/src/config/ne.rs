@@ -30,6 +30,7 @@ use ipnet::{IpNet, Ipv4Net};
 use thiserror::Error;
 
 use super::strict::{self, FileError, Mistake};
+use crate::control::config::Family;
 use crate::necp::{Forwarding, PORT, ServiceKey};
 
 /// Where maps, program and links are pinned unless `pin` says otherwise.
@@ -241,6 +242,17 @@ impl NeConfig {
         self.farms.iter().any(|farm| farm.forwarding.contains(&forwarding))
     }
 
+    /// Whether some farm has something to serve over this family.
+    pub fn serves(&self, family: Family) -> bool {
+        self.farms.iter().any(|farm| farm.serves(family))
+    }
+
+    /// Whether servers of this family may ask for one of these forwarding types.
+    pub fn routes(&self, family: Family, by: &[Forwarding]) -> bool {
+        let farms = self.farms.iter().filter(|farm| farm.serves(family));
+        farms.flat_map(|farm| &farm.forwarding).any(|one| by.contains(one))
+    }
+
     /// Whether some farm takes what crosses this host.
     pub fn intercepts(&self) -> bool {
         self.farms.iter().any(|farm| !farm.intercept.is_empty())
@@ -261,8 +273,13 @@ impl NeConfig {
 impl FarmConfig {
     /// Slot tables of the farm: each service has one for each family that it is offered on.
     pub fn tables(&self) -> usize {
-        let families = [self.vips.iter().any(IpAddr::is_ipv4), self.vips.iter().any(IpAddr::is_ipv6)];
-        families.into_iter().filter(|has| *has).count().max(1) * self.services.len()
+        Family::ALL.into_iter().filter(|family| self.serves(*family)).count() * self.services.len()
+    }
+
+    /// Whether it has something to serve over this family.
+    pub fn serves(&self, family: Family) -> bool {
+        let intercepts = !self.intercept.is_empty() && family == Family::V4;
+        intercepts || self.vips.iter().any(|vip| Family::of(*vip) == family)
     }
 
     /// Whether a server of this address may join.

@@ -46,7 +46,8 @@ use self::vips::Vips;
 use super::admin::AdminSocket;
 use crate::config::ne::{Mode, NeConfig};
 use crate::control::cluster::Cluster;
-use crate::control::config::{ClusterConfig, FarmConfig, Forwarding, ServiceKey};
+use crate::control::config::{ClusterConfig, Family, FarmConfig, Forwarding, ServiceKey};
+use crate::necp::Forwarding::{Gre, L3};
 use crate::necp::Key;
 use crate::plane::host_routing::HostRouting;
 use crate::plane::neighbours::{Change, Neighbours};
@@ -250,7 +251,7 @@ async fn start(
     let ports = plane.ports();
     let hosts = Hosts::new(neighbours, ports.iter().cloned());
     let vips = if config.manage_vips {
-        let all = config.farms.iter().flat_map(|farm| ipv4(&farm.vips));
+        let all = config.farms.iter().flat_map(|farm| farm.vips.iter().copied());
         let distinct: BTreeSet<_> = all.collect();
         Some(Vips::put(distinct.into_iter().collect(), &ports).await?)
     } else {
@@ -258,8 +259,8 @@ async fn start(
     };
     let (sender, inputs) = mpsc::channel(input::CAPACITY);
     let limits = Arc::new(Limits::default());
-    if config.allows(crate::necp::Forwarding::Gre) {
-        follow_path_mtus(sender.clone());
+    for family in Family::ALL.into_iter().filter(|family| config.routes(*family, &[Gre])) {
+        follow_path_mtus(family, sender.clone());
     }
     let door = Door::new(Arc::clone(config), sender.clone(), Arc::clone(&limits), Arc::clone(keys));
     let mut owner = Owner::new(Arc::clone(config), plane, cluster, hosts, vips, Arc::clone(&door), limits);
@@ -337,7 +338,11 @@ fn follow_hangups(mut reload: impl FnMut() -> [Reloaded; 2] + Send) -> anyhow::R
 
 /// Makes the kernel route what the packet path leaves to it.
 fn prepare_routing(config: &NeConfig) -> HostRouting {
-    if !config.allows(crate::necp::Forwarding::Gre) && !config.allows(crate::necp::Forwarding::L3) {
+    if config.serves(Family::V6) {
+        let missing = HostRouting::missing6(&config.interfaces, config.routes(Family::V6, &[Gre, L3]));
+        missing.iter().for_each(|problem| tracing::warn!("{problem}"));
+    }
+    if !config.routes(Family::V4, &[Gre, L3]) {
         let missing = if config.intercepts() { HostRouting::missing(&config.interfaces) } else { Vec::new() };
         missing.iter().for_each(|problem| tracing::warn!("{problem}"));
         return HostRouting::default();
@@ -348,14 +353,14 @@ fn prepare_routing(config: &NeConfig) -> HostRouting {
 }
 
 /// Listens for ICMP errors about paths that take shorter packets.
-fn follow_path_mtus(owner: mpsc::Sender<Input>) {
+fn follow_path_mtus(family: Family, owner: mpsc::Sender<Input>) {
     // SAFETY: its descriptor is the same, and open, for as long as it lives.
     let register = |mtus| unsafe { AsyncFd::register_with_interest(mtus, Interest::ERROR) };
-    let watched = PathMtus::open().and_then(|mtus| Ok(register(mtus)?));
+    let watched = PathMtus::open(family == Family::V6).and_then(|mtus| Ok(register(mtus)?));
     let mtus = match watched {
         Ok(mtus) => mtus,
         Err(error) => {
-            tracing::warn!(%error, "path MTUs of tunnels are not followed: what is too long for one is lost on the way");
+            tracing::warn!(%error, "path MTUs of {} tunnels are not followed: what is too long for one is lost on the way", family.name());
             return;
         }
     };
@@ -384,7 +389,7 @@ pub(super) fn plane_config(config: &NeConfig) -> PlaneConfig {
         slots: config.slots(),
         flow_buckets: necp_ebpf::abi::DEFAULT_FLOW_BUCKETS,
         exceptions: necp_ebpf::abi::exception_records(necp_ebpf::abi::DEFAULT_EXCEPTIONS),
-        replies: config.allows(crate::necp::Forwarding::L3),
+        replies: config.allows(L3),
         intercepts: config.intercepts(),
     }
 }
@@ -417,10 +422,6 @@ pub(super) fn cluster_config(config: &NeConfig) -> ClusterConfig {
         max_exceptions: config.max_exceptions,
         ..ClusterConfig::default()
     }
-}
-
-fn ipv4(addresses: &[std::net::IpAddr]) -> Vec<std::net::Ipv4Addr> {
-    addresses.iter().filter_map(|one| if let std::net::IpAddr::V4(one) = one { Some(*one) } else { None }).collect()
 }
 
 fn list<T: ToString>(items: &[T]) -> String {

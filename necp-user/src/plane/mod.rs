@@ -10,7 +10,6 @@ pub mod decap;
 pub mod host_address;
 pub mod host_routing;
 mod load;
-pub mod loopback6;
 mod memory;
 pub mod neighbours;
 pub mod path_mtu;

@@ -1,33 +1,32 @@
 //! The virtual addresses of layer-2 services on this server: on `lo`, and unknown to the link.
 //!
 //! A layer-2 server gets datagrams for the VIP unchanged, so the VIP must be its own address, but nobody may learn that
-//! by ARP: the VIP is the network element's there. Hence
-//! - the VIP is put on `lo` with a /32 and host scope, so that it is never chosen as the source of this host's own
-//!   connections;
+//! by ARP or neighbour discovery: the VIP is the network element's there. Hence
+//! - the VIP is put on `lo` with a /32 and host scope (IPv6: /128, and deprecated), so that it is not chosen as the source of
+//!   this host's own connections if there is another one;
 //! - `arp_ignore` = 1: ARP requests are answered only for addresses of the interface on which they arrive;
 //! - `arp_announce` = 2: this host's own ARP requests never carry the VIP as their sender, which a router would learn.
 //!
 //! The kernel uses the larger of the values of `all` and of the interface, so `all` is enough for every interface,
 //! those that come later too; `lo` itself never sees ARP. A value that is large enough already is left alone.
 //!
-//! IPv6 needs no setting: an address on `lo` is never answered for in neighbour discovery; see
-//! [`Loopback6`](crate::plane::loopback6::Loopback6).
+//! IPv6 needs no setting: the kernel answers neighbour solicitations only for addresses of the interface on which they
+//! arrive, and sends its own from such, forwarding or not; on `lo` there are none.
 //!
-//! Taken away is exactly what was changed, also after a crash: addresses are recognised by their label, those of IPv6, which
-//! have none, and the former values stand in a state file beside the lock, written before the first change.
+//! Taken away is exactly what was changed, also after a crash: addresses are recognised by their label, the former values
+//! stand in a state file beside the lock, written before the first change.
 
 use std::fs;
 use std::io;
-use std::net::{IpAddr, Ipv6Addr};
+use std::net::IpAddr;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 
-use ipnet::Ipv4Net;
+use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use crate::plane::host_address::{Added, HostAddressError, HostAddresses, Scope, interface_index};
-use crate::plane::loopback6::Loopback6;
 
 /// Marks our addresses, see [`HostAddresses::open`].
 const TAG: &str = "necp-se";
@@ -69,9 +68,6 @@ struct State {
     /// Boot and network namespace for which the rest holds.
     place: String,
     changed: Vec<Changed>,
-    /// Addresses of IPv6 that are ours.
-    #[serde(default)]
-    added: Vec<Ipv6Addr>,
 }
 
 /// A setting that was changed.
@@ -86,8 +82,7 @@ struct Changed {
 #[derive(Debug)]
 pub struct Vips {
     addresses: HostAddresses,
-    loopback6: Loopback6,
-    ours: Vec<Ipv4Net>,
+    ours: Vec<IpNet>,
     state: State,
     state_path: PathBuf,
 }
@@ -106,14 +101,12 @@ impl Vips {
         }
         let (addresses, driver) = HostAddresses::open(TAG)?;
         tokio::spawn(driver);
-        let (loopback6, driver) = Loopback6::open()?;
-        tokio::spawn(driver);
-        let (changed, added) = match left {
-            Some(left) if left.place == place => (left.changed, left.added),
-            _ => (Vec::new(), Vec::new()),
+        let changed = match left {
+            Some(left) if left.place == place => left.changed,
+            _ => Vec::new(),
         };
-        let state = State { place, changed, added };
-        let mut this = Self { addresses, loopback6, ours: Vec::new(), state, state_path: state_path.into() };
+        let state = State { place, changed };
+        let mut this = Self { addresses, ours: Vec::new(), state, state_path: state_path.into() };
         match this.set_up(vips).await {
             Ok(()) if vips.is_empty() => this.withdraw().await.map(|()| None),
             Ok(()) => Ok(Some(this)),
@@ -128,65 +121,26 @@ impl Vips {
 
     async fn set_up(&mut self, vips: &[IpAddr]) -> Result<(), VipError> {
         let lo = interface_index(LOOPBACK)?;
-        let mut wanted: Vec<Ipv4Net> = Vec::new();
-        let mut wanted6: Vec<Ipv6Addr> = Vec::new();
-        for vip in vips {
-            match vip {
-                IpAddr::V4(vip) => wanted.push((*vip).into()),
-                IpAddr::V6(vip) => wanted6.push(*vip),
-            }
-        }
-        let keep: Vec<(u32, Ipv4Net)> = wanted.iter().map(|net| (lo, *net)).collect();
+        let wanted: Vec<IpNet> = vips.iter().map(|vip| IpNet::from(*vip)).collect();
+        let keep: Vec<(u32, IpNet)> = wanted.iter().map(|net| (lo, *net)).collect();
         for left in self.addresses.remove_leftovers(&keep).await? {
             tracing::info!(address = %left.net, "removed a VIP that an earlier run had left");
         }
-        let (keep6, left6) = self.state.added.iter().partition(|left| wanted6.contains(left));
-        self.state.added = keep6;
-        for left in left6 {
-            self.loopback6.remove(left).await?;
-            tracing::info!(address = %left, "removed a VIP that an earlier run had left");
-        }
-        if vips.is_empty() {
+        if wanted.is_empty() {
             return Ok(());
         }
         // The settings first: an address that is there without them is answered for at once.
         self.save()?;
-        for (path, least) in SETTINGS.into_iter().filter(|_| !wanted.is_empty()) {
+        for (path, least) in SETTINGS.into_iter().filter(|_| vips.iter().any(IpAddr::is_ipv4)) {
             self.raise(path, least)?;
         }
         for net in wanted {
             self.add(lo, net).await?;
         }
-        for vip in wanted6 {
-            self.add6(lo, vip).await?;
-        }
         Ok(())
     }
 
-    async fn add6(&mut self, lo: u32, vip: Ipv6Addr) -> Result<(), VipError> {
-        let there = self.loopback6.find(vip).await?;
-        if let Some(other) = there.iter().find(|index| **index != lo) {
-            tracing::warn!(
-                %vip,
-                "this VIP is also on interface {other} and is answered for there: clients may go past the network element"
-            );
-        }
-        match (there.contains(&lo), self.state.added.contains(&vip)) {
-            (true, true) => tracing::info!(%vip, "VIP taken over from an earlier run"),
-            (true, false) => tracing::info!(%vip, "VIP was on {LOOPBACK} already; it will stay"),
-            (false, known) => {
-                if !known {
-                    self.state.added.push(vip);
-                    self.save()?;
-                }
-                self.loopback6.add(vip).await?;
-                tracing::info!(%vip, "VIP set up on {LOOPBACK}");
-            }
-        }
-        Ok(())
-    }
-
-    async fn add(&mut self, lo: u32, net: Ipv4Net) -> Result<(), VipError> {
+    async fn add(&mut self, lo: u32, net: IpNet) -> Result<(), VipError> {
         let elsewhere =
             self.addresses.list().await?.into_iter().find(|one| one.net.addr() == net.addr() && one.ifindex != lo);
         if let Some(other) = elsewhere {
@@ -233,12 +187,6 @@ impl Vips {
         for net in &self.ours {
             match self.addresses.remove(lo, *net).await {
                 Ok(_) => tracing::info!(vip = %net.addr(), "VIP removed from {LOOPBACK}"),
-                Err(error) => first = first.and(Err(error.into())),
-            }
-        }
-        for vip in &self.state.added {
-            match self.loopback6.remove(*vip).await {
-                Ok(_) => tracing::info!(%vip, "VIP removed from {LOOPBACK}"),
                 Err(error) => first = first.and(Err(error.into())),
             }
         }
@@ -296,7 +244,7 @@ fn place() -> String {
 
 #[cfg(test)]
 mod tests {
-    use std::net::Ipv4Addr;
+    use std::net::{Ipv4Addr, Ipv6Addr};
 
     use super::*;
     use crate::plane::throwaway_netns::in_new_netns;
@@ -306,7 +254,11 @@ mod tests {
     const VIP6: Ipv6Addr = Ipv6Addr::new(0x2001, 0xdb8, 1, 0, 0, 0, 0, 0x10);
     const SECOND6: Ipv6Addr = Ipv6Addr::new(0x2001, 0xdb8, 1, 0, 0, 0, 0, 0x11);
 
-    async fn addresses() -> Vec<(Ipv4Net, bool)> {
+    fn net(vip: Ipv4Addr) -> IpNet {
+        std::net::IpAddr::V4(vip).into()
+    }
+
+    async fn addresses() -> Vec<(IpNet, bool)> {
         let (addresses, driver) = HostAddresses::open(TAG).expect("netlink");
         tokio::spawn(driver);
         let listed = addresses.list().await.expect("a list");
@@ -334,7 +286,7 @@ mod tests {
             let state = state_in(&directory);
             set([0, 0]);
             let vips = Vips::establish(&[VIP.into(), SECOND.into()], &state).await.expect("set up").expect("something to set up");
-            assert_eq!(addresses().await, [(VIP.into(), true), (SECOND.into(), true)]);
+            assert_eq!(addresses().await, [(net(VIP), true), (net(SECOND), true)]);
             assert_eq!(settings(), [1, 2]);
             assert!(state.exists());
             vips.withdraw().await.expect("taken away");
@@ -350,11 +302,11 @@ mod tests {
             set([2, 0]);
             let (others, driver) = HostAddresses::open("other").expect("netlink");
             tokio::spawn(driver);
-            others.add("lo", VIP.into(), Scope::Global).await.expect("added");
+            others.add("lo", net(VIP), Scope::Global).await.expect("added");
             let vips = Vips::establish(&[VIP.into()], &state_in(&directory)).await.expect("set up").expect("something");
             assert_eq!(settings(), [2, 2], "a larger value does as well");
             vips.withdraw().await.expect("taken away");
-            assert_eq!((addresses().await, settings()), (vec![(VIP.into(), false)], [2, 0]));
+            assert_eq!((addresses().await, settings()), (vec![(net(VIP), false)], [2, 0]));
         });
     }
 
@@ -378,7 +330,7 @@ mod tests {
             set([0, 1]);
             drop(Vips::establish(&[VIP.into(), SECOND.into()], &state).await.expect("set up"));
             let vips = Vips::establish(&[SECOND.into()], &state).await.expect("set up").expect("something");
-            assert_eq!(addresses().await, [(SECOND.into(), true)], "the other one is no longer wanted");
+            assert_eq!(addresses().await, [(net(SECOND), true)], "the other one is no longer wanted");
             vips.withdraw().await.expect("taken away");
             assert_eq!((addresses().await, settings()), (vec![], [0, 1]), "the values before the crash");
 
@@ -394,7 +346,7 @@ mod tests {
             let directory = tempfile::tempdir().expect("a directory");
             let state = state_in(&directory);
             let changed = SETTINGS.map(|(path, after)| Changed { path: path.into(), before: 0, after }).to_vec();
-            let foreign = State { place: "another boot/1".into(), changed, added: vec![VIP6] };
+            let foreign = State { place: "another boot/1".into(), changed };
             fs::write(&state, serde_json::to_string(&foreign).expect("JSON")).expect("written");
             set([1, 2]);
             assert!(Vips::establish(&[], &state).await.expect("nothing to do").is_none());
@@ -426,15 +378,14 @@ mod tests {
         });
     }
 
-    async fn loopback6() -> Loopback6 {
-        let (loopback6, driver) = Loopback6::open().expect("netlink");
-        tokio::spawn(driver);
-        loopback6
+    fn net6(vip: Ipv6Addr) -> IpNet {
+        IpAddr::V6(vip).into()
     }
 
-    async fn has6(vips: [Ipv6Addr; 2]) -> [bool; 2] {
-        let lo = loopback6().await;
-        [lo.has(vips[0]).await.expect("a list"), lo.has(vips[1]).await.expect("a list")]
+    /// Those of [`addresses`] that are VIPs of IPv6.
+    async fn addresses6() -> Vec<(IpNet, bool)> {
+        let all = addresses().await;
+        all.into_iter().filter(|(net, _)| [net6(VIP6), net6(SECOND6)].contains(net)).collect()
     }
 
     #[test]
@@ -444,16 +395,16 @@ mod tests {
             let state = state_in(&directory);
             set([0, 0]);
             let vips = Vips::establish(&[VIP6.into()], &state).await.expect("set up").expect("something to set up");
-            assert_eq!((has6([VIP6, SECOND6]).await, settings()), ([true, false], [0, 0]));
+            assert_eq!((addresses6().await, settings()), (vec![(net6(VIP6), true)], [0, 0]));
             vips.withdraw().await.expect("taken away");
-            assert_eq!((has6([VIP6, SECOND6]).await, state.exists()), ([false, false], false));
+            assert_eq!((addresses6().await, state.exists()), (vec![], false));
             // Of both families.
             let both = [VIP.into(), VIP6.into()];
             let vips = Vips::establish(&both, &state).await.expect("set up").expect("something to set up");
-            assert_eq!((has6([VIP6, SECOND6]).await, settings()), ([true, false], [1, 2]));
-            assert_eq!(addresses().await, [(VIP.into(), true)]);
+            assert_eq!((addresses6().await, settings()), (vec![(net6(VIP6), true)], [1, 2]));
+            assert!(addresses().await.contains(&(net(VIP), true)));
             vips.withdraw().await.expect("taken away");
-            assert_eq!((has6([VIP6, SECOND6]).await, addresses().await, settings()), ([false, false], vec![], [0, 0]));
+            assert_eq!((addresses().await, settings()), (vec![], [0, 0]));
         });
     }
 
@@ -462,16 +413,18 @@ mod tests {
         in_new_netns(async || {
             let directory = tempfile::tempdir().expect("a directory");
             let state = state_in(&directory);
-            loopback6().await.add(SECOND6).await.expect("added by somebody");
+            let (others, driver) = HostAddresses::open("other").expect("netlink");
+            tokio::spawn(driver);
+            others.add("lo", net6(SECOND6), Scope::Global).await.expect("added");
             drop(Vips::establish(&[VIP6.into(), SECOND6.into()], &state).await.expect("set up"));
             // A crash, and the next run wants nothing.
             assert!(Vips::establish(&[], &state).await.expect("cleaned up").is_none());
-            assert_eq!((has6([VIP6, SECOND6]).await, state.exists()), ([false, true], false));
+            assert_eq!((addresses6().await, state.exists()), (vec![(net6(SECOND6), false)], false));
             // A crash, and the next run wants the same.
             drop(Vips::establish(&[VIP6.into()], &state).await.expect("set up"));
             let vips = Vips::establish(&[VIP6.into()], &state).await.expect("set up").expect("something to set up");
             vips.withdraw().await.expect("taken away");
-            assert_eq!(has6([VIP6, SECOND6]).await, [false, true]);
+            assert_eq!(addresses6().await, [(net6(SECOND6), false)]);
         });
     }
 }
