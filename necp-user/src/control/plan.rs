@@ -18,6 +18,7 @@ use necp_ebpf::{
 use super::{
     cluster::{Change, Cluster},
     config::halves,
+    exceptions::Record,
     slots::{self, Member},
 };
 
@@ -59,7 +60,7 @@ pub struct ExceptionWrite {
     /// Its number.
     pub number: u32,
     /// What it should say; the default: nothing.
-    pub exception: abi::Exception,
+    pub exception: Record,
     /// Who waits for it.
     pub change: Change,
 }
@@ -367,7 +368,7 @@ impl Applied {
     }
 
     fn exception(&mut self, write: &ExceptionWrite, view: &View<'_>) {
-        let error = match view.set_exception(write.number, &write.exception) {
+        let error = match view.set_exception(write.number, &write.exception.named(view.exception_seed())) {
             Ok(written) => return self.records_written += usize::from(written),
             Err(NotWritten::NoRecord) => WriteError::Exception(write.number),
             Err(NotWritten::NoPlace) => WriteError::ExceptionPlace(write.number),

@@ -345,6 +345,8 @@ fn refused(what: &str, error: rtnetlink::Error) -> HostAddressError {
 }
 
 #[cfg(test)]
+mod silence;
+#[cfg(test)]
 mod tests {
     use super::*;
     use crate::plane::throwaway_netns::in_new_netns;

@@ -230,7 +230,7 @@ impl<'a> World<'a> {
 
     /// EXCEPTION_DEL.
     pub fn unexcept(&mut self, server: u8, flows: &Flows) {
-        self.cluster.except_del(address(server), flows, self.now);
+        self.cluster.except_del(address(server), flows, self.now).expect("they are IPv4");
         self.sync();
     }
 

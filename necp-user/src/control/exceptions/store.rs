@@ -123,8 +123,7 @@ impl Store {
         change: Change,
         now: Instant,
     ) -> Result<(), ExceptError> {
-        let flows = exception.flows;
-        let scope = if flows == Flows::ALL { Scope::Local } else { exception.scope };
+        let Exception { scope, flows, .. } = Exception::new(exception.scope, exception.ttl, exception.flows);
         let expires = self.expiry(exception.ttl, now);
         let installer = self.installer(config, address, host);
         self.outlive(address, &flows, change);
@@ -233,9 +232,8 @@ impl Store {
         let entry = self.entries.get(index as usize)?;
         let in_force = || {
             let installer = self.installers[entry.installer as usize].as_ref().filter(|one| one.doomed.is_none())?;
-            let IpAddr::V4(address) = installer.address else { return None };
             let scope = installer.listed(entry.scope);
-            Some(Listed { scope, installer: address, flows: entry.flows })
+            Some(Listed { scope, installer: installer.address, flows: entry.flows })
         };
         let there = entry.used && entry.birth <= cut && entry.expires > self.ticked;
         Some(if there { in_force().filter(|listed| filter.matches(listed)) } else { None })

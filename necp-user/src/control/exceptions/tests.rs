@@ -1,5 +1,7 @@
 //! Exceptions of several SEs, on a clock of their own; what the maps say, and what packets do.
 
+mod six;
+
 use std::{collections::BTreeMap, time::Duration};
 
 use necp_ebpf::{
@@ -11,14 +13,14 @@ use proptest::prelude::*;
 use super::{
     super::{
         config::ClusterConfig,
-        testbed::{Bed, config, se},
+        testbed::{Bed, config, config_of_both, se, se6},
     },
     *,
 };
 use crate::necp::message::{Listed, Scope};
 
 fn flows(source: &str, destination: &str, protocol: u8, port: u16) -> Flows {
-    let net = |text: &str| text.parse::<ipnet::Ipv4Net>().unwrap().trunc();
+    let net = |text: &str| text.parse::<ipnet::IpNet>().unwrap().trunc();
     Flows { source: net(source), destination: net(destination), protocol, port }
 }
 
@@ -62,14 +64,6 @@ fn assert_no_exception_in_maps(bed: &Bed) {
     assert_eq!(bed.view.exception_masks_record(0), Some(ExceptionMasks::default()));
 }
 
-/// As lists name it.
-fn installer(address: IpAddr) -> std::net::Ipv4Addr {
-    match address {
-        IpAddr::V4(address) => address,
-        IpAddr::V6(_) => panic!("the bed's servers are IPv4"),
-    }
-}
-
 #[test]
 fn a_local_exception_keeps_new_flows_from_its_installer_and_no_others() {
     let mut bed = Bed::new();
@@ -86,8 +80,8 @@ fn a_local_exception_keeps_new_flows_from_its_installer_and_no_others() {
     assert_eq!(bed.sync().outcome(change), Some(true));
     (200..230).for_each(|client| assert_eq!(bed.connect(client), 0, "nobody wants it: cut through"));
     (100..160).for_each(|client| assert_eq!(bed.data(client), second, "no flow moves"));
-    bed.cluster.except_del(se(1), &clients(), bed.now);
-    bed.cluster.except_del(se(2), &clients(), bed.now);
+    bed.cluster.except_del(se(1), &clients(), bed.now).unwrap();
+    bed.cluster.except_del(se(2), &clients(), bed.now).unwrap();
     bed.sync();
     (200..230).for_each(|client| assert_eq!(bed.data(client), 0, "what was cut through stays so"));
     assert!((300..360).any(|client| bed.connect(client) == first));
@@ -102,7 +96,7 @@ fn global_is_local_where_the_farm_does_not_trust() {
         let other = bed.serve(2);
         bed.cluster.except_add(se(1), &global(clients()), bed.now).unwrap();
         bed.sync();
-        assert_eq!(list(&bed, Filter::default(), 7), [Listed { scope, installer: installer(se(1)), flows: clients() }]);
+        assert_eq!(list(&bed, Filter::default(), 7), [Listed { scope, installer: se(1), flows: clients() }]);
         let wanted = goes.map_or(0, |_| other);
         (1..60).for_each(|client| assert_eq!(bed.connect(client), wanted));
         let counts = FarmExceptions {
@@ -142,7 +136,7 @@ fn an_entry_ends_with_its_time_and_a_second_add_prolongs_it() {
     bed.sync();
     assert_eq!(
         list(&bed, Filter::default(), 9),
-        [Listed { scope: Scope::Local, installer: installer(se(1)), flows: other.flows }]
+        [Listed { scope: Scope::Local, installer: se(1), flows: other.flows }]
     );
     bed.now = begun + Duration::from_millis(10_250);
     bed.sync();
@@ -156,7 +150,7 @@ fn nobody_touches_anothers_entries_and_stop_touches_none() {
     bed.serve(1);
     bed.serve(2);
     bed.cluster.except_add(se(1), &global(clients()), bed.now).unwrap();
-    bed.cluster.except_del(se(2), &clients(), bed.now);
+    bed.cluster.except_del(se(2), &clients(), bed.now).unwrap();
     bed.cluster.except_reset(se(2), bed.now);
     bed.stop(1);
     bed.lose(2);
@@ -207,10 +201,10 @@ fn what_is_too_much_fails_and_changes_nothing() {
     assert_eq!(bed.cluster.except_add(se(1), &one_more, bed.now), Err(refused.clone()));
     assert!(refused.to_string().contains("32 different masks"));
     // A mask that nobody uses any more is free once it is out of the map.
-    bed.cluster.except_del(se(1), &with_length(9, 0), bed.now);
+    bed.cluster.except_del(se(1), &with_length(9, 0), bed.now).unwrap();
     bed.sync();
     bed.cluster.except_add(se(1), &one_more, bed.now).unwrap();
-    bed.cluster.except_del(se(1), &one_more.flows, bed.now);
+    bed.cluster.except_del(se(1), &one_more.flows, bed.now).unwrap();
     bed.sync();
     for number in 2..=8 {
         bed.cluster.except_add(se(number), &local(with_length(24, 0)), bed.now).unwrap();
@@ -284,18 +278,18 @@ fn a_listing_has_as_many_entries_as_it_said_whatever_happens() {
     for number in 0..20 {
         bed.cluster.except_add(se(1 + number % 2), &global(host(number)), bed.now).unwrap();
     }
-    let mut listing = bed.cluster.except_list(Filter { installer: Some(installer(se(1))), ..Filter::default() });
+    let mut listing = bed.cluster.except_list(Filter { installer: Some(se(1)), ..Filter::default() });
     assert_eq!(listing.count(&bed.cluster, 5), None);
     assert_eq!(listing.count(&bed.cluster, 50), Some(10));
     let mut entries = Vec::new();
     assert!(!listing.read(&bed.cluster, 2, 100, &mut entries));
     assert!(!listing.read(&bed.cluster, 9, 1, &mut entries), "it looks at one");
-    (0..20).for_each(|number| _ = bed.cluster.except_del(se(1), &host(number), bed.now));
+    (0..20).for_each(|number| _ = bed.cluster.except_del(se(1), &host(number), bed.now).unwrap());
     (50..70).for_each(|number| _ = bed.cluster.except_add(se(1), &local(host(number)), bed.now).unwrap());
     assert!(listing.read(&bed.cluster, 100, 100, &mut entries));
     assert_eq!(entries.len(), 10);
     for entry in &entries {
-        let number = entry.flows.source.addr().octets()[3];
+        let number = entry.flows.source.to_string().split(['.', '/']).nth(3).unwrap().parse::<u8>().unwrap();
         assert!(number < 20 && number % 2 == 0 && entry.scope == Scope::Global, "{entry:?} was never in force then");
     }
     let mut empty = bed.cluster.except_list(Filter { protocol: Some(47), ..Filter::default() });
@@ -363,7 +357,7 @@ proptest! {
                     model.insert((address, flows), (scope, end));
                 }
                 8..=11 => {
-                    bed.cluster.except_del(address, &flows, bed.now);
+                    bed.cluster.except_del(address, &flows, bed.now).unwrap();
                     model.remove(&(address, flows));
                 }
                 12 => {
@@ -380,7 +374,7 @@ proptest! {
             listed.sort_by_key(|entry| (entry.installer, entry.flows));
             let wanted: Vec<Listed> = model
                 .iter()
-                .map(|((installer, flows), (scope, _))| Listed { scope: *scope, installer: self::installer(*installer), flows: *flows })
+                .map(|((installer, flows), (scope, _))| Listed { scope: *scope, installer: *installer, flows: *flows })
                 .collect();
             prop_assert_eq!(&listed, &wanted);
             // A client of 11.0.0.1 asks for tcp/80.
@@ -390,8 +384,8 @@ proptest! {
             if hit(Scope::Global).next().is_some() {
                 prop_assert_eq!(went, 0);
             } else {
-                let refuse: Vec<std::net::Ipv4Addr> = hit(Scope::Local).map(|one| one.installer).collect();
-                let left = |number: &u8| !refuse.contains(&installer(se(*number)));
+                let refuse: Vec<IpAddr> = hit(Scope::Local).map(|one| one.installer).collect();
+                let left = |number: &u8| !refuse.contains(&se(*number));
                 let possible: Vec<u32> =
                     (1..=3).filter(left).map(|number| servers[usize::from(number) - 1]).collect();
                 prop_assert!(possible.contains(&went) || possible.is_empty() && went == 0, "{} of {:?}", went, possible);
@@ -403,18 +397,27 @@ proptest! {
 /// Figures for the documentation: `cargo test --release -p necp-user --lib a_million -- --nocapture`.
 #[test]
 fn a_million_exceptions_take_little_room_and_leave_in_small_batches() {
+    [se(1), se6(1)].into_iter().for_each(a_million_of);
+}
+
+fn a_million_of(server: IpAddr) {
     let number = if cfg!(debug_assertions) { 1 << 17 } else { 1 << 20 };
-    let mut config = config();
+    let mut config = config_of_both();
     (config.max_exceptions, config.farms[0].max_exceptions) = (number, number);
     let records = abi::exception_records(number);
     let view = Box::leak(Box::new(Owned::new(64, 32, 64).with_exceptions(records))).view();
     let mut bed = Bed::on(view, config, Instant::now());
     bed.serve(1);
+    bed.serve6(1);
     let begun = Instant::now();
     for one in 0..number {
-        let source = ipnet::Ipv4Net::new_assert(std::net::Ipv4Addr::from(0x0b00_0000 + (one << 4)), 28);
-        let flows = Flows { source, ..clients() };
-        bed.cluster.except_add(se(1), &Exception { ttl: 1000 + one, ..local(flows) }, bed.now).unwrap();
+        let four = ipnet::Ipv4Net::new_assert(std::net::Ipv4Addr::from(0x0b00_0000 + (one << 4)), 28);
+        let six = ipnet::Ipv6Net::new_assert((0x2001_0db8_u128 << 96 | u128::from(one) << 64).into(), 64);
+        let flows = match server {
+            IpAddr::V4(_) => Flows { source: four.into(), ..Flows::ALL },
+            IpAddr::V6(_) => Flows { source: six.into(), ..Flows::all(Family::V6) },
+        };
+        bed.cluster.except_add(server, &Exception { ttl: 1000 + one, ..local(flows) }, bed.now).unwrap();
         if one % 4096 == 0 {
             bed.sync();
         }
@@ -423,7 +426,8 @@ fn a_million_exceptions_take_little_room_and_leave_in_small_batches() {
     let added = begun.elapsed();
     let bytes = bed.cluster.exceptions.bytes();
     assert!(bytes / number as usize <= 200, "{} bytes an entry", bytes / number as usize);
-    bed.lose(1);
+    bed.cluster.session_lost(server, bed.now);
+    bed.sync();
     let (mut batches, mut longest) = (1, Duration::ZERO);
     while bed.cluster.next_expiry().is_some_and(|at| at <= bed.now) {
         let begun = Instant::now();
@@ -431,7 +435,7 @@ fn a_million_exceptions_take_little_room_and_leave_in_small_batches() {
         (batches, longest) = (batches + 1, longest.max(begun.elapsed()));
     }
     println!(
-        "{number} entries: {} bytes each, {:.2} us each to add and write; removed in {batches} batches, the longest {:.1} ms",
+        "{number} entries of {server}: {} bytes each, {:.2} us each to add and write; removed in {batches} batches, the longest {:.1} ms",
         bytes / number as usize,
         added.as_secs_f64() * 1e6 / f64::from(number),
         longest.as_secs_f64() * 1e3

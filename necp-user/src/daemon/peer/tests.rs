@@ -207,7 +207,7 @@ const LONG: usize = 4 << 15;
 
 /// The owner of a list that never ends before its time.
 async fn give_lists(mut inputs: mpsc::Receiver<Input>) -> Option<CloseReason> {
-    let entry = Listed { scope: Scope::Local, installer: std::net::Ipv4Addr::LOCALHOST, flows: Flows::ALL };
+    let entry = Listed { scope: Scope::Local, installer: std::net::Ipv4Addr::LOCALHOST.into(), flows: Flows::ALL };
     let config = ClusterConfig { farms: vec![FarmConfig::new("web")], ..ClusterConfig::default() };
     let cluster = Cluster::new(config, Instant::now()).expect("a configuration");
     while let Some(input) = inputs.recv().await {

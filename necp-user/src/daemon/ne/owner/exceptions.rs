@@ -118,10 +118,17 @@ impl Owner {
                     tally.first_refusal.get_or_insert(error);
                 }
             },
-            Operation::Unexcept(flows) => {
-                ack.wait(index, self.cluster.except_del(server, flows, now));
-                tally.deleted += 1;
-            }
+            Operation::Unexcept(flows) => match self.cluster.except_del(server, flows, now) {
+                Ok(change) => {
+                    ack.wait(index, change);
+                    tally.deleted += 1;
+                }
+                Err(error) => {
+                    ack.fail(index);
+                    tally.refused += 1;
+                    tally.first_refusal.get_or_insert(error);
+                }
+            },
             Operation::Start(_) | Operation::Stop(_) => {}
         }
     }
