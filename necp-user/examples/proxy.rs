@@ -5,7 +5,7 @@
 //! It takes connections, connects to the origin for each, and copies both ways. An origin that refuses or resets the
 //! connection before its first byte, or answers with HTTP status 403, is excepted.
 
-use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, SocketAddrV4};
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -227,7 +227,7 @@ impl Proxy {
 
 /// All flows to one port of one host.
 fn flows_to(host: Ipv4Addr, port: u16) -> Flows {
-    Flows { destination: host.into(), protocol: TCP, port, ..Flows::ALL }
+    Flows { destination: IpAddr::V4(host).into(), protocol: TCP, port, ..Flows::ALL }
 }
 
 /// Copies both ways until both have ended; why the origin refuses us, if it does.

@@ -6,6 +6,8 @@
 local necp = Proto("necp", "Network Element Control Protocol")
 
 local HEADER, UNIT, CREDENTIAL = 20, 32, 20
+-- The extension for exceptions of IPv6: a variable-length payload (§5.2.3.2), asked for in KEEPALIVE.
+local PREAMBLE, WIDE_UNIT, MAGIC, EXTENSION = 8, 64, 0x45584336, 0x45580006
 local BASIC, AUTH, ERROR, MISMATCH, AUTH_REQUIRED, BAD_SEQUENCE = 0x01, 0x02, 0x04, 0x08, 0x10, 0x20
 
 local opcodes = {
@@ -45,7 +47,7 @@ local f = {
     credential = ProtoField.bytes("necp.credential", "Credential (HMAC-SHA1)"),
     authenticate = ProtoField.bool("necp.init.authenticate", "Authenticate every message", 32, nil, 0x1),
     first = ProtoField.uint64("necp.init.first_seq_num", "First sequence number to receive", base.HEX),
-    query_type = ProtoField.uint32("necp.query_type", "Performance query type", base.DEC, { [1] = "Health Index" }),
+    query_type = ProtoField.uint32("necp.query_type", "Performance query type", base.DEC, { [1] = "Health Index", [EXTENSION] = "Extension for IPv6" }),
     health = ProtoField.uint32("necp.health", "Health Index"),
     forwarding = ProtoField.uint32("necp.forwarding", "Forwarding type", base.DEC,
         { [1] = "Layer 2", [2] = "GRE", [3] = "Layer 3" }),
@@ -53,6 +55,15 @@ local f = {
     port = ProtoField.uint32("necp.port", "Destination port"),
     scope = ProtoField.uint32("necp.scope", "Scope", base.DEC, { [0] = "None", [1] = "Local", [2] = "Global" }),
     ttl = ProtoField.uint32("necp.ttl", "Time to live (s)"),
+    preamble = ProtoField.string("necp.preamble", "Preamble"),
+    magic = ProtoField.uint32("necp.preamble.magic", "Extension", base.HEX, { [MAGIC] = "Exceptions of IPv6" }),
+    extension = ProtoField.uint32("necp.extension_version", "Version of the extension"),
+    wide_version = ProtoField.uint8("necp.preamble.version", "Version"),
+    unit_len = ProtoField.uint8("necp.preamble.unit_len", "Bytes of each unit"),
+    family = ProtoField.uint8("necp.family", "Family", base.DEC, { [0] = "Any", [4] = "IPv4", [6] = "IPv6" }),
+    installer6 = ProtoField.ipv6("necp.installer6", "Installer"),
+    source6 = ProtoField.ipv6("necp.source6", "Source address"),
+    destination6 = ProtoField.ipv6("necp.destination6", "Destination address"),
     installer = ProtoField.ipv4("necp.installer", "Installer"),
     source = ProtoField.ipv4("necp.source", "Source address"),
     source_len = ProtoField.uint32("necp.source_prefix_len", "Source prefix length"),
@@ -168,6 +179,7 @@ end
 local function number(high, low) return string.format("0x%08x%08x", high, low) end
 
 local function query(w)
+    if w[0] == EXTENSION and w[1] + w[2] == 0 then return "extension" end
     if w[0] ~= 1 then return nil, "unknown query type " .. w[0] end
     local wrong = check_service(w[1], w[2], 0)
     if wrong then return nil, wrong end
@@ -194,6 +206,7 @@ local layouts = {
     [0x04] = { { f.query_type, f.protocol, f.port, f.health }, function(w)
         local text, wrong = query(w)
         if not text then return nil, wrong end
+        if text == "extension" then return "extension version " .. w[3] end
         if w[3] > 100 then return nil, "health index " .. w[3] .. " is above 100" end
         return text .. " is " .. w[3]
     end },
@@ -230,6 +243,146 @@ local layouts = {
     end },
 }
 
+-- ---- wide units ----
+
+-- An address as 16 bytes: text, and its family; nil for 0.
+local function address6(tvb)
+    local high, low = tvb(0, 8), tvb(8, 8)
+    if high:uint64() == UInt64(0) and low:uint64() == UInt64(0) then return nil end
+    if high:uint64() == UInt64(0) and tvb(8, 4):uint() == 0xffff then return tostring(tvb(12, 4):ipv4()), 4 end
+    return tostring(tvb:ipv6()), 6
+end
+
+-- An IPv6 address without its host bits, as text.
+local function network6(tvb, length)
+    local bytes = tvb:bytes()
+    for at = 0, 15 do
+        local bits = math.min(math.max(length - 8 * at, 0), 8)
+        local size = 2 ^ (8 - bits)
+        local byte = bytes:get_index(at)
+        bytes:set_index(at, math.floor(byte - byte % size))
+    end
+    return tostring(bytes:tvb("Network")(0, 16):ipv6())
+end
+
+-- A prefix of this family, or of its own (0): text, or nil and what is wrong.
+local function prefix6(tvb, length, family, bare)
+    local text, own = address6(tvb)
+    if not text then return bare and "" or "any" end
+    if family ~= 0 and own ~= family then return nil, text .. " is of the other address family" end
+    if bare and length == 0 then return text end
+    if length < 1 or length > (own == 4 and 32 or 128) then return nil, "prefix length " .. length .. " is out of range" end
+    if own == 4 then return truncated(tvb(12, 4):uint(), length) end
+    return network6(tvb, length) .. "/" .. length
+end
+
+local function wide_flows(tvb)
+    local family, protocol, port = tvb(1, 1):uint(), tvb(4, 1):uint(), tvb(6, 2):uint()
+    if family ~= 4 and family ~= 6 then return nil, "family " .. family .. " is out of range" end
+    if protocol == 0 and port ~= 0 then return nil, "port " .. port .. " is out of range" end
+    local source, wrong = prefix6(tvb(16, 16), tvb(2, 1):uint(), family)
+    if not source then return nil, wrong end
+    local destination
+    destination, wrong = prefix6(tvb(32, 16), tvb(3, 1):uint(), family)
+    if not destination then return nil, wrong end
+    if family == 6 and source == "any" and destination == "any" then source, destination = "::/0", "::/0" end
+    local kind = protocol == 0 and "any" or tostring(protocol)
+    if has_ports(protocol) then kind = port == 0 and protocols[protocol] or service(protocol, port) end
+    return source .. " -> " .. destination .. " " .. kind
+end
+
+-- EXCEPTION_ADD and EXCEPTION_DEL: IPv4 has its own units.
+local function wide_flows6(tvb)
+    local family = tvb(1, 1):uint()
+    if family ~= 6 then return nil, "family " .. family .. " is out of range" end
+    return wide_flows(tvb)
+end
+
+local function wide_scope(tvb)
+    local scope = tvb(0, 1):uint()
+    if not scopes[scope] then return nil, "unknown scope " .. scope end
+    return scopes[scope]
+end
+
+local function wide_filter(tvb)
+    local parts, family = {}, tvb(1, 1):uint()
+    if family ~= 0 and family ~= 4 and family ~= 6 then return nil, "family " .. family .. " is out of range" end
+    if family ~= 0 then parts[1] = "IPv" .. family end
+    if tvb(0, 1):uint() ~= 0 then
+        local scope, wrong = wide_scope(tvb)
+        if not scope then return nil, wrong end
+        parts[#parts + 1] = scope
+    end
+    local installer = address6(tvb(48, 16))
+    if installer then parts[#parts + 1] = "by " .. installer end
+    for _, side in ipairs({ { "from ", 16, 2 }, { "to ", 32, 3 } }) do
+        local address, wrong = prefix6(tvb(side[2], 16), tvb(side[3], 1):uint(), family, true)
+        if not address then return nil, wrong end
+        if address ~= "" then parts[#parts + 1] = side[1] .. address end
+    end
+    if tvb(4, 1):uint() ~= 0 then parts[#parts + 1] = "protocol " .. tvb(4, 1):uint() end
+    if tvb(6, 2):uint() ~= 0 then parts[#parts + 1] = "port " .. tvb(6, 2):uint() end
+    return #parts == 0 and "all" or table.concat(parts, " ")
+end
+
+local wide_layouts = {
+    [0x20] = function(tvb)
+        local text, wrong = wide_flows6(tvb)
+        if not text then return nil, wrong end
+        local scope
+        scope, wrong = wide_scope(tvb)
+        if not scope then return nil, wrong end
+        -- Nobody may switch a whole farm off.
+        if text == "::/0 -> ::/0 any" then scope = "local" end
+        return scope .. " ttl " .. tvb(8, 4):uint() .. " " .. text
+    end,
+    [0x22] = wide_flows6,
+    [0x26] = wide_filter,
+    [0x27] = function(tvb)
+        local scope, wrong = wide_scope(tvb)
+        if not scope then return nil, wrong end
+        local text
+        text, wrong = wide_flows(tvb)
+        if not text then return nil, wrong end
+        return scope .. " by " .. (address6(tvb(48, 16)) or "::") .. " " .. text
+    end,
+}
+
+local function dissect_wide_unit(tvb, tree, layout)
+    local text, wrong
+    if tvb(5, 1):uint() ~= 0 or tvb(12, 4):uint() ~= 0 then
+        wrong = "reserved bytes are not 0"
+    else
+        text, wrong = layout(tvb)
+    end
+    local item = tree:add(f.unit, tvb, text or wrong)
+    if wrong then item:add_proto_expert_info(e.unit, wrong) end
+    item:add(f.scope, tvb(0, 1))
+    item:add(f.family, tvb(1, 1))
+    item:add(f.source_len, tvb(2, 1))
+    item:add(f.destination_len, tvb(3, 1))
+    item:add(f.protocol, tvb(4, 1))
+    item:add(f.port, tvb(6, 2))
+    item:add(f.ttl, tvb(8, 4))
+    item:add(f.source6, tvb(16, 16))
+    item:add(f.destination6, tvb(32, 16))
+    item:add(f.installer6, tvb(48, 16))
+end
+
+-- The preamble; says whether it is one that is spoken.
+local function dissect_preamble(tvb, tree)
+    local magic, version, unit_len = tvb(0, 4):uint(), tvb(4, 1):uint(), tvb(5, 1):uint()
+    local spoken = magic == MAGIC and version == 1 and unit_len == WIDE_UNIT and tvb(6, 2):uint() == 0
+    local text = spoken and "EXC6 version 1"
+        or string.format("preamble 0x%08x version %d units of %d is not spoken", magic, version, unit_len)
+    local item = tree:add(f.preamble, tvb, text)
+    if not spoken then item:add_proto_expert_info(e.unit, text) end
+    item:add(f.magic, tvb(0, 4))
+    item:add(f.wide_version, tvb(4, 1))
+    item:add(f.unit_len, tvb(5, 1))
+    return spoken
+end
+
 -- A failed answer repeats units of the request (§5.6.2).
 local function layout_of(opcode, failed)
     return (failed and layouts[requests[opcode]]) or layouts[opcode] or layouts[requests[opcode]]
@@ -253,6 +406,7 @@ local function dissect_unit(tvb, tree, layout)
     end
     local last = 0
     for at, field in pairs(layout[1]) do
+        if field == f.health and words[0] == EXTENSION then field = f.extension end
         item:add(field, tvb((at - 1) * 4, 4))
         last = math.max(last, at)
     end
@@ -315,6 +469,11 @@ local function dissect_flags(tvb, tree)
     end
 end
 
+-- Whose layout wide units have.
+local function wide_opcode(opcode, failed)
+    return (failed or not wide_layouts[opcode]) and requests[opcode] or opcode
+end
+
 local function dissect_payload(tvb, tree, version, opcode, flags)
     local length = tvb:len()
     local authenticated = math.floor(flags / AUTH) % 2 == 1
@@ -323,6 +482,14 @@ local function dissect_payload(tvb, tree, version, opcode, flags)
     if basic then
         local layout = layout_of(opcode, math.floor(flags / ERROR) % 2 == 1)
         for at = 0, units - UNIT, UNIT do dissect_unit(tvb(at, UNIT), tree, layout) end
+    elseif flags % 2 == 0 and version == 1 and units > PREAMBLE and (units - PREAMBLE) % WIDE_UNIT == 0
+        and wide_layouts[wide_opcode(opcode, math.floor(flags / ERROR) % 2 == 1)] then
+        local layout = wide_layouts[wide_opcode(opcode, math.floor(flags / ERROR) % 2 == 1)]
+        if dissect_preamble(tvb(0, PREAMBLE), tree) then
+            for at = PREAMBLE, units - WIDE_UNIT, WIDE_UNIT do dissect_wide_unit(tvb(at, WIDE_UNIT), tree, layout) end
+        else
+            tree:add(f.data, tvb(PREAMBLE, units - PREAMBLE))
+        end
     elseif units > 0 then
         local item = tree:add(f.data, tvb(0, units))
         if version == 1 then item:add_proto_expert_info(e.payload) end

@@ -111,7 +111,8 @@ impl Pcap {
 /// What the file says of a message, in tshark's words: header, units, errors.
 fn expected(vector: &Vector) -> [String; 3] {
     let text = |says: &&str| says.get(2..).unwrap_or_default().to_owned();
-    let units = vector.says[1..].iter().filter(|says| !says.is_empty() && **says != "= credential");
+    let is_unit = |says: &&&str| !says.is_empty() && !["= credential"].contains(says) && !says[2..].starts_with("preamble");
+    let units = vector.says[1..].iter().filter(is_unit);
     let wrong = vector.says.iter().filter(|says| says.starts_with('!'));
     let joined = |texts: Vec<String>| texts.join(";");
     [text(&vector.says[0]), joined(units.map(text).collect()), joined(wrong.map(text).collect())]
@@ -132,7 +133,8 @@ fn tshark_says_of_every_message_what_the_file_says() -> Result<()> {
             }
             last.push(pcap.packets as usize - 1);
         }
-        let lines = pcap.fields(&["necp.summary", "necp.unit", "_ws.expert.message", "necp.credential"])?;
+        let names = ["necp.summary", "necp.unit", "_ws.expert.message", "necp.credential", "necp.preamble"];
+        let lines = pcap.fields(&names)?;
         for (vector, last) in vectors.iter().zip(last) {
             let [summary, units, wrong] = expected(vector);
             let line = &lines[last];
@@ -151,6 +153,8 @@ fn tshark_says_of_every_message_what_the_file_says() -> Result<()> {
                 "{}: {line:?}",
                 vector.name
             );
+            let spoken = vector.says.contains(&"= preamble EXC6 version 1");
+            assert_eq!(line[4] == "EXC6 version 1", spoken, "{}: {line:?}", vector.name);
             let credential = vector.says.contains(&"= credential");
             assert_eq!(line[3].len(), if credential { 40 } else { 0 }, "{}: {line:?}", vector.name);
         }
@@ -195,6 +199,7 @@ fn tshark_shows_fields_and_strangers() -> Result<()> {
     pcap.segment(true, 40_000, of("exception-resp"))?;
     pcap.segment(false, 40_000, of("auth-init"))?;
     pcap.segment(false, 40_001, b"GET / HTTP/1.1\r\n\r\n")?;
+    pcap.segment(true, 40_002, of("wide-exception-resp"))?;
     let names = ["scope", "installer", "source", "source_prefix_len", "destination", "protocol", "port"];
     let names = names.map(|name| format!("necp.{name}"));
     let mut names: Vec<&str> = names.iter().map(String::as_str).collect();
@@ -207,6 +212,12 @@ fn tshark_shows_fields_and_strangers() -> Result<()> {
     );
     assert_eq!((lines[1][7].as_str(), lines[1][8].as_str()), ("0x2222222233333333", "1"));
     assert!(lines[2][9].contains("must begin with 0x414a"), "{:?}", lines[2]);
+    assert_eq!((&*lines[3][0], &*lines[3][3], &*lines[3][5], &*lines[3][6]), ("2;1;1", "48;0;24", "6;0;6", "80;0;80"));
+    let wide = ["necp.family", "necp.source6", "necp.installer6", "necp.preamble.version", "necp.preamble.unit_len"];
+    let line = &pcap.fields(&wide)?[3];
+    let installers = "2001:db8:a::11;2001:db8:a::11;::ffff:10.0.0.11";
+    assert_eq!(line[..3], ["6;6;4", "2001:db8:7::;::;::ffff:203.0.113.0", installers]);
+    assert_eq!(line[3..], ["1", "64"]);
     Ok(())
 }
 
@@ -264,6 +275,7 @@ fn told(pcap: &Pcap) -> Result<Vec<Told>> {
         ["0x414a", "Only version 1", "Reserved opcode", "not made of units", "out of range", "units, failed"];
     let names = ["tcp.srcport", "necp.summary", "necp.response_in", "necp.response_to", "necp.credential"];
     let names = [&names[..], &["necp.payload_len", "necp.unit", "_ws.malformed", "_ws.expert.message"]].concat();
+    let names = [&names[..], &["necp.flags.basic_payload"]].concat();
     let mut all = Vec::new();
     for line in pcap.fields(&names)? {
         let split = |at: usize| line[at].split(';').filter(|value| !value.is_empty()).collect::<Vec<_>>();
@@ -273,9 +285,12 @@ fn told(pcap: &Pcap) -> Result<Vec<Told>> {
         assert_eq!(split(4).len(), summaries.len(), "each has a credential: {line:?}");
         assert!(split(4).iter().all(|credential| credential.len() == 40), "{line:?}");
         let (mut answered_in, mut answer_to) = (split(2).into_iter(), split(3).into_iter());
-        let (lengths, mut units) = (split(5), split(6).into_iter());
-        for (summary, length) in summaries.into_iter().zip(lengths) {
-            let units = units.by_ref().take((length.parse::<usize>()? - 20) / 32).map(String::from).collect();
+        let (lengths, basic, mut units) = (split(5), split(9), split(6).into_iter());
+        for ((summary, length), basic) in summaries.into_iter().zip(lengths).zip(basic) {
+            let payload = length.parse::<usize>()? - 20;
+            // Wide ones have a preamble before them.
+            let count = if basic == "1" { payload / 32 } else { payload.saturating_sub(8) / 64 };
+            let units = units.by_ref().take(count).map(String::from).collect();
             let name = summary.split(' ').next().unwrap_or_default().to_owned();
             let is_answer = name.ends_with("_ACK") || name == "EXCEPTION_RESP";
             let partner = if is_answer { answer_to.next() } else { answered_in.next() };

@@ -11,12 +11,12 @@ mod bpf {
         programs::XdpContext,
     };
     use necp_ebpf::{
-        decap::{MAX_SOURCES, find, unwrap},
+        decap::{MAX_SOURCES, Source, find, unwrap},
         frame::Frame,
     };
 
     #[btf_map(name = "sources")]
-    static SOURCES: HashMap<u32, u64, { MAX_SOURCES as usize }> = HashMap::new();
+    static SOURCES: HashMap<Source, u64, { MAX_SOURCES as usize }> = HashMap::new();
 
     #[xdp]
     #[inline(always)]

@@ -61,6 +61,8 @@ pub async fn dial(
         .map_err(|_| DialError::Timeout(limit))?
         .map_err(DialError::Resolve)?;
     let mut last = None;
+    // `::ffff:10.0.0.1` is the IPv4 address.
+    let addresses = addresses.map(|to| SocketAddr::new(to.ip().to_canonical(), to.port()));
     for address in addresses.filter(|to| source.is_none_or(|from| from.is_ipv4() == to.is_ipv4())) {
         match timeout(limit, connect(address, source, protection, patience)).await {
             Ok(Ok(stream)) => return Ok(stream),

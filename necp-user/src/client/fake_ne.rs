@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::io;
-use std::net::Ipv4Addr;
+use std::net::{IpAddr, Ipv4Addr};
 use std::time::{Duration, Instant};
 
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
@@ -43,7 +43,12 @@ pub struct Ne {
 impl Ne {
     /// Listens on 127.0.0.1, on a free port if `port` is 0. It asks for health every 50 ms.
     pub async fn start(port: u16, manner: Manner) -> Self {
-        let listener = TcpListener::bind(("127.0.0.1", port)).await.expect("a port");
+        Self::start_at(Ipv4Addr::LOCALHOST.into(), port, manner).await
+    }
+
+    /// The same on another address.
+    pub async fn start_at(address: IpAddr, port: u16, manner: Manner) -> Self {
+        let listener = TcpListener::bind((address, port)).await.expect("a port");
         let port = listener.local_addr().expect("its address").port();
         let (sender, events) = mpsc::unbounded_channel();
         let task = tokio::spawn(async move {
@@ -138,7 +143,7 @@ impl Conversation {
             }
             NeEvent::Query { token, filter } => {
                 let all = self.exceptions.iter();
-                let all = all.map(|(flows, scope)| Listed { scope: *scope, installer: INSTALLER, flows: *flows });
+                let all = all.map(|(flows, scope)| Listed { scope: *scope, installer: INSTALLER.into(), flows: *flows });
                 self.listing = all.filter(|entry| filter.matches(entry)).collect();
                 let count = u32::try_from(self.listing.len()).expect("few");
                 self.session.list(*token, count);

@@ -320,8 +320,9 @@ impl Answers<Listing> {
 
 /// The exceptions as a network element reads them: host bits cleared, ports without meaning dropped (§5.7.1).
 fn normal(exceptions: &[Exception]) -> Result<Arc<[Exception]>, ExceptError> {
-    let read = |exception: &Exception| {
-        Exception::parse(&exception.unit()).map_err(|error| ExceptError::Invalid { flows: exception.flows, error })
+    let read = |exception: &Exception| match exception.flows.normal() {
+        Ok(flows) => Ok(Exception::new(exception.scope, exception.ttl, flows)),
+        Err(error) => Err(ExceptError::Invalid { flows: exception.flows, error }),
     };
     exceptions.iter().map(read).collect()
 }

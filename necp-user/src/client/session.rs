@@ -18,11 +18,11 @@ use super::health::ask;
 use super::peer::{Command, Done, Inbox, Peer, Standing, What};
 use super::refused::Refused;
 use crate::necp::{
-    Backoff, CloseReason, Credentials, Flows, Listed, Query, RequestId, SeEvent, SeSession, ServiceKey, ServiceUnit,
+    Backoff, CloseReason, Credentials, Family, Flows, Listed, Query, RequestId, SeEvent, SeSession, ServiceKey, ServiceUnit,
     SessionConfig, Token,
 };
 
-/// An authenticated list of exceptions is held back until it is verified: a million of them.
+/// An authenticated list of exceptions is held back until it is verified: half a million wide ones, or twice as many basic ones.
 const MAX_LIST: usize = 32 << 20;
 /// How long the last bytes of a session may take to be written.
 const FLUSH: Duration = Duration::from_secs(1);
@@ -66,8 +66,12 @@ struct List {
 
 impl<'a> Session<'a> {
     pub(super) fn new(peer: &'a Peer, backoff: &'a mut Backoff, credentials: Option<Credentials>) -> Self {
-        let config =
-            SessionConfig { keepalive: peer.settings.keepalive, max_message: MAX_LIST, ..SessionConfig::default() };
+        let config = SessionConfig {
+            keepalive: peer.settings.keepalive,
+            max_message: MAX_LIST,
+            extension: true,
+            ..SessionConfig::default()
+        };
         Self {
             machine: SeSession::with_credentials(config, credentials, Instant::now(), rand::random()),
             pending: BTreeMap::new(),
@@ -220,10 +224,12 @@ impl<'a> Session<'a> {
             None => tracing::info!(ne = %self.peer.ne, "joined"),
         }
         self.backoff.reset();
-        let (serving, exceptions) = {
+        let (serving, mut exceptions) = {
             let mut wish = self.peer.wish.lock();
             (wish.serving, wish.exceptions(Instant::now()))
         };
+        // This session is about flows of its own family; those of the other one are for others.
+        exceptions.retain(|exception| self.concerns(&exception.flows));
         if !exceptions.is_empty() {
             let id = self.machine.except_add(&exceptions);
             self.pending.insert(id, Pending::Again(exceptions.len()));
@@ -235,6 +241,11 @@ impl<'a> Session<'a> {
             self.stop(None);
         }
         self.publish();
+    }
+
+    /// Whether the network element may take an exception for these flows in this session.
+    fn concerns(&self, flows: &Flows) -> bool {
+        flows.has_no_address() || self.local.is_none_or(|local| Family::of(local.to_canonical()) == flows.family())
     }
 
     fn start(&mut self, done: Option<Done>) {

@@ -54,6 +54,46 @@ fn results(answers: Answers<()>) -> Vec<Result<(), NeError>> {
     answers.0.into_iter().map(|(_, answer)| answer).collect()
 }
 
+/// Over IPv6: exceptions of IPv6 by the extension, installed again by a session of that family only, and listed.
+#[tokio::test]
+async fn exceptions_of_ipv6_come_go_and_are_listed() {
+    let here: std::net::IpAddr = std::net::Ipv6Addr::LOCALHOST.into();
+    let mut ne = Ne::start_at(here, 0, Manner::Good).await;
+    let port = ne.port;
+    let six = Flows { source: "2001:db8:7::9/48".parse().expect("a prefix"), protocol: 6, port: 80, ..Flows::ALL };
+    let normal = six.normal().expect("flows");
+    let builder = Client::builder().retry_max(Duration::from_secs(1)).keepalive(Duration::from_millis(500));
+    let builder = builder.ne(NeAddress { host: "::1".into(), port }).ne(at(free_port().await));
+    let client = builder.serve(offer(8080)).join().expect("settings");
+    joined(&client, 1).await;
+    ne.joined().await;
+    assert_eq!(ne.operations().await, [start(8080)]);
+    assert!(matches!(client.nes()[0].standing, Standing::Joined { local: Some(local), .. } if local == here));
+
+    let add = [Exception { scope: Scope::Local, ttl: 0, flows: six }, global(81, 0)];
+    let answers = results(client.except(&add).await.expect("legal"));
+    assert!(answers[0].is_ok() && matches!(answers[1], Err(NeError::Away(_))));
+    assert_eq!(ne.operations().await, [Operation::Except(Exception { flows: normal, ..add[0] })]);
+    assert_eq!(ne.operations().await, [Operation::Except(add[1])], "it would have to refuse that");
+    let listed = client.exceptions(Filter { family: Some(crate::necp::Family::V6), ..Filter::default() }).await;
+    let listed = listed.0[0].1.as_ref().expect("listed");
+    assert_eq!(listed.entries.iter().map(|entry| entry.flows).collect::<Vec<_>>(), [normal]);
+    assert!(matches!(ne.event().await, NeEvent::Query { .. }));
+
+    // An element that comes back is told of what concerns it.
+    ne.end().await;
+    let mut ne = Ne::start_at(here, port, Manner::Good).await;
+    ne.joined().await;
+    assert_eq!(ne.operations().await, [Operation::Except(Exception { flows: normal, ..add[0] })]);
+    assert_eq!(ne.operations().await, [start(8080)]);
+    assert!(client.unexcept(&[six]).await.expect("legal").any_ok());
+    assert_eq!(ne.operations().await, [Operation::Unexcept(normal)]);
+    let mixed = Flows { destination: "198.51.100.7/32".parse().expect("a prefix"), ..six };
+    let error = client.except(&[Exception { flows: mixed, ..add[0] }]).await.expect_err("of both families");
+    assert!(error.to_string().ends_with("source and destination are of different address families"), "{error}");
+    client.leave().await;
+}
+
 #[tokio::test]
 async fn exceptions_come_go_and_are_listed() {
     let mut ne = Ne::start(0, Manner::Good).await;
@@ -68,7 +108,7 @@ async fn exceptions_come_go_and_are_listed() {
     client.except(&[Exception { flows: sloppy, ..global(80, 300) }, local]).await.expect("legal").all().expect("done");
     assert_eq!(ne.operations().await, [Operation::Except(global(80, 300)), Operation::Except(local)]);
 
-    let listed = |scope, port| Listed { scope, installer: INSTALLER, flows: flows(port) };
+    let listed = |scope, port| Listed { scope, installer: INSTALLER.into(), flows: flows(port) };
     let all = client.exceptions(Filter::default()).await.all().expect("done");
     assert_eq!(all[0].entries, [listed(Scope::Global, 80), listed(Scope::Local, 81)]);
     let filter = Filter { port: Some(81), ..Filter::default() };

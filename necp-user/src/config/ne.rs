@@ -21,16 +21,17 @@ mod tests;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
-use std::net::{Ipv4Addr, SocketAddrV4};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::num::NonZeroU8;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use ipnet::Ipv4Net;
+use ipnet::{IpNet, Ipv4Net};
 use thiserror::Error;
 
 use super::strict::{self, FileError, Mistake};
-use crate::necp::{Forwarding, ServiceKey};
+use crate::control::config::Family;
+use crate::necp::{Forwarding, PORT, ServiceKey};
 
 /// Where maps, program and links are pinned unless `pin` says otherwise.
 pub const PIN: &str = "/sys/fs/bpf/necp";
@@ -42,8 +43,8 @@ pub const SOCKET: &str = "/run/necp/ne.sock";
 pub struct NeConfig {
     /// Names of the interfaces that the packet path runs on; whether they exist is found out at start.
     pub interfaces: Vec<String>,
-    /// Where server elements connect to; `0.0.0.0:3262` by default.
-    pub listen: Vec<SocketAddrV4>,
+    /// Where server elements connect to; none: port 3262 of all addresses, of both families as far as this host has them.
+    pub listen: Vec<SocketAddr>,
     /// The directory of pinned maps, one per instance; [`PIN`] by default.
     pub pin: PathBuf,
     /// The Unix socket of `necp status`; [`SOCKET`] by default.
@@ -72,7 +73,7 @@ pub struct FarmConfig {
     /// Its name, unique.
     pub name: String,
     /// The virtual addresses; none if it intercepts.
-    pub vips: Vec<Ipv4Addr>,
+    pub vips: Vec<IpAddr>,
     /// Destinations whose packets it takes as they cross this host; none if it has virtual addresses.
     pub intercept: Vec<Ipv4Net>,
     /// What may be started on each of them.
@@ -80,9 +81,9 @@ pub struct FarmConfig {
     /// What servers may ask for and this build can do.
     pub forwarding: Vec<Forwarding>,
     /// Who may join. No other farm admits any of these for any of the same services.
-    pub servers: Vec<Ipv4Net>,
+    pub servers: Vec<IpNet>,
     /// TCP-MD5 (RFC 2385): key files by prefix, each within `servers`; none by default.
-    pub tcp_md5: Vec<(Ipv4Net, PathBuf)>,
+    pub tcp_md5: Vec<(IpNet, PathBuf)>,
     /// How they prove who they are. No other farm that admits one of them says otherwise of it.
     pub auth: Auth,
     /// Slots per service, a prime; 65,537 by default.
@@ -105,7 +106,7 @@ pub struct FarmConfig {
     /// Seed of the flow hash: the same on every NE that shares this farm's traffic. If none, it comes from the name.
     pub hash_seed: Option<u64>,
     /// Relative capacity of servers, 0.01 to 1000; 1 for those that are not named.
-    pub capacity: BTreeMap<Ipv4Addr, f64>,
+    pub capacity: BTreeMap<IpAddr, f64>,
 }
 
 /// How the servers of a farm prove who they are (draft §5.8).
@@ -118,7 +119,7 @@ pub enum Auth {
         /// The file of the key of all servers that have none of their own; without it, such servers cannot join.
         default: Option<PathBuf>,
         /// The files of keys of single servers.
-        servers: BTreeMap<Ipv4Addr, PathBuf>,
+        servers: BTreeMap<IpAddr, PathBuf>,
     },
 }
 
@@ -133,7 +134,7 @@ pub enum Proof<'a> {
 
 impl Auth {
     /// What holds for a server of the farm.
-    pub fn of(&self, server: Ipv4Addr) -> Proof<'_> {
+    pub fn of(&self, server: IpAddr) -> Proof<'_> {
         match self {
             Self::None => Proof::None,
             Self::Keys { default, servers } => {
@@ -218,19 +219,38 @@ impl NeConfig {
         check::check(text, file)
     }
 
+    /// Where to listen: what was configured, or port 3262 of all addresses of both families.
+    pub fn listens_on(&self) -> Vec<SocketAddr> {
+        if !self.listen.is_empty() {
+            return self.listen.clone();
+        }
+        [IpAddr::V4(Ipv4Addr::UNSPECIFIED), IpAddr::V6(Ipv6Addr::UNSPECIFIED)].map(|all| (all, PORT).into()).into()
+    }
+
     /// Index of the first farm that admits this address, if any does: only those may join.
-    pub fn admits(&self, address: Ipv4Addr) -> Option<usize> {
+    pub fn admits(&self, address: IpAddr) -> Option<usize> {
         self.farms.iter().position(|farm| farm.admits(address))
     }
 
     /// How a server of this address proves who it is; `None` if no farm admits it.
-    pub fn proof(&self, address: Ipv4Addr) -> Option<Proof<'_>> {
+    pub fn proof(&self, address: IpAddr) -> Option<Proof<'_>> {
         self.admits(address).map(|farm| self.farms[farm].auth.of(address))
     }
 
     /// Whether some farm's servers may ask for this forwarding type.
     pub fn allows(&self, forwarding: Forwarding) -> bool {
         self.farms.iter().any(|farm| farm.forwarding.contains(&forwarding))
+    }
+
+    /// Whether some farm has something to serve over this family.
+    pub fn serves(&self, family: Family) -> bool {
+        self.farms.iter().any(|farm| farm.serves(family))
+    }
+
+    /// Whether servers of this family may ask for one of these forwarding types.
+    pub fn routes(&self, family: Family, by: &[Forwarding]) -> bool {
+        let farms = self.farms.iter().filter(|farm| farm.serves(family));
+        farms.flat_map(|farm| &farm.forwarding).any(|one| by.contains(one))
     }
 
     /// Whether some farm takes what crosses this host.
@@ -243,15 +263,27 @@ impl NeConfig {
         self.farms.iter().flat_map(|farm| farm.auth.files()).collect()
     }
 
-    /// Slots that the tables of all services take together; a service has one table, however many addresses it is on.
+    /// Slots that the tables of all services take together; a service has one table for each family, however many addresses
+    /// it is on.
     pub fn slots(&self) -> u32 {
-        self.farms.iter().map(|farm| farm.table_size * farm.services.len() as u32).sum()
+        self.farms.iter().map(|farm| farm.table_size * farm.tables() as u32).sum()
     }
 }
 
 impl FarmConfig {
+    /// Slot tables of the farm: each service has one for each family that it is offered on.
+    pub fn tables(&self) -> usize {
+        Family::ALL.into_iter().filter(|family| self.serves(*family)).count() * self.services.len()
+    }
+
+    /// Whether it has something to serve over this family.
+    pub fn serves(&self, family: Family) -> bool {
+        let intercepts = !self.intercept.is_empty() && family == Family::V4;
+        intercepts || self.vips.iter().any(|vip| Family::of(*vip) == family)
+    }
+
     /// Whether a server of this address may join.
-    pub fn admits(&self, address: Ipv4Addr) -> bool {
+    pub fn admits(&self, address: IpAddr) -> bool {
         self.servers.iter().any(|net| net.contains(&address))
     }
 }

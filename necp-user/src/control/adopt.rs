@@ -1,12 +1,9 @@
 //! Starting anew on maps that are in use: the packet path has forwarded on meanwhile, and goes on while SEs come back.
 
-use std::{
-    net::{Ipv4Addr, Ipv6Addr},
-    time::Instant,
-};
+use std::{net::Ipv6Addr, time::Instant};
 
 use necp_ebpf::{
-    abi::{ACCEPTS, ALIVE, FIRST_SERVER, NONE, REACHABLE, SERVICE_BUCKETS, Server},
+    abi::{ACCEPTS, ALIVE, FIRST_SERVER, NONE, REACHABLE, REPLY6, SERVICE_BUCKETS, SERVICE6, Server, Service, VIP6},
     host::View,
     slot::SlotWord,
     tables::Tables,
@@ -14,7 +11,7 @@ use necp_ebpf::{
 
 use super::{
     cluster::{Cluster, Hop, Host, Offer, OfferState, ServiceState, Session},
-    config::{ConfigError, Forwarding, ServiceKey},
+    config::{ConfigError, Family, Forwarding, ServiceKey},
     ids::{Ids, OfferKey},
     layout::{Existing, Layout},
     weight::Health,
@@ -64,10 +61,9 @@ impl Cluster {
     fn adopt_servers(&mut self, servers: &[(u32, Server)], now: Instant, adopted: &mut Adopted) {
         let change = self.begin();
         for (id, server) in servers {
-            let key = self.offer_of(server).filter(|key| server.flags & ALIVE != 0 && self.ids.adopt(*id, *key));
+            let offer = self.offer_of(server).filter(|(key, _)| server.flags & ALIVE != 0 && self.ids.adopt(*id, *key));
             self.touch_server(*id, change);
-            let Some((key, service)) = key.and_then(|key| Some((key, self.layout.service(key.farm, key.service)?)))
-            else {
+            let Some((key, service)) = offer else {
                 self.ids.adopt_retired(*id);
                 self.strangers.insert(*id, Server { flags: 0, ..*server });
                 adopted.given_up += 1;
@@ -98,17 +94,18 @@ impl Cluster {
         }
     }
 
-    /// Whose record this is, if the configuration still allows it.
-    fn offer_of(&self, server: &Server) -> Option<OfferKey> {
+    /// Whose record this is, and of which service, if the configuration still allows it.
+    fn offer_of(&self, server: &Server) -> Option<(OfferKey, usize)> {
         let farm = *self.layout.old_farms.get(&u32::from(server.farm))?;
-        let address = Ipv6Addr::from(server.address).to_ipv4_mapped()?;
+        let address = Ipv6Addr::from(server.address).to_canonical();
         let forwarding = Forwarding::from_wire(u32::from(server.forwarding))?;
         let service = ServiceKey::new(server.protocol, server.service_port);
         let wanted = &self.config.farms[farm];
         let allowed = wanted.admits(address)
             && wanted.forwarding.contains(&forwarding)
             && self.config.implemented.contains(&forwarding);
-        allowed.then_some(OfferKey { farm, address, service, forwarding })
+        let index = self.layout.service(farm, Family::of(address), service)?;
+        allowed.then_some((OfferKey { farm, address, service, forwarding }, index))
     }
 
     /// What the slots of an adopted region say; since when they have a legacy is not known, so: since now.
@@ -135,8 +132,8 @@ impl Cluster {
 }
 
 fn hop_of(server: &Server) -> Hop {
-    let source = Ipv6Addr::from(server.source).to_ipv4_mapped();
-    Hop { mac: server.mac, port: server.port, source: source.unwrap_or(Ipv4Addr::UNSPECIFIED), mtu: server.mtu }
+    let source = Ipv6Addr::from(server.source).to_canonical();
+    Hop { mac: server.mac, port: server.port, source, mtu: server.mtu }
 }
 
 fn existing(view: &View<'_>) -> Vec<Existing> {
@@ -144,9 +141,21 @@ fn existing(view: &View<'_>) -> Vec<Existing> {
     for bucket in 0..SERVICE_BUCKETS {
         let Some(services) = view.services(bucket) else { break };
         let valid = services.entries.into_iter().enumerate().filter(|(_, service)| service.state != 0);
-        existing.extend(valid.map(|(entry, service)| Existing { bucket, entry, service }));
+        existing.extend(valid.map(|(entry, service)| Existing { bucket, entry, service, vip: vip6(view, &service) }));
     }
     existing
+}
+
+/// The IPv6 VIP that an entry is about.
+fn vip6(view: &View<'_>, service: &Service) -> Option<Ipv6Addr> {
+    if !matches!(service.state, SERVICE6 | REPLY6 | VIP6) {
+        return None;
+    }
+    let mut octets = [0; 16];
+    let [high, low] = view.vip6(service.vip.into())?;
+    octets[..8].copy_from_slice(&high.to_ne_bytes());
+    octets[8..].copy_from_slice(&low.to_ne_bytes());
+    Some(octets.into())
 }
 
 #[cfg(test)]

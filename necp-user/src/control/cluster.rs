@@ -2,7 +2,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet, VecDeque},
-    net::Ipv4Addr,
+    net::IpAddr,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -10,7 +10,7 @@ use std::{
 use necp_ebpf::abi;
 
 use super::{
-    config::{ClusterConfig, ConfigError, Forwarding, ServiceKey},
+    config::{ClusterConfig, ConfigError, Family, Forwarding, ServiceKey},
     exceptions::Store,
     ids::{Ids, NoIdLeft, OfferKey},
     layout::{Layout, PlacedService},
@@ -39,7 +39,7 @@ pub struct Hop {
     /// Index of the interface in [`abi::names::PORTS`].
     pub port: u8,
     /// This host's address on the way there.
-    pub source: Ipv4Addr,
+    pub source: IpAddr,
     /// Longest packet that gets there whole, in bytes.
     pub mtu: u16,
 }
@@ -47,7 +47,7 @@ pub struct Hop {
 /// The address may not join any farm.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{0} may not join: no farm's `servers` contains it")]
-pub struct NotAdmitted(pub Ipv4Addr);
+pub struct NotAdmitted(pub IpAddr);
 
 /// Why a START unit fails (draft §5.6.1).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -58,6 +58,10 @@ pub enum StartError {
     /// The configuration does not offer this service to this SE.
     #[error("no farm that admits the server has the service {0}: add it to the farm's `services`")]
     NotOffered(ServiceKey),
+    /// The service is offered on addresses of the other family only.
+    #[error("the farm has no {family} VIP, and a server that joins over {family} serves no other: join over {other}, or add one for {0} to the farm's `vips`",
+        family = .1.name(), other = .1.other().name())]
+    NoVip(ServiceKey, Family),
     /// The farm does not allow this forwarding type.
     #[error("the farm does not allow forwarding type {}: add it to the farm's `forwarding`", .0.name())]
     NotAllowed(Forwarding),
@@ -90,7 +94,7 @@ pub enum Notice {
         /// The server id.
         id: u32,
         /// The SE.
-        address: Ipv4Addr,
+        address: IpAddr,
         /// Its host is gone; else it stayed away for `orphan_time`.
         host_gone: bool,
     },
@@ -99,7 +103,7 @@ pub enum Notice {
         /// The server id.
         id: u32,
         /// The SE.
-        address: Ipv4Addr,
+        address: IpAddr,
     },
 }
 
@@ -114,7 +118,7 @@ pub struct Cluster {
     pub(super) config: ClusterConfig,
     pub(super) layout: Layout,
     pub(super) ids: Ids,
-    pub(super) hosts: BTreeMap<Ipv4Addr, Host>,
+    pub(super) hosts: BTreeMap<IpAddr, Host>,
     pub(super) offers: Offers,
     /// Ids that the maps knew and the configuration does not: their records, not alive.
     pub(super) strangers: BTreeMap<u32, abi::Server>,
@@ -205,7 +209,7 @@ pub(super) struct ServiceState {
 #[derive(Clone, Debug, Default)]
 pub(super) struct FarmState {
     /// Servers that were lost with most of the others and go on serving.
-    pub(super) kept: BTreeSet<Ipv4Addr>,
+    pub(super) kept: BTreeSet<IpAddr>,
 }
 
 impl Host {
@@ -256,7 +260,7 @@ impl Cluster {
     }
 
     /// Which farms admit this address; none: it may not connect at all.
-    pub fn may_join(&self, address: Ipv4Addr) -> Option<Admission> {
+    pub fn may_join(&self, address: IpAddr) -> Option<Admission> {
         let farms = self.config.farms.iter().enumerate().filter(|(_, farm)| farm.admits(address));
         let farms: Vec<usize> = farms.map(|(index, _)| index).collect();
         (!farms.is_empty()).then_some(Admission { farms })
@@ -264,7 +268,7 @@ impl Cluster {
 
     /// A session begins: the SE's offers and exceptions are gone (draft §5.4), its flows are not. `on_link`: it is on a directly connected
     /// link. The end of a session that this one supersedes must not be told with [`Cluster::session_lost`].
-    pub fn init(&mut self, address: Ipv4Addr, on_link: bool, now: Instant) -> Result<Change, NotAdmitted> {
+    pub fn init(&mut self, address: IpAddr, on_link: bool, now: Instant) -> Result<Change, NotAdmitted> {
         if self.may_join(address).is_none() {
             return Err(NotAdmitted(address));
         }
@@ -294,7 +298,7 @@ impl Cluster {
     /// START of one service (draft §5.6.1). Idempotent; another forwarding type than before counts for new flows only.
     pub fn start(
         &mut self,
-        address: Ipv4Addr,
+        address: IpAddr,
         forwarding: Forwarding,
         protocol: u8,
         port: u16,
@@ -302,7 +306,7 @@ impl Cluster {
     ) -> Result<Change, StartError> {
         let host = self.hosts.get(&address).filter(|host| host.session == Session::Up).ok_or(StartError::NoSession)?;
         let service = ServiceKey::new(protocol, port);
-        let (farm, index) = self.offered(address, service).ok_or(StartError::NotOffered(service))?;
+        let (farm, index) = self.offered(address, service)?;
         if !self.config.farms[farm].forwarding.contains(&forwarding) {
             return Err(StartError::NotAllowed(forwarding));
         }
@@ -341,7 +345,7 @@ impl Cluster {
     }
 
     /// STOP of one service, whatever its forwarding type. Of something that was not started: nothing happens.
-    pub fn stop(&mut self, address: Ipv4Addr, protocol: u8, port: u16, _now: Instant) -> Change {
+    pub fn stop(&mut self, address: IpAddr, protocol: u8, port: u16, _now: Instant) -> Change {
         let change = self.begin();
         let service = ServiceKey::new(protocol, port);
         self.stop_offers(address, |_, offer| offer.key.service == service);
@@ -351,7 +355,7 @@ impl Cluster {
     }
 
     /// An answer to a query for the health index (draft §5.5.1) of one service; above 100 it is ignored.
-    pub fn health(&mut self, address: Ipv4Addr, protocol: u8, port: u16, index: u8, _now: Instant) -> Change {
+    pub fn health(&mut self, address: IpAddr, protocol: u8, port: u16, index: u8, _now: Instant) -> Change {
         let change = self.begin();
         let service = ServiceKey::new(protocol, port);
         let mut moved = false;
@@ -370,7 +374,7 @@ impl Cluster {
     }
 
     /// The SE's session was closed, reset or found dead: no new flows, no exceptions; the flows that there are stay.
-    pub fn session_lost(&mut self, address: Ipv4Addr, now: Instant) -> Change {
+    pub fn session_lost(&mut self, address: IpAddr, now: Instant) -> Change {
         let change = self.begin();
         if let Some(host) = self.hosts.get_mut(&address).filter(|host| host.session == Session::Up) {
             host.session = Session::Lost { since: now };
@@ -382,7 +386,7 @@ impl Cluster {
     }
 
     /// The next hop of an address is known, perhaps again, perhaps another one.
-    pub fn host_reachable(&mut self, address: Ipv4Addr, hop: Hop, _now: Instant) -> Change {
+    pub fn host_reachable(&mut self, address: IpAddr, hop: Hop, _now: Instant) -> Change {
         let change = self.begin();
         if self.may_join(address).is_some() || self.hosts.contains_key(&address) {
             let host = self.host_mut(address);
@@ -395,7 +399,7 @@ impl Cluster {
     }
 
     /// The next hop of an address is not known for now; that says nothing about the host's life.
-    pub fn host_unreachable(&mut self, address: Ipv4Addr, _now: Instant) -> Change {
+    pub fn host_unreachable(&mut self, address: IpAddr, _now: Instant) -> Change {
         let change = self.begin();
         if let Some(host) = self.hosts.get_mut(&address) {
             (host.hop, host.gone) = (None, None);
@@ -406,7 +410,7 @@ impl Cluster {
     }
 
     /// The neighbour entry of an address is FAILED: no new flows; with its session lost too, the host is gone.
-    pub fn host_gone(&mut self, address: Ipv4Addr, now: Instant) -> Change {
+    pub fn host_gone(&mut self, address: IpAddr, now: Instant) -> Change {
         let change = self.begin();
         if let Some(host) = self.hosts.get_mut(&address)
             && host.gone.is_none()
@@ -420,9 +424,9 @@ impl Cluster {
 
     /// Hosts whose neighbour entries matter: those with a session or with an id that may have flows; in the order of their
     /// addresses.
-    pub fn hosts(&self) -> impl Iterator<Item = Ipv4Addr> + '_ {
+    pub fn hosts(&self) -> impl Iterator<Item = IpAddr> + '_ {
         let mut used = self.offers.alive().peekable();
-        let matters = move |(address, host): &(&Ipv4Addr, &Host)| {
+        let matters = move |(address, host): &(&IpAddr, &Host)| {
             while used.next_if(|used| used < *address).is_some() {}
             host.session == Session::Up || used.peek() == Some(*address)
         };
@@ -468,13 +472,17 @@ impl Cluster {
     }
 
     /// The farm and the service's index, if the configuration offers it to this SE.
-    fn offered(&self, address: Ipv4Addr, service: ServiceKey) -> Option<(usize, usize)> {
-        let admits = |placed: &PlacedService| placed.key == service && self.config.farms[placed.farm].admits(address);
-        let index = self.layout.services.iter().position(admits)?;
-        Some((self.layout.services[index].farm, index))
+    fn offered(&self, address: IpAddr, service: ServiceKey) -> Result<(usize, usize), StartError> {
+        let admits = |placed: &&PlacedService| placed.key == service && self.config.farms[placed.farm].admits(address);
+        let family = Family::of(address);
+        let mut offered = self.layout.services.iter().enumerate().filter(|(_, placed)| admits(placed)).peekable();
+        offered.peek().ok_or(StartError::NotOffered(service))?;
+        let (index, placed) =
+            offered.find(|(_, placed)| placed.family == family).ok_or(StartError::NoVip(service, family))?;
+        Ok((placed.farm, index))
     }
 
-    fn stop_offers(&mut self, address: Ipv4Addr, which: impl Fn(u32, &Offer) -> bool) {
+    fn stop_offers(&mut self, address: IpAddr, which: impl Fn(u32, &Offer) -> bool) {
         for id in self.offers.ids_of(address) {
             if let Some(offer) = self.offers.get_mut(id)
                 && offer.alive
@@ -496,7 +504,7 @@ impl Cluster {
     }
 
     /// All that a host's state decides may have to change.
-    pub(super) fn touch_host(&mut self, address: Ipv4Addr, change: Change) {
+    pub(super) fn touch_host(&mut self, address: IpAddr, change: Change) {
         for id in self.offers.ids_of(address) {
             if let Some(service) = self.offers.get(&id).map(|offer| offer.service) {
                 self.touch_server(id, change);
@@ -506,13 +514,13 @@ impl Cluster {
     }
 
     /// The host of this address, new if need be.
-    fn host_mut(&mut self, address: Ipv4Addr) -> &mut Host {
+    fn host_mut(&mut self, address: IpAddr) -> &mut Host {
         let Self { hosts, host_numbers, .. } = self;
         hosts.entry(address).or_insert_with(|| Host { number: host_numbers.take(0), ..Host::UNKNOWN })
     }
 
     /// Nothing in the maps names this host, nor may come to.
-    pub(super) fn forget_host(&mut self, address: Ipv4Addr) {
+    pub(super) fn forget_host(&mut self, address: IpAddr) {
         let used = self.offers.has(address) || self.exceptions.knows(address);
         if !used && self.hosts.get(&address).is_some_and(|host| host.session != Session::Up && !host.reachable()) {
             self.host_numbers.give_back(self.hosts.remove(&address).map_or(0, |host| host.number));

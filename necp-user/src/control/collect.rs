@@ -107,6 +107,7 @@ struct Pace {
 #[derive(Clone, Copy, Debug)]
 struct Class {
     service: usize,
+    /// What stands for the VIP in the packet path.
     vip: u32,
     protocol: u8,
     port: u16,
@@ -410,7 +411,7 @@ fn classes(cluster: &Cluster) -> BTreeMap<u16, Class> {
         let idle = usize::from(!shows_beginning(placed.key.protocol));
         let class = Class {
             service: frontend.service,
-            vip: u32::from_ne_bytes(frontend.vip.octets()),
+            vip: u32::from_ne_bytes(frontend.address()),
             protocol: placed.key.protocol,
             port: u16::from_ne_bytes(placed.key.port.to_be_bytes()),
             seed: config.farms[placed.farm].seed(),

@@ -1,9 +1,12 @@
 //! What the cluster is configured with, as plain values; the configuration file is somebody else's.
 
-use std::{collections::BTreeMap, fmt, net::Ipv4Addr, time::Duration};
+use std::{collections::BTreeMap, fmt, net::{IpAddr, Ipv4Addr, Ipv6Addr}, time::Duration};
 
-use ipnet::Ipv4Net;
-use necp_ebpf::{abi, packet::protocol};
+use ipnet::{IpNet, Ipv4Net};
+use necp_ebpf::{abi, hash::fold6, packet::protocol};
+
+/// Servers that join over it serve the VIPs of it.
+pub use crate::necp::Family;
 
 /// What a client asks for at a VIP.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -69,8 +72,8 @@ impl Forwarding {
 pub struct FarmConfig {
     /// Its name, unique.
     pub name: String,
-    /// The VIPs; all offer all services. None if the farm intercepts.
-    pub vips: Vec<Ipv4Addr>,
+    /// The VIPs; all offer all services, to servers of their family. None if the farm intercepts.
+    pub vips: Vec<IpAddr>,
     /// Destinations whose packets it takes when they cross this host, other than to VIPs and to this host itself.
     pub intercept: Vec<Ipv4Net>,
     /// What may be served.
@@ -78,7 +81,7 @@ pub struct FarmConfig {
     /// What forwarding types servers may ask for.
     pub forwarding: Vec<Forwarding>,
     /// Who may join.
-    pub servers: Vec<Ipv4Net>,
+    pub servers: Vec<IpNet>,
     /// Slots of each service's table; a prime.
     pub table_size: u32,
     /// How long after its session was lost a server keeps its flows while its host is not known to be gone.
@@ -94,7 +97,7 @@ pub struct FarmConfig {
     /// Seed of the flow hash; none: derived from the name.
     pub hash_seed: Option<u64>,
     /// Capacity by server, in thousandths; 1000 for those not named, at most 1,000,000.
-    pub capacity: BTreeMap<Ipv4Addr, u32>,
+    pub capacity: BTreeMap<IpAddr, u32>,
     /// Its servers' global exceptions are in force as such; else as local ones.
     pub global_exceptions: bool,
     /// Exceptions that one server may have. Of a server that several farms admit: the least of them.
@@ -134,9 +137,16 @@ impl FarmConfig {
         !self.intercept.is_empty()
     }
 
-    /// Addresses of its services in the service table: its VIPs, or 0.0.0.0 for what it intercepts.
-    pub fn fronts(&self) -> &[Ipv4Addr] {
-        if self.intercepts() { &[Ipv4Addr::UNSPECIFIED] } else { &self.vips }
+    /// Addresses of its services in the service table: its VIPs of one family, or 0.0.0.0 for what it intercepts.
+    pub fn fronts(&self, family: Family) -> impl Iterator<Item = IpAddr> {
+        const CROSSING: &[IpAddr] = &[IpAddr::V4(Ipv4Addr::UNSPECIFIED)];
+        let all = if self.intercepts() { CROSSING } else { &self.vips };
+        all.iter().copied().filter(move |front| Family::of(*front) == family)
+    }
+
+    /// Families that its services are offered on: each service has a slot table for each.
+    pub fn families(&self) -> impl Iterator<Item = Family> {
+        Family::ALL.into_iter().filter(|family| self.fronts(*family).next().is_some())
     }
 
     /// Whether replies must find their flow: then every flow is recorded.
@@ -145,12 +155,12 @@ impl FarmConfig {
     }
 
     /// Whether this address may join.
-    pub fn admits(&self, address: Ipv4Addr) -> bool {
+    pub fn admits(&self, address: IpAddr) -> bool {
         self.servers.iter().any(|prefix| prefix.contains(&address))
     }
 
     /// Capacity of a server, in thousandths.
-    pub fn capacity_of(&self, address: Ipv4Addr) -> u32 {
+    pub fn capacity_of(&self, address: IpAddr) -> u32 {
         self.capacity.get(&address).copied().unwrap_or(super::weight::CAPACITY_ONE)
     }
 }
@@ -227,7 +237,7 @@ pub enum ConfigError {
         /// The farm's name.
         farm: String,
         /// The server.
-        address: Ipv4Addr,
+        address: IpAddr,
     },
     /// Protocol 0, or TCP or UDP with port 0, or another protocol with a port.
     #[error(
@@ -243,7 +253,7 @@ pub enum ConfigError {
     #[error("{service} at {vip} is claimed twice, by farm {first:?} and farm {second:?}: give one of them another VIP")]
     Claimed {
         /// The VIP.
-        vip: Ipv4Addr,
+        vip: IpAddr,
         /// The service.
         service: ServiceKey,
         /// One farm.
@@ -272,7 +282,7 @@ pub enum ConfigError {
     )]
     Ambiguous {
         /// The narrower of the overlapping prefixes.
-        prefix: Ipv4Net,
+        prefix: IpNet,
         /// The service.
         service: ServiceKey,
         /// One farm.
@@ -284,7 +294,7 @@ pub enum ConfigError {
     #[error("{service} at {vip} finds no place in the service table: use another VIP or port, or fewer of them")]
     BucketFull {
         /// The VIP.
-        vip: Ipv4Addr,
+        vip: IpAddr,
         /// The service.
         service: ServiceKey,
     },
@@ -297,6 +307,17 @@ pub enum ConfigError {
         /// The service.
         service: ServiceKey,
     },
+    /// The packet path could not tell them apart.
+    #[error("the VIPs {first} and {second} look the same to the packet path (one pair in four billion does): use another one")]
+    Fold {
+        /// One.
+        first: Ipv6Addr,
+        /// The other.
+        second: Ipv6Addr,
+    },
+    /// More IPv6 VIPs than the maps have room for.
+    #[error("more than {max} IPv6 VIPs, those of an earlier daemon included: use fewer", max = abi::MAX_VIPS6 - 1)]
+    TooManyVips6,
     /// Too many entries for their ids.
     #[error("more than 32767 pairs of VIP and service: use fewer")]
     TooManyServices,
@@ -321,7 +342,8 @@ pub const MAX_EXCEPTIONS: u32 = 1 << 24;
 
 /// Slots that the tables of these farms need together.
 pub fn slots_needed(farms: &[FarmConfig]) -> u64 {
-    farms.iter().map(|farm| farm.services.len() as u64 * u64::from(farm.table_size)).sum()
+    let tables = |farm: &FarmConfig| (farm.services.len() * farm.families().count()) as u64;
+    farms.iter().map(|farm| tables(farm) * u64::from(farm.table_size)).sum()
 }
 
 impl ClusterConfig {
@@ -336,6 +358,7 @@ impl ClusterConfig {
         for (what, value) in [("closing", self.closing), ("half_open", self.half_open)] {
             check_time("", what, value)?;
         }
+        different_folds(&self.farms)?;
         for (index, farm) in self.farms.iter().enumerate() {
             if self.farms[..index].iter().any(|other| other.name == farm.name) {
                 return Err(ConfigError::FarmName(farm.name.clone()));
@@ -385,6 +408,29 @@ fn check_time(farm: &str, what: &'static str, value: Duration) -> Result<(), Con
     Err(ConfigError::Time { farm: farm.to_owned(), what, value })
 }
 
+/// What stands for an IPv6 VIP in the service table.
+pub(super) fn fold(vip: Ipv6Addr) -> [u8; 4] {
+    fold6(halves(vip)).to_ne_bytes()
+}
+
+/// As they stand in a header.
+pub(super) fn halves(address: Ipv6Addr) -> [u64; 2] {
+    let [a, b, c, d, e, f, g, h, i, j, k, l, m, n, o, p] = address.octets();
+    [u64::from_ne_bytes([a, b, c, d, e, f, g, h]), u64::from_ne_bytes([i, j, k, l, m, n, o, p])]
+}
+
+fn different_folds(farms: &[FarmConfig]) -> Result<(), ConfigError> {
+    let mut folds = BTreeMap::new();
+    for vip in farms.iter().flat_map(|farm| &farm.vips) {
+        if let IpAddr::V6(second) = *vip
+            && let Some(first) = folds.insert(fold(second), second).filter(|first| *first != second)
+        {
+            return Err(ConfigError::Fold { first, second });
+        }
+    }
+    Ok(())
+}
+
 fn unambiguous(first: &FarmConfig, second: &FarmConfig) -> Result<(), ConfigError> {
     let Some(&service) = first.services.iter().find(|service| second.services.contains(service)) else {
         return Ok(());
@@ -411,7 +457,7 @@ mod tests {
 
     fn farm(name: &str, prefix: &str) -> FarmConfig {
         let mut farm = FarmConfig::new(name);
-        farm.vips = vec![Ipv4Addr::new(192, 0, 2, 10)];
+        farm.vips = vec![[192, 0, 2, 10].into()];
         farm.services = vec![ServiceKey::new(protocol::TCP, 80)];
         farm.servers = vec![prefix.parse().expect("a prefix")];
         farm
@@ -447,7 +493,7 @@ mod tests {
         let layer_3 = FarmConfig { vips: Vec::new(), forwarding: vec![Forwarding::Layer3], ..both.clone() };
         assert_eq!(check(vec![layer_3]), Err(interception));
         assert_eq!(check(vec![FarmConfig { vips: Vec::new(), ..both }]), Ok(()));
-        let strong = FarmConfig { capacity: [(Ipv4Addr::LOCALHOST, 1_000_001)].into(), ..good() };
+        let strong = FarmConfig { capacity: [(Ipv4Addr::LOCALHOST.into(), 1_000_001)].into(), ..good() };
         assert!(matches!(check(vec![strong]), Err(ConfigError::Capacity { .. })));
     }
 
@@ -457,5 +503,21 @@ mod tests {
         assert_eq!(farm.seed(), FarmConfig::new("web").seed());
         assert_ne!(farm.seed(), FarmConfig::new("api").seed());
         assert_eq!(FarmConfig { hash_seed: Some(7), ..farm }.seed(), 7);
+    }
+
+    #[test]
+    fn ipv6_vips_that_look_the_same_are_named() {
+        let mut seen = BTreeMap::new();
+        // Those that differ in their last four bytes only never do.
+        let host = |number: u64| u128::from(super::super::stable::mix(number));
+        let vip = |number: u64| Ipv6Addr::from(0x2001_0db8_0000_0000_0000_0000_0000_0000 + host(number));
+        let pair = (0..2_000_000).find_map(|host| seen.insert(fold(vip(host)), vip(host)).map(|first| (first, vip(host))));
+        let (first, second) = pair.expect("there is one among some hundred thousand");
+        let mut farms = vec![farm("a", "2001:db8:1::/64"), farm("b", "2001:db8:2::/64")];
+        farms[0].vips = vec![first.into()];
+        farms[1].vips = vec![first.into()];
+        assert_eq!(check(farms.clone()), Ok(()), "the same one is not looked at here");
+        farms[1].vips.push(second.into());
+        assert_eq!(check(farms), Err(ConfigError::Fold { first, second }));
     }
 }

@@ -1,7 +1,7 @@
 //! Server ids: one per farm, SE address, service and forwarding type; none is reused while anything may still name it.
 
 use std::collections::BTreeMap;
-use std::net::Ipv4Addr;
+use std::net::IpAddr;
 
 use necp_ebpf::abi::FIRST_SERVER;
 
@@ -13,7 +13,7 @@ pub struct OfferKey {
     /// Index of the farm.
     pub farm: usize,
     /// The SE.
-    pub address: Ipv4Addr,
+    pub address: IpAddr,
     /// The service.
     pub service: ServiceKey,
     /// The forwarding type: another one is another id, so that flows in progress keep theirs.
@@ -156,7 +156,7 @@ mod tests {
 
     fn key(host: u8, forwarding: Forwarding) -> OfferKey {
         let service = ServiceKey::new(6, 80);
-        OfferKey { farm: 0, address: Ipv4Addr::new(10, 0, 0, host), service, forwarding }
+        OfferKey { farm: 0, address: [10, 0, 0, host].into(), service, forwarding }
     }
 
     fn collect(ids: &mut Ids, seen: &[u32]) -> Vec<u32> {

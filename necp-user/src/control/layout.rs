@@ -1,8 +1,8 @@
-//! Where everything stands in the maps: one region of slots per farm and service, one entry per VIP and service.
+//! Where everything stands in the maps: one region of slots per farm, family and service, one entry per VIP and service.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    net::Ipv4Addr,
+    net::{IpAddr, Ipv6Addr},
 };
 
 use necp_ebpf::{
@@ -11,13 +11,15 @@ use necp_ebpf::{
     steer::shows_beginning,
 };
 
-use super::config::{ClusterConfig, ConfigError, ServiceKey};
+use super::config::{ClusterConfig, ConfigError, Family, ServiceKey, fold};
 
-/// A service: one slot table, shared by all VIPs of its farm.
+/// A service: one slot table, shared by all VIPs of one family of its farm.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PlacedService {
     /// Index of the farm in the configuration.
     pub farm: usize,
+    /// Of its VIPs and its servers.
+    pub family: Family,
     /// The service.
     pub key: ServiceKey,
     /// Its first slot.
@@ -34,18 +36,21 @@ pub struct PlacedService {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Frontend {
     /// The VIP; 0.0.0.0 for what crosses this host.
-    pub vip: Ipv4Addr,
+    pub vip: IpAddr,
     /// Index in [`Layout::services`].
     pub service: usize,
     /// [`abi::Service::id`].
     pub id: u16,
+    /// [`abi::Service::vip`].
+    pub vip6: u16,
     /// Bucket of the service table.
     pub bucket: u32,
     /// Entry in the bucket.
     pub entry: usize,
 }
 
-/// An entry of the service table that is no service: an address is a VIP ([`abi::VIP`]), a reply's VIP ([`abi::REPLY`]).
+/// An entry of the service table that is no service: an address is a VIP ([`abi::VIP`]), a reply's VIP ([`abi::REPLY`]), or the same
+/// of IPv6.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Note {
     /// What stands there.
@@ -65,6 +70,8 @@ pub struct Existing {
     pub entry: usize,
     /// What stands there.
     pub service: abi::Service,
+    /// The IPv6 VIP that it is about.
+    pub vip: Option<Ipv6Addr>,
 }
 
 /// All of it.
@@ -76,6 +83,8 @@ pub struct Layout {
     pub frontends: Vec<Frontend>,
     /// What the packet path must know beside the services.
     pub notes: Vec<Note>,
+    /// Indices of the IPv6 VIPs in the map `vips6`.
+    pub vips6: BTreeMap<Ipv6Addr, u16>,
     /// Entries (bucket, entry) of services that are no longer configured.
     pub stale: Vec<(u32, usize)>,
     /// Farm index in the maps as found → index in the configuration.
@@ -86,10 +95,10 @@ impl Layout {
     /// Places everything, next to what is there already.
     pub fn new(config: &ClusterConfig, existing: &[Existing]) -> Result<Self, ConfigError> {
         let mut layout = Self::default();
-        let mut claimed: BTreeMap<(Ipv4Addr, ServiceKey), usize> = BTreeMap::new();
+        let mut claimed: BTreeMap<(IpAddr, ServiceKey), usize> = BTreeMap::new();
         for (farm_index, farm) in config.farms.iter().enumerate() {
-            for &key in &farm.services {
-                for &vip in farm.fronts() {
+            for (family, key) in farm.families().flat_map(|family| farm.services.iter().map(move |key| (family, *key))) {
+                for vip in farm.fronts(family) {
                     if let Some(first) = claimed.insert((vip, key), farm_index) {
                         let (first, second) = (config.farms[first].name.clone(), farm.name.clone());
                         if vip.is_unspecified() {
@@ -101,10 +110,11 @@ impl Layout {
                         layout.old_farms.entry(old.service.farm.into()).or_insert(farm_index);
                     }
                 }
-                layout.services.push(layout.adopt_region(config, existing, farm_index, key));
+                layout.services.push(layout.adopt_region(config, existing, (farm_index, family, key)));
             }
         }
         layout.allocate(config)?;
+        layout.number_vips6(config, existing)?;
         layout.place(config, existing)?;
         Ok(layout)
     }
@@ -113,7 +123,7 @@ impl Layout {
     pub fn entry(&self, config: &ClusterConfig, frontend: &Frontend) -> abi::Service {
         let service = &self.services[frontend.service];
         abi::Service {
-            address: frontend.vip.octets(),
+            address: frontend.address(),
             port: service.key.port.to_be_bytes(),
             protocol: service.key.protocol,
             state: state_of(frontend.vip),
@@ -123,13 +133,14 @@ impl Layout {
             id: frontend.id,
             flags: service.flags,
             farm: service.farm as u16,
-            vip: 0,
+            vip: frontend.vip6,
         }
     }
 
     /// The service of a farm.
-    pub fn service(&self, farm: usize, key: ServiceKey) -> Option<usize> {
-        self.services.iter().position(|service| service.farm == farm && service.key == key)
+    pub fn service(&self, farm: usize, family: Family, key: ServiceKey) -> Option<usize> {
+        let is = |one: &PlacedService| (one.farm, one.family, one.key) == (farm, family, key);
+        self.services.iter().position(is)
     }
 
     /// A service, with its old region if that is of any use.
@@ -137,8 +148,7 @@ impl Layout {
         &self,
         config: &ClusterConfig,
         existing: &[Existing],
-        farm: usize,
-        key: ServiceKey,
+        (farm, family, key): (usize, Family, ServiceKey),
     ) -> PlacedService {
         let wanted = &config.farms[farm];
         let flags = match (shows_beginning(key.protocol), wanted.udp_tracking) {
@@ -155,9 +165,9 @@ impl Layout {
                 && base.checked_add(size).is_some_and(|end| end <= config.slots)
                 && !self.services.iter().any(|other| other.adopted && overlap((base, size), (other.base, other.size)))
         };
-        let old = wanted.fronts().iter().filter_map(|&vip| find(existing, vip, key)).find(usable);
+        let old = wanted.fronts(family).filter_map(|vip| find(existing, vip, key)).find(usable);
         let base = old.map_or(0, |old| old.service.slots_base);
-        PlacedService { farm, key, base, size: wanted.table_size, flags, adopted: old.is_some() }
+        PlacedService { farm, family, key, base, size: wanted.table_size, flags, adopted: old.is_some() }
     }
 
     /// First fit, for the regions that are new.
@@ -188,12 +198,30 @@ impl Layout {
         Ok(())
     }
 
+    /// A VIP keeps its index; a new one has none that an entry still names, whether that stays or goes.
+    fn number_vips6(&mut self, config: &ClusterConfig, existing: &[Existing]) -> Result<(), ConfigError> {
+        let mut taken: BTreeSet<u16> = existing.iter().map(|old| old.service.vip).collect();
+        for vip in config.farms.iter().flat_map(|farm| &farm.vips) {
+            let IpAddr::V6(vip) = *vip else { continue };
+            if self.vips6.contains_key(&vip) {
+                continue;
+            }
+            let old = existing.iter().find(|old| old.vip == Some(vip)).map(|old| old.service.vip);
+            let free = || (1..abi::MAX_VIPS6 as u16).find(|index| !taken.contains(index));
+            let index = old.or_else(free).ok_or(ConfigError::TooManyVips6)?;
+            taken.insert(index);
+            self.vips6.insert(vip, index);
+        }
+        Ok(())
+    }
+
     fn place(&mut self, config: &ClusterConfig, existing: &[Existing]) -> Result<(), ConfigError> {
         let mut occupied: BTreeSet<(u32, usize)> = BTreeSet::new();
         let mut ids: BTreeSet<u16> = existing.iter().map(|old| old.service.id & !UDP_CLASS).collect();
-        let wanted: Vec<(usize, Ipv4Addr)> = (0..self.services.len())
-            .flat_map(|index| config.farms[self.services[index].farm].fronts().iter().map(move |&vip| (index, vip)))
-            .collect();
+        let fronts = |(index, placed): (usize, &PlacedService)| {
+            config.farms[placed.farm].fronts(placed.family).map(move |vip| (index, vip)).collect::<Vec<_>>()
+        };
+        let wanted: Vec<(usize, IpAddr)> = self.services.iter().enumerate().flat_map(fronts).collect();
         // What is there keeps its place; only then what is new looks for one.
         for &(index, vip) in &wanted {
             if let Some(old) = find(existing, vip, self.services[index].key) {
@@ -222,7 +250,8 @@ impl Layout {
                 }
             };
             ids.insert(id & !UDP_CLASS);
-            self.frontends.push(Frontend { vip, service, id, bucket, entry });
+            let vip6 = self.vip6(vip);
+            self.frontends.push(Frontend { vip, service, id, vip6, bucket, entry });
         }
         self.place_notes(config, &mut occupied)?;
         let stale = existing.iter().map(|old| (old.bucket, old.entry)).filter(|place| !occupied.contains(place));
@@ -236,7 +265,7 @@ impl Layout {
         config: &ClusterConfig,
         occupied: &mut BTreeSet<(u32, usize)>,
     ) -> Result<(), ConfigError> {
-        let (mut vips, mut numbers) = (BTreeSet::new(), BTreeMap::<ServiceKey, u32>::new());
+        let (mut vips, mut numbers) = (BTreeSet::new(), BTreeMap::<(Family, ServiceKey), u32>::new());
         for frontend in self.frontends.clone().into_iter().filter(|frontend| !frontend.vip.is_unspecified()) {
             let (vip, placed) = (frontend.vip, &self.services[frontend.service]);
             let (key, layer_3) = (placed.key, config.farms[placed.farm].expects_replies());
@@ -244,13 +273,19 @@ impl Layout {
             if vips.insert(vip) {
                 let silent = config.farms.iter().any(|farm| farm.vips.contains(&vip) && !farm.echo);
                 let flags = if silent { abi::NO_ECHO } else { 0 };
-                let note = abi::Service { address: vip.octets(), state: abi::VIP, flags, ..abi::Service::default() };
+                let note = abi::Service {
+                    address: frontend.address(),
+                    state: if vip.is_ipv4() { abi::VIP } else { abi::VIP6 },
+                    flags,
+                    vip: frontend.vip6,
+                    ..abi::Service::default()
+                };
                 self.place_note(note, occupied).ok_or(full.clone())?;
             }
             if !layer_3 {
                 continue;
             }
-            let number = numbers.entry(key).or_default();
+            let number = numbers.entry((Family::of(vip), key)).or_default();
             if *number == abi::REPLY_VIPS {
                 return Err(ConfigError::TooManyReplies { service: key });
             }
@@ -258,8 +293,9 @@ impl Layout {
                 address: number.to_ne_bytes(),
                 port: key.port.to_be_bytes(),
                 protocol: key.protocol,
-                state: abi::REPLY,
-                slots_base: u32::from_ne_bytes(vip.octets()),
+                state: if vip.is_ipv4() { abi::REPLY } else { abi::REPLY6 },
+                slots_base: if vip.is_ipv4() { u32::from_ne_bytes(frontend.address()) } else { 0 },
+                vip: frontend.vip6,
                 ..abi::Service::default()
             };
             *number += 1;
@@ -277,6 +313,29 @@ impl Layout {
     }
 }
 
+impl Layout {
+    fn vip6(&self, vip: IpAddr) -> u16 {
+        match vip {
+            IpAddr::V4(_) => 0,
+            IpAddr::V6(vip) => self.vips6.get(&vip).copied().unwrap_or(0),
+        }
+    }
+}
+
+impl Frontend {
+    /// [`abi::Service::address`], which stands for the VIP in the packet path.
+    pub fn address(&self) -> [u8; 4] {
+        address_of(self.vip)
+    }
+}
+
+fn address_of(vip: IpAddr) -> [u8; 4] {
+    match vip {
+        IpAddr::V4(vip) => vip.octets(),
+        IpAddr::V6(vip) => fold(vip),
+    }
+}
+
 fn free_entry(occupied: &BTreeSet<(u32, usize)>, bucket: u32) -> Option<usize> {
     (0..SERVICES_PER_BUCKET).find(|&entry| !occupied.contains(&(bucket, entry)))
 }
@@ -285,24 +344,29 @@ fn overlap(a: (u32, u32), b: (u32, u32)) -> bool {
     a.0 < b.0 + b.1 && b.0 < a.0 + a.1
 }
 
-fn find(existing: &[Existing], vip: Ipv4Addr, key: ServiceKey) -> Option<&Existing> {
+fn find(existing: &[Existing], vip: IpAddr, key: ServiceKey) -> Option<&Existing> {
     existing.iter().find(|old| {
         let service = &old.service;
         service.state == state_of(vip)
-            && service.address == vip.octets()
+            && service.address == address_of(vip)
+            && old.vip.is_none_or(|old| old == vip)
             && service.protocol == key.protocol
             && service.port == key.port.to_be_bytes()
     })
 }
 
 /// What an entry of a service at this address is.
-fn state_of(vip: Ipv4Addr) -> u8 {
-    if vip.is_unspecified() { abi::INTERCEPT } else { 1 }
+fn state_of(vip: IpAddr) -> u8 {
+    match vip {
+        IpAddr::V4(vip) if vip.is_unspecified() => abi::INTERCEPT,
+        IpAddr::V4(_) => 1,
+        IpAddr::V6(_) => abi::SERVICE6,
+    }
 }
 
 /// The first eight bytes of an entry, as the packet path makes them.
-fn key_word(vip: Ipv4Addr, key: ServiceKey) -> u64 {
-    let (address, port) = (vip.octets(), key.port.to_be_bytes());
+fn key_word(vip: IpAddr, key: ServiceKey) -> u64 {
+    let (address, port) = (address_of(vip), key.port.to_be_bytes());
     let state = state_of(vip);
     first_word(&abi::Service { address, port, protocol: key.protocol, state, ..abi::Service::default() })
 }

@@ -1,6 +1,6 @@
 //! What time alone changes: adopted offers and exceptions expire, slow starts rise, hosts die, panics begin and end.
 
-use std::{collections::BTreeSet, net::Ipv4Addr, time::Instant};
+use std::{collections::BTreeSet, net::IpAddr, time::Instant};
 
 use super::{
     cluster::{Change, Cluster, Host, Notice, Offer, OfferState, Session},
@@ -16,7 +16,7 @@ struct StartedHosts {
     /// How many have a session.
     up: usize,
     /// Which have lost it when, in the order of their addresses.
-    lost: Vec<(Ipv4Addr, Instant)>,
+    lost: Vec<(IpAddr, Instant)>,
 }
 
 impl Cluster {
@@ -106,7 +106,7 @@ impl Cluster {
             }
             let kept = &self.farms[farm].kept;
             let at_once = |since: Instant| since + self.config.keepalive >= now;
-            let suspects: BTreeSet<Ipv4Addr> = lost
+            let suspects: BTreeSet<IpAddr> = lost
                 .into_iter()
                 .filter(|(address, since)| kept.contains(address) || at_once(*since))
                 .map(|(address, _)| address)
@@ -184,7 +184,7 @@ impl Cluster {
         farms.iter().zip(&self.config.farms).map(|(farm, config)| enough(farm) && !config.intercepts()).collect()
     }
 
-    fn lost_hosts(&self) -> impl Iterator<Item = (Ipv4Addr, &Host, Instant)> {
+    fn lost_hosts(&self) -> impl Iterator<Item = (IpAddr, &Host, Instant)> {
         self.hosts.iter().filter_map(|(address, host)| match host.session {
             Session::Lost { since } => Some((*address, host, since)),
             Session::Up | Session::Absent => None,

@@ -2,7 +2,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    net::Ipv4Addr,
+    net::IpAddr,
     ops::Deref,
 };
 
@@ -12,7 +12,7 @@ use super::cluster::Offer;
 #[derive(Debug, Default)]
 pub(super) struct Offers {
     by_id: BTreeMap<u32, Offer>,
-    by_address: BTreeMap<Ipv4Addr, BTreeSet<u32>>,
+    by_address: BTreeMap<IpAddr, BTreeSet<u32>>,
     /// As [`Layout::services`](super::layout::Layout::services).
     by_service: BTreeMap<usize, BTreeSet<u32>>,
 }
@@ -50,7 +50,7 @@ impl Offers {
     }
 
     /// Ids of one server, in order.
-    pub(super) fn ids_of(&self, address: Ipv4Addr) -> Vec<u32> {
+    pub(super) fn ids_of(&self, address: IpAddr) -> Vec<u32> {
         self.by_address.get(&address).into_iter().flatten().copied().collect()
     }
 
@@ -61,13 +61,13 @@ impl Offers {
     }
 
     /// Servers with an offer that is alive.
-    pub(super) fn alive(&self) -> impl Iterator<Item = Ipv4Addr> {
+    pub(super) fn alive(&self) -> impl Iterator<Item = IpAddr> {
         let is_alive = |id: &u32| self.by_id.get(id).is_some_and(|offer| offer.alive);
         self.by_address.iter().filter(move |(_, ids)| ids.iter().any(is_alive)).map(|(address, _)| *address)
     }
 
     /// Whether a server has any id.
-    pub(super) fn has(&self, address: Ipv4Addr) -> bool {
+    pub(super) fn has(&self, address: IpAddr) -> bool {
         self.by_address.contains_key(&address)
     }
 }

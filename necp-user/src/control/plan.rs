@@ -2,6 +2,7 @@
 
 use std::{
     collections::BTreeSet,
+    net::{IpAddr, Ipv6Addr},
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -16,6 +17,8 @@ use necp_ebpf::{
 
 use super::{
     cluster::{Change, Cluster},
+    config::halves,
+    exceptions::Record,
     slots::{self, Member},
 };
 
@@ -32,7 +35,9 @@ pub struct Plan {
     pub masks: Vec<MasksWrite>,
     /// Then the slots.
     pub tables: Vec<TableWrite>,
-    /// Last the entries that lead to them.
+    /// Then the IPv6 VIPs that entries name.
+    pub vips: Vec<VipWrite>,
+    /// Last the entries that lead to the tables.
     pub services: Vec<ServiceWrite>,
     /// Changes of which only a part is in this plan.
     pub waiting: BTreeSet<Change>,
@@ -55,7 +60,7 @@ pub struct ExceptionWrite {
     /// Its number.
     pub number: u32,
     /// What it should say; the default: nothing.
-    pub exception: abi::Exception,
+    pub exception: Record,
     /// Who waits for it.
     pub change: Change,
 }
@@ -99,6 +104,15 @@ pub enum TableKind {
     Stateless,
 }
 
+/// An IPv6 VIP.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct VipWrite {
+    /// Its index; no entry that is in the maps names it, unless it is there already.
+    pub index: u16,
+    /// The VIP.
+    pub address: Ipv6Addr,
+}
+
 /// An entry of the service table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ServiceWrite {
@@ -127,6 +141,9 @@ pub enum WriteError {
     /// The table names a server whose record could not be written.
     #[error("the slots of service number {0} were not moved: a server's record is missing")]
     Waits(usize),
+    /// The map of IPv6 VIPs has no such index.
+    #[error("IPv6 VIP number {0} is beyond the map `vips6`")]
+    Vip(u16),
     /// The service table has no such entry.
     #[error("bucket {0} is beyond the map `services`")]
     Service(u32),
@@ -160,6 +177,7 @@ pub struct Applied {
     failed_masks: BTreeSet<usize>,
     failed_servers: BTreeSet<u32>,
     failed_tables: BTreeSet<usize>,
+    failed_vips: BTreeSet<u16>,
     failed_entries: bool,
 }
 
@@ -201,6 +219,7 @@ impl Plan {
             && self.exceptions.is_empty()
             && self.masks.is_empty()
             && self.tables.is_empty()
+            && self.vips.is_empty()
             && self.services.is_empty()
     }
 
@@ -218,6 +237,9 @@ impl Plan {
         }
         for write in &self.masks {
             applied.masks(write, view);
+        }
+        for write in &self.vips {
+            applied.vip(write, view);
         }
         for write in self.services.iter().filter(|write| write.table.is_none()) {
             applied.entry(write, view);
@@ -316,7 +338,23 @@ impl Applied {
         self.errors.push(error);
     }
 
+    fn vip(&mut self, write: &VipWrite, view: &View<'_>) {
+        if view.vip6(write.index.into()) == Some(halves(write.address)) {
+            return;
+        }
+        if view.set_vip6(write.index.into(), write.address.octets()) {
+            self.records_written += 1;
+        } else {
+            self.failed_entries = true;
+            self.failed_vips.insert(write.index);
+            self.errors.push(WriteError::Vip(write.index));
+        }
+    }
+
     fn entry(&mut self, write: &ServiceWrite, view: &View<'_>) {
+        if self.failed_vips.contains(&write.service.vip) {
+            return;
+        }
         let old = view.services(write.bucket).and_then(|bucket| bucket.entries.get(write.entry).copied());
         if old == Some(write.service) {
             return;
@@ -330,7 +368,7 @@ impl Applied {
     }
 
     fn exception(&mut self, write: &ExceptionWrite, view: &View<'_>) {
-        let error = match view.set_exception(write.number, &write.exception) {
+        let error = match view.set_exception(write.number, &write.exception.named(view.exception_seed())) {
             Ok(written) => return self.records_written += usize::from(written),
             Err(NotWritten::NoRecord) => WriteError::Exception(write.number),
             Err(NotWritten::NoPlace) => WriteError::ExceptionPlace(write.number),
@@ -375,12 +413,13 @@ impl Cluster {
         let waiting = self.exceptions.waiting().collect();
         let unwritten = self.services.iter().enumerate().filter(|(_, service)| service.unwritten);
         let tables = unwritten.map(|(index, _)| self.table_write(index)).collect();
-        let services = if self.dirty_entries { self.service_writes() } else { Vec::new() };
+        let (vips, services) =
+            if self.dirty_entries { (self.vip_writes(), self.service_writes()) } else { Default::default() };
         // A table that did not change keeps nobody waiting.
         for service in self.services.iter_mut().filter(|service| !service.unwritten) {
             service.changes.clear();
         }
-        Plan { change: self.change, servers, exceptions, masks, tables, services, waiting }
+        Plan { change: self.change, servers, exceptions, masks, tables, vips, services, waiting }
     }
 
     /// Takes note of what [`Plan::apply`] has done; must follow it before the next input.
@@ -437,13 +476,13 @@ impl Cluster {
             mac: hop.map_or([0; 6], |hop| hop.mac),
             flags,
             port: hop.map_or(0, |hop| hop.port),
-            address: offer.key.address.to_ipv6_mapped().octets(),
+            address: in_record(offer.key.address),
             farm: offer.key.farm as u16,
             service_port: offer.key.service.port,
             protocol: offer.key.service.protocol,
             forwarding: offer.key.forwarding as u8,
             host: host.map_or(0, |host| host.number),
-            source: hop.map_or([0; 16], |hop| hop.source.to_ipv6_mapped().octets()),
+            source: hop.map_or([0; 16], |hop| in_record(hop.source)),
             mtu: hop.map_or(0, |hop| hop.mtu),
             reserved: [0; 14],
         }
@@ -518,6 +557,10 @@ impl Cluster {
         });
     }
 
+    fn vip_writes(&self) -> Vec<VipWrite> {
+        self.layout.vips6.iter().map(|(&address, &index)| VipWrite { index, address }).collect()
+    }
+
     fn service_writes(&self) -> Vec<ServiceWrite> {
         let gone = self.layout.stale.iter().map(|&(bucket, entry)| ServiceWrite {
             bucket,
@@ -538,6 +581,14 @@ impl Cluster {
             table: None,
         });
         gone.chain(notes).chain(wanted).collect()
+    }
+}
+
+/// As server records have addresses: IPv4 in its IPv6-mapped form.
+fn in_record(address: IpAddr) -> [u8; 16] {
+    match address {
+        IpAddr::V4(address) => address.to_ipv6_mapped().octets(),
+        IpAddr::V6(address) => address.octets(),
     }
 }
 

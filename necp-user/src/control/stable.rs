@@ -1,6 +1,6 @@
 //! Hashes that are the same in every build and on every NE: tables of several NEs must agree.
 
-use std::net::Ipv4Addr;
+use std::net::IpAddr;
 
 /// A 64-bit hash of bytes (FNV-1a, then mixed); no secret, no seed.
 pub const fn hash_bytes(bytes: &[u8]) -> u64 {
@@ -23,10 +23,20 @@ pub const fn mix(mut h: u64) -> u64 {
 }
 
 /// Who a server is to a slot table: its address and the service, nothing that is this NE's own.
-pub const fn identity(address: Ipv4Addr, protocol: u8, port: u16) -> u64 {
-    let [a, b, c, d] = address.octets();
+pub fn identity(address: IpAddr, protocol: u8, port: u16) -> u64 {
     let [e, f] = port.to_be_bytes();
-    hash_bytes(&[a, b, c, d, protocol, e, f])
+    match address {
+        IpAddr::V4(address) => {
+            let [a, b, c, d] = address.octets();
+            hash_bytes(&[a, b, c, d, protocol, e, f])
+        }
+        IpAddr::V6(address) => {
+            let mut bytes = [0; 19];
+            bytes[..16].copy_from_slice(&address.octets());
+            bytes[16..].copy_from_slice(&[protocol, e, f]);
+            hash_bytes(&bytes)
+        }
+    }
 }
 
 #[cfg(test)]
@@ -38,9 +48,9 @@ mod tests {
         assert_eq!(hash_bytes(b""), 0xefd0_1f60_ba99_2926);
         assert_eq!(hash_bytes(b"web"), hash_bytes("web".as_bytes()));
         assert_ne!(hash_bytes(b"web"), hash_bytes(b"wec"));
-        let one = identity(Ipv4Addr::new(10, 0, 0, 1), 6, 80);
-        assert_ne!(one, identity(Ipv4Addr::new(10, 0, 0, 1), 6, 443));
-        assert_ne!(one, identity(Ipv4Addr::new(10, 0, 0, 2), 6, 80));
-        assert_ne!(one, identity(Ipv4Addr::new(10, 0, 0, 1), 17, 80));
+        let one = identity([10, 0, 0, 1].into(), 6, 80);
+        assert_ne!(one, identity([10, 0, 0, 1].into(), 6, 443));
+        assert_ne!(one, identity([10, 0, 0, 2].into(), 6, 80));
+        assert_ne!(one, identity([10, 0, 0, 1].into(), 17, 80));
     }
 }

@@ -1,13 +1,13 @@
 //! What `necp status` shows of the cluster; packets are somebody else's to add.
 
-use std::net::Ipv4Addr;
+use std::net::IpAddr;
 
 use ipnet::Ipv4Net;
 use necp_ebpf::abi;
 
 use super::{
     cluster::{Cluster, Host, Offer, OfferState, Session},
-    config::{Forwarding, ServiceKey},
+    config::{Family, Forwarding, ServiceKey},
     slots::Member,
 };
 
@@ -26,7 +26,7 @@ pub struct FarmStatus {
     /// Its name.
     pub name: String,
     /// Its VIPs.
-    pub vips: Vec<Ipv4Addr>,
+    pub vips: Vec<IpAddr>,
     /// Destinations whose packets it intercepts.
     pub intercept: Vec<Ipv4Net>,
     /// Most of its servers were lost at once: they are kept in the slot tables.
@@ -38,6 +38,8 @@ pub struct FarmStatus {
 /// One service.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ServiceStatus {
+    /// Of its VIPs and its servers.
+    pub family: Family,
     /// The service.
     pub key: ServiceKey,
     /// Number of its slots.
@@ -52,7 +54,7 @@ pub struct ServerStatus {
     /// The server id.
     pub id: u32,
     /// The SE.
-    pub address: Ipv4Addr,
+    pub address: IpAddr,
     /// Its forwarding type.
     pub forwarding: Forwarding,
     /// What it is doing.
@@ -118,6 +120,7 @@ impl Cluster {
             alarm: !self.farms[index].kept.is_empty(),
             services: services
                 .map(|(service, placed)| ServiceStatus {
+                    family: placed.family,
                     key: placed.key,
                     slots: placed.size,
                     servers: self.server_statuses(service),

@@ -1,7 +1,7 @@
 //! A cluster on tables in memory, on a clock of its own.
 
 use std::{
-    net::Ipv4Addr,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
     time::{Duration, Instant},
 };
 
@@ -32,19 +32,28 @@ pub(super) struct Bed {
 }
 
 /// The address of a server by its number.
-pub(super) fn se(number: u8) -> Ipv4Addr {
-    Ipv4Addr::new(10, 0, 0, number)
+pub(super) fn se(number: u8) -> IpAddr {
+    [10, 0, 0, number].into()
 }
+
+/// The IPv6 address of a server by its number.
+pub(super) fn se6(number: u8) -> IpAddr {
+    Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, number.into()).into()
+}
+
+/// The farm's IPv6 VIPs, if it has some.
+pub(super) const VIPS6: [Ipv6Addr; 2] =
+    [Ipv6Addr::new(0x2001, 0xdb8, 1, 0, 0, 0, 0, 10), Ipv6Addr::new(0x2001, 0xdb8, 1, 0, 0, 0, 0, 11)];
 
 /// Where a server is.
 pub(super) fn hop(number: u8) -> Hop {
-    Hop { mac: [2, 0, 0, 0, 0, number], port: 1, source: Ipv4Addr::new(10, 0, 0, 254), mtu: 1500 }
+    Hop { mac: [2, 0, 0, 0, 0, number], port: 1, source: [10, 0, 0, 254].into(), mtu: 1500 }
 }
 
 /// One farm with tcp/80 and udp/53, 11 slots each.
 pub(super) fn config() -> ClusterConfig {
     let mut farm = FarmConfig::new("web");
-    farm.vips = vec![VIP, Ipv4Addr::new(192, 0, 2, 11)];
+    farm.vips = vec![VIP.into(), [192, 0, 2, 11].into()];
     farm.services = vec![ServiceKey::new(protocol::TCP, 80), ServiceKey::new(protocol::UDP, 53)];
     farm.servers = vec!["10.0.0.0/24".parse().expect("a prefix")];
     farm.table_size = 11;
@@ -57,6 +66,14 @@ pub(super) fn config() -> ClusterConfig {
         implemented: everything,
         ..ClusterConfig::default()
     }
+}
+
+/// The same with IPv6 VIPs and servers.
+pub(super) fn config_of_both() -> ClusterConfig {
+    let mut config = config();
+    config.farms[0].vips.extend(VIPS6.map(IpAddr::V6));
+    config.farms[0].servers.push("2001:db8::/64".parse().expect("a prefix"));
+    config
 }
 
 impl Bed {
@@ -124,6 +141,16 @@ impl Bed {
         self.id(number)
     }
 
+    /// INIT and START of tcp/80 over IPv6; its id.
+    pub(super) fn serve6(&mut self, number: u8) -> u32 {
+        let (address, now) = (se6(number), self.now);
+        self.cluster.init(address, true, now).expect("it may join");
+        self.cluster.host_reachable(address, hop(number), now);
+        self.cluster.start(address, Forwarding::Layer2, protocol::TCP, 80, now).expect("it may start");
+        self.sync();
+        self.id_at(address)
+    }
+
     pub(super) fn stop(&mut self, number: u8) {
         self.cluster.stop(se(number), protocol::TCP, 80, self.now);
         self.sync();
@@ -145,8 +172,12 @@ impl Bed {
     }
 
     pub(super) fn id(&self, number: u8) -> u32 {
+        self.id_at(se(number))
+    }
+
+    fn id_at(&self, address: IpAddr) -> u32 {
         let service = ServiceKey::new(protocol::TCP, 80);
-        let key = OfferKey { farm: 0, address: se(number), service, forwarding: Forwarding::Layer2 };
+        let key = OfferKey { farm: 0, address, service, forwarding: Forwarding::Layer2 };
         self.cluster.id_of(&key).expect("it has an id")
     }
 

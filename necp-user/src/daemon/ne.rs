@@ -29,6 +29,7 @@ use anyhow::Context as _;
 use futures_util::Stream;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
+use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
@@ -45,7 +46,8 @@ use self::vips::Vips;
 use super::admin::AdminSocket;
 use crate::config::ne::{Mode, NeConfig};
 use crate::control::cluster::Cluster;
-use crate::control::config::{ClusterConfig, FarmConfig, Forwarding, ServiceKey};
+use crate::control::config::{ClusterConfig, Family, FarmConfig, Forwarding, ServiceKey};
+use crate::necp::Forwarding::{Gre, L3};
 use crate::necp::Key;
 use crate::plane::host_routing::HostRouting;
 use crate::plane::neighbours::{Change, Neighbours};
@@ -172,7 +174,6 @@ fn check(args: &Args, config: &NeConfig) -> ExitCode {
 }
 
 async fn serve(config: NeConfig, keys: HashMap<PathBuf, Key>, leave: bool) -> anyhow::Result<()> {
-    let config = Arc::new(config);
     if let Err(error) = limits::raise_open_files(listener::MAX_SESSIONS) {
         tracing::warn!("{error}");
     }
@@ -182,12 +183,11 @@ async fn serve(config: NeConfig, keys: HashMap<PathBuf, Key>, leave: bool) -> an
     let admin = AdminSocket::bind(&config.socket)
         .with_context(|| format!("cannot listen on the admin socket {}", config.socket.display()))?;
     let mut protections = Protections::read(&config)?;
+    let listeners = listen(&config, &protections)?;
+    let mut config = config;
+    config.listen = listeners.iter().map(|listener| listener.local_addr()).collect::<Result<_, _>>()?;
+    let config = Arc::new(config);
     let keys = Keys::new(Arc::clone(&config), keys)?;
-    let mut listeners = Vec::new();
-    for address in &config.listen {
-        let listener = listener::bind(*address, &protections).with_context(|| format!("cannot listen on {address}"))?;
-        listeners.push(Arc::new(listener));
-    }
     let (mut owner, mut inputs, sender, mut changes, door) = start(&config, &keys).await?;
 
     let mut tasks = JoinSet::new();
@@ -203,6 +203,21 @@ async fn serve(config: NeConfig, keys: HashMap<PathBuf, Key>, leave: bool) -> an
     tasks.shutdown().await;
     tracing::info!("all sessions are closed");
     finish(owner, leave.into_inner()).await
+}
+
+/// Where the configuration says; if it says nothing, this host need not have both families.
+fn listen(config: &NeConfig, protections: &Protections) -> anyhow::Result<Vec<Arc<TcpListener>>> {
+    let mut listeners = Vec::new();
+    for address in config.listens_on() {
+        match listener::bind(address, protections) {
+            Ok(listener) => listeners.push(Arc::new(listener)),
+            Err(error) if config.listen.is_empty() && error.raw_os_error() == Some(libc::EAFNOSUPPORT) => {
+                tracing::info!("this host cannot listen on {address}: no server can join there");
+            }
+            Err(error) => return Err(error).with_context(|| format!("cannot listen on {address}")),
+        }
+    }
+    Ok(listeners)
 }
 
 type Started<C> = (Owner, mpsc::Receiver<Input>, mpsc::Sender<Input>, C, Arc<Door>);
@@ -244,8 +259,8 @@ async fn start(
     };
     let (sender, inputs) = mpsc::channel(input::CAPACITY);
     let limits = Arc::new(Limits::default());
-    if config.allows(crate::necp::Forwarding::Gre) {
-        follow_path_mtus(sender.clone());
+    for family in Family::ALL.into_iter().filter(|family| config.routes(*family, &[Gre])) {
+        follow_path_mtus(family, sender.clone());
     }
     let door = Door::new(Arc::clone(config), sender.clone(), Arc::clone(&limits), Arc::clone(keys));
     let mut owner = Owner::new(Arc::clone(config), plane, cluster, hosts, vips, Arc::clone(&door), limits);
@@ -323,7 +338,11 @@ fn follow_hangups(mut reload: impl FnMut() -> [Reloaded; 2] + Send) -> anyhow::R
 
 /// Makes the kernel route what the packet path leaves to it.
 fn prepare_routing(config: &NeConfig) -> HostRouting {
-    if !config.allows(crate::necp::Forwarding::Gre) && !config.allows(crate::necp::Forwarding::L3) {
+    if config.serves(Family::V6) {
+        let missing = HostRouting::missing6(&config.interfaces, config.routes(Family::V6, &[Gre, L3]));
+        missing.iter().for_each(|problem| tracing::warn!("{problem}"));
+    }
+    if !config.routes(Family::V4, &[Gre, L3]) {
         let missing = if config.intercepts() { HostRouting::missing(&config.interfaces) } else { Vec::new() };
         missing.iter().for_each(|problem| tracing::warn!("{problem}"));
         return HostRouting::default();
@@ -334,14 +353,14 @@ fn prepare_routing(config: &NeConfig) -> HostRouting {
 }
 
 /// Listens for ICMP errors about paths that take shorter packets.
-fn follow_path_mtus(owner: mpsc::Sender<Input>) {
+fn follow_path_mtus(family: Family, owner: mpsc::Sender<Input>) {
     // SAFETY: its descriptor is the same, and open, for as long as it lives.
     let register = |mtus| unsafe { AsyncFd::register_with_interest(mtus, Interest::ERROR) };
-    let watched = PathMtus::open().and_then(|mtus| Ok(register(mtus)?));
+    let watched = PathMtus::open(family == Family::V6).and_then(|mtus| Ok(register(mtus)?));
     let mtus = match watched {
         Ok(mtus) => mtus,
         Err(error) => {
-            tracing::warn!(%error, "path MTUs of tunnels are not followed: what is too long for one is lost on the way");
+            tracing::warn!(%error, "path MTUs of {} tunnels are not followed: what is too long for one is lost on the way", family.name());
             return;
         }
     };
@@ -370,7 +389,7 @@ pub(super) fn plane_config(config: &NeConfig) -> PlaneConfig {
         slots: config.slots(),
         flow_buckets: necp_ebpf::abi::DEFAULT_FLOW_BUCKETS,
         exceptions: necp_ebpf::abi::exception_records(necp_ebpf::abi::DEFAULT_EXCEPTIONS),
-        replies: config.allows(crate::necp::Forwarding::L3),
+        replies: config.allows(L3),
         intercepts: config.intercepts(),
     }
 }

@@ -10,7 +10,7 @@
 use std::collections::BTreeMap;
 use std::future::Future;
 use std::io;
-use std::net::Ipv4Addr;
+use std::net::IpAddr;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -61,7 +61,7 @@ enum Answer {
 /// Who has connected, and what the connection shares with others.
 pub struct Patron {
     /// The server element: the source address.
-    pub server: Ipv4Addr,
+    pub server: IpAddr,
     /// Names the connection.
     pub id: SessionId,
     /// The other end of what [`serve`] is ended by: handed on to the owner.

@@ -8,7 +8,7 @@ mod client;
 pub mod render;
 
 use std::borrow::Cow;
-use std::net::Ipv4Addr;
+use std::net::IpAddr;
 
 use ipnet::Ipv4Net;
 use serde::{Deserialize, Serialize};
@@ -80,7 +80,7 @@ pub struct Farm {
     /// Its name.
     pub name: String,
     /// Its virtual addresses.
-    pub vips: Vec<Ipv4Addr>,
+    pub vips: Vec<IpAddr>,
     /// Destinations whose packets it intercepts.
     #[serde(default)]
     pub intercept: Vec<Ipv4Net>,
@@ -115,7 +115,7 @@ pub struct Exceptions {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ExceptionsOf {
     /// Its address.
-    pub address: Ipv4Addr,
+    pub address: IpAddr,
     /// How many, in all of its farms.
     pub exceptions: u32,
 }
@@ -125,10 +125,17 @@ pub struct ExceptionsOf {
 pub struct Service {
     /// `tcp/80`.
     pub service: String,
+    /// `IPv4` or `IPv6`: of its VIPs and its servers. Each family has a slot table of its own.
+    #[serde(default = "ipv4")]
+    pub family: Cow<'static, str>,
     /// Size of its slot table.
     pub slots: u32,
     /// By address, then id.
     pub servers: Vec<Server>,
+}
+
+fn ipv4() -> Cow<'static, str> {
+    "IPv4".into()
 }
 
 /// One server's offer of a service with one forwarding type: one server id.
@@ -137,7 +144,7 @@ pub struct Server {
     /// The server id, as in the maps.
     pub id: u32,
     /// The server's address.
-    pub address: Ipv4Addr,
+    pub address: IpAddr,
     /// `l2`, `gre` or `l3`.
     pub forwarding: Cow<'static, str>,
     /// `up`, `adopted`, `lost`, `kept`, `draining`, `stopped` or `dead`.

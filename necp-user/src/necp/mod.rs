@@ -54,7 +54,7 @@ pub use auth::{Access, Credentials, InitialNumbers, Key};
 pub use backoff::Backoff;
 pub use error::CloseReason;
 pub use message::{
-    Exception, Filter, Flows, HealthAnswer, Init, InitAck, Listed, Operation, Query, Scope, ServiceUnit, UnitError,
+    Exception, Family, Filter, Flows, HealthAnswer, Init, InitAck, Listed, Operation, Query, Scope, ServiceUnit, UnitError,
 };
 pub use service::{Forwarding, ServiceKey};
 pub use session::{

@@ -4,12 +4,12 @@
 
 use std::{
     io,
-    net::Ipv4Addr,
+    net::IpAddr,
     path::{Path, PathBuf},
 };
 
 use aya::{Ebpf, maps::HashMap, programs::Xdp};
-use necp_ebpf::decap::{MAX_SOURCES, PROGRAM as NAME, SOURCES};
+use necp_ebpf::decap::{MAX_SOURCES, PROGRAM as NAME, SOURCES, Source, mapped};
 
 use super::{AttachMode, AttachedMode, PlaneError, attach, load};
 
@@ -29,7 +29,7 @@ impl Decap {
     ///
     /// # Errors
     /// See [`PlaneError`]; what was attached before the mistake is taken away again.
-    pub fn attach(pin: &Path, interfaces: Vec<String>, sources: &[Ipv4Addr]) -> Result<Self, PlaneError> {
+    pub fn attach(pin: &Path, interfaces: Vec<String>, sources: &[IpAddr]) -> Result<Self, PlaneError> {
         if sources.len() > MAX_SOURCES as usize {
             let many = io::Error::other(format!("at most {MAX_SOURCES} addresses may send GRE, not {}", sources.len()));
             return Err(PlaneError::io("unwrapping GRE")(many));
@@ -60,14 +60,13 @@ impl Decap {
     }
 }
 
-fn attach_one(pin: &Path, interface: &str, sources: &[Ipv4Addr]) -> Result<AttachedMode, PlaneError> {
+fn attach_one(pin: &Path, interface: &str, sources: &[IpAddr]) -> Result<AttachedMode, PlaneError> {
     let ifindex = load::interface_index(interface)?;
     let mut object = Ebpf::load(PROGRAM).map_err(PlaneError::bpf("creating the maps"))?;
     let map = object.map_mut(SOURCES).expect("the embedded object has this map");
-    let mut map = HashMap::<_, u32, u64>::try_from(map).map_err(PlaneError::bpf("opening the map `sources`"))?;
+    let mut map = HashMap::<_, Source, u64>::try_from(map).map_err(PlaneError::bpf("opening the map `sources`"))?;
     for source in sources {
-        let address = u32::from_ne_bytes(source.octets());
-        map.insert(address, 0, 0).map_err(PlaneError::bpf("writing the map `sources`"))?;
+        map.insert(as_in_header(*source), 0, 0).map_err(PlaneError::bpf("writing the map `sources`"))?;
     }
     let program: &mut Xdp = object
         .program_mut(NAME)
@@ -76,4 +75,14 @@ fn attach_one(pin: &Path, interface: &str, sources: &[Ipv4Addr]) -> Result<Attac
         .map_err(PlaneError::bpf("finding the program"))?;
     program.load().map_err(PlaneError::bpf("loading the program"))?;
     attach::attach(program, pin, interface, ifindex, AttachMode::Auto)
+}
+
+fn as_in_header(address: IpAddr) -> Source {
+    match address {
+        IpAddr::V4(address) => mapped(u32::from_ne_bytes(address.octets())),
+        IpAddr::V6(address) => {
+            let octets = address.octets();
+            std::array::from_fn(|at| u32::from_ne_bytes(octets.as_chunks().0[at]))
+        }
+    }
 }

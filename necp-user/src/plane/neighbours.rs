@@ -8,7 +8,7 @@
 use std::collections::HashMap;
 use std::future::Future;
 use std::io;
-use std::net::Ipv4Addr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use futures_util::{Stream, StreamExt as _, TryStreamExt as _};
 use rtnetlink::packet_core::{NetlinkMessage, NetlinkPayload};
@@ -16,8 +16,8 @@ use rtnetlink::packet_route::link::{LinkAttribute, LinkFlags, LinkMessage};
 use rtnetlink::packet_route::neighbour::{
     NeighbourAddress, NeighbourAttribute, NeighbourFlags, NeighbourMessage, NeighbourState,
 };
-use rtnetlink::packet_route::route::{RouteAddress, RouteAttribute, RouteMessage, RouteMetric, RouteType};
-use rtnetlink::packet_route::{AddressFamily, RouteNetlinkMessage};
+use rtnetlink::packet_route::route::{RouteAddress, RouteAttribute, RouteMessage, RouteMetric, RouteType, RouteVia};
+use rtnetlink::packet_route::RouteNetlinkMessage;
 use rtnetlink::{Handle, MulticastGroup, RouteMessageBuilder};
 use thiserror::Error;
 
@@ -43,9 +43,9 @@ pub struct Route {
     /// Kernel index of the interface that they leave by.
     pub ifindex: u32,
     /// The router that they go to first, if the host is not on that link.
-    pub gateway: Option<Ipv4Addr>,
+    pub gateway: Option<IpAddr>,
     /// This host's address on that way.
-    pub source: Option<Ipv4Addr>,
+    pub source: Option<IpAddr>,
     /// Longest packet that gets there whole, in bytes, where the kernel knows better than the interface's MTU.
     pub mtu: Option<u32>,
 }
@@ -57,7 +57,7 @@ impl Route {
     }
 
     /// Whose MAC address frames to `host` carry.
-    pub fn next_hop(&self, host: Ipv4Addr) -> Ipv4Addr {
+    pub fn next_hop(&self, host: IpAddr) -> IpAddr {
         self.gateway.unwrap_or(host)
     }
 }
@@ -79,7 +79,7 @@ pub struct Neighbour {
     /// Kernel index of the interface.
     pub ifindex: u32,
     /// Its address.
-    pub address: Ipv4Addr,
+    pub address: IpAddr,
     /// What is known of it.
     pub reachability: Reachability,
 }
@@ -120,8 +120,14 @@ impl Neighbours {
         (Self, impl Stream<Item = Change> + Send + Unpin + 'static, impl Future<Output = ()> + Send + 'static),
         NeighbourError,
     > {
-        let groups =
-            [MulticastGroup::Link, MulticastGroup::Neigh, MulticastGroup::Ipv4Route, MulticastGroup::Ipv4Ifaddr];
+        let groups = [
+            MulticastGroup::Link,
+            MulticastGroup::Neigh,
+            MulticastGroup::Ipv4Route,
+            MulticastGroup::Ipv4Ifaddr,
+            MulticastGroup::Ipv6Route,
+            MulticastGroup::Ipv6Ifaddr,
+        ];
         let (connection, handle, messages) =
             rtnetlink::new_multicast_connection(&groups).map_err(NeighbourError::Open)?;
         let changes = messages.filter_map(|(message, _)| std::future::ready(change(message)));
@@ -132,8 +138,11 @@ impl Neighbours {
     ///
     /// # Errors
     /// [`NeighbourError::Refused`].
-    pub async fn route(&self, host: Ipv4Addr) -> Result<Option<Route>, NeighbourError> {
-        let question = RouteMessageBuilder::<Ipv4Addr>::new().destination_prefix(host, 32).build();
+    pub async fn route(&self, host: IpAddr) -> Result<Option<Route>, NeighbourError> {
+        let question = match host {
+            IpAddr::V4(host) => RouteMessageBuilder::<Ipv4Addr>::new().destination_prefix(host, 32).build(),
+            IpAddr::V6(host) => RouteMessageBuilder::<Ipv6Addr>::new().destination_prefix(host, 128).build(),
+        };
         let mut answers = std::pin::pin!(self.handle.route().get(question).execute());
         match answers.next().await {
             Some(Ok(message)) => Ok(route_of(&message)),
@@ -143,13 +152,15 @@ impl Neighbours {
         }
     }
 
-    /// All IPv4 neighbour entries.
+    /// All neighbour entries, of both families.
     ///
     /// # Errors
     /// [`NeighbourError::Refused`].
-    pub async fn list(&self) -> Result<HashMap<(u32, Ipv4Addr), Reachability>, NeighbourError> {
-        let request = self.handle.neighbours().get().set_address_family(AddressFamily::Inet);
-        let messages: Vec<NeighbourMessage> = request
+    pub async fn list(&self) -> Result<HashMap<(u32, IpAddr), Reachability>, NeighbourError> {
+        let messages: Vec<NeighbourMessage> = self
+            .handle
+            .neighbours()
+            .get()
             .execute()
             .try_collect()
             .await
@@ -162,8 +173,8 @@ impl Neighbours {
     ///
     /// # Errors
     /// [`NeighbourError::Refused`].
-    pub async fn probe(&self, ifindex: u32, address: Ipv4Addr) -> Result<(), NeighbourError> {
-        let add = || self.handle.neighbours().add(ifindex, address.into()).replace();
+    pub async fn probe(&self, ifindex: u32, address: IpAddr) -> Result<(), NeighbourError> {
+        let add = || self.handle.neighbours().add(ifindex, address).replace();
         // An entry with a MAC address is asked at that address …
         if add().state(NeighbourState::Probe).execute().await.is_ok() {
             return Ok(());
@@ -205,7 +216,8 @@ fn neighbour(message: &NeighbourMessage, deleted: bool) -> Option<Neighbour> {
     let mut mac = None;
     for attribute in &message.attributes {
         match attribute {
-            NeighbourAttribute::Destination(NeighbourAddress::Inet(inet)) => address = Some(*inet),
+            NeighbourAttribute::Destination(NeighbourAddress::Inet(inet)) => address = Some(IpAddr::from(*inet)),
+            NeighbourAttribute::Destination(NeighbourAddress::Inet6(inet)) => address = Some(IpAddr::from(*inet)),
             NeighbourAttribute::LinkLayerAddress(bytes) => mac = <[u8; 6]>::try_from(bytes.as_slice()).ok(),
             _ => {}
         }
@@ -228,8 +240,10 @@ fn route_of(message: &RouteMessage) -> Option<Route> {
     for attribute in &message.attributes {
         match attribute {
             RouteAttribute::Oif(index) => ifindex = Some(*index),
-            RouteAttribute::Gateway(RouteAddress::Inet(address)) => gateway = Some(*address),
-            RouteAttribute::PrefSource(RouteAddress::Inet(address)) => source = Some(*address),
+            RouteAttribute::Gateway(address) => gateway = ip(address),
+            // IPv4 by a router that has an IPv6 address (RFC 5549).
+            RouteAttribute::Via(RouteVia::Inet6(address)) => gateway = Some(IpAddr::from(*address)),
+            RouteAttribute::PrefSource(address) => source = ip(address),
             RouteAttribute::Metrics(metrics) => {
                 mtu = metrics.iter().find_map(|metric| match metric {
                     RouteMetric::Mtu(mtu) => Some(*mtu),
@@ -240,6 +254,14 @@ fn route_of(message: &RouteMessage) -> Option<Route> {
         }
     }
     Some(Route { ifindex: ifindex?, gateway, source, mtu })
+}
+
+fn ip(address: &RouteAddress) -> Option<IpAddr> {
+    match address {
+        RouteAddress::Inet(address) => Some((*address).into()),
+        RouteAddress::Inet6(address) => Some((*address).into()),
+        _ => None,
+    }
 }
 
 /// The kernel's ways to say that no route leads there.
@@ -259,9 +281,9 @@ mod tests {
     use super::*;
     use crate::plane::throwaway_netns::in_new_netns;
 
-    const HERE: Ipv4Addr = Ipv4Addr::new(10, 77, 0, 1);
-    const THERE: Ipv4Addr = Ipv4Addr::new(10, 77, 0, 2);
-    const AWAY: Ipv4Addr = Ipv4Addr::new(10, 78, 0, 9);
+    const HERE: IpAddr = IpAddr::V4(Ipv4Addr::new(10, 77, 0, 1));
+    const THERE: IpAddr = IpAddr::V4(Ipv4Addr::new(10, 77, 0, 2));
+    const AWAY: IpAddr = IpAddr::V4(Ipv4Addr::new(10, 78, 0, 9));
     const MAC: [u8; 6] = [2, 0, 0, 0, 0, 7];
 
     /// A veth pair of which nobody uses the other end: who is asked there never answers.
@@ -272,10 +294,10 @@ mod tests {
         }
         let links: Vec<_> = handle.link().get().match_name("na").execute().try_collect().await.expect("the link");
         let ifindex = links[0].header.index;
-        handle.address().add(ifindex, HERE.into(), 24).execute().await.expect("an address");
+        handle.address().add(ifindex, HERE, 24).execute().await.expect("an address");
         let route = RouteMessageBuilder::<Ipv4Addr>::new()
             .destination_prefix(Ipv4Addr::new(10, 78, 0, 0), 24)
-            .gateway(THERE)
+            .gateway(Ipv4Addr::new(10, 77, 0, 2))
             .build();
         handle.route().add(route).execute().await.expect("a route");
         ifindex
@@ -292,19 +314,59 @@ mod tests {
             let route = neighbours.route(AWAY).await.expect("an answer").expect("a route");
             assert_eq!((route.ifindex, route.on_link(), route.next_hop(AWAY)), (ifindex, false, THERE));
             assert_eq!(neighbours.route(HERE).await.expect("an answer"), None, "this host itself");
-            assert_eq!(neighbours.route(Ipv4Addr::new(203, 0, 113, 1)).await.expect("an answer"), None, "no route");
+            assert_eq!(neighbours.route(IpAddr::from([203, 0, 113, 1])).await.expect("an answer"), None, "no route");
         });
     }
 
-    /// The next change of THERE's entry that `wanted` accepts.
+    const HERE6: IpAddr = IpAddr::V6(Ipv6Addr::new(0xfd77, 0, 0, 0, 0, 0, 0, 1));
+    const THERE6: IpAddr = IpAddr::V6(Ipv6Addr::new(0xfd77, 0, 0, 0, 0, 0, 0, 2));
+    const ROUTER6: Ipv6Addr = Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 9);
+    const AWAY6: IpAddr = IpAddr::V6(Ipv6Addr::new(0xfd78, 0, 0, 0, 0, 0, 0, 9));
+
+    #[test]
+    fn ipv6_routes_and_entries_are_the_same() {
+        in_new_netns(async || {
+            let (neighbours, mut changes, driver) = Neighbours::open().expect("a netlink socket");
+            tokio::spawn(driver);
+            let handle = &neighbours.handle;
+            let ifindex = link(handle).await;
+            let mut add = handle.address().add(ifindex, HERE6, 64);
+            add.message_mut().header.flags = rtnetlink::packet_route::address::AddressHeaderFlags::Nodad;
+            add.execute().await.expect("an address");
+            let away = Ipv6Addr::new(0xfd78, 0, 0, 0, 0, 0, 0, 0);
+            let route = RouteMessageBuilder::<Ipv6Addr>::new().destination_prefix(away, 64).gateway(ROUTER6);
+            handle.route().add(route.output_interface(ifindex).build()).execute().await.expect("a route");
+
+            let route = neighbours.route(THERE6).await.expect("an answer").expect("a route");
+            assert_eq!((route.ifindex, route.on_link(), route.source), (ifindex, true, Some(HERE6)));
+            let route = neighbours.route(AWAY6).await.expect("an answer").expect("a route");
+            assert_eq!((route.on_link(), route.next_hop(AWAY6), route.source), (false, ROUTER6.into(), Some(HERE6)));
+            assert_eq!(neighbours.route(HERE6).await.expect("an answer"), None, "this host itself");
+            let nowhere = Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 1);
+            assert_eq!(neighbours.route(nowhere.into()).await.expect("an answer"), None, "no route");
+
+            let add = handle.neighbours().add(ifindex, THERE6).replace();
+            add.state(NeighbourState::Reachable).link_layer_address(&MAC).execute().await.expect("added");
+            until(&mut changes, THERE6, |reachability| reachability == Reachability::At(MAC)).await;
+            assert_eq!(neighbours.list().await.expect("a list").get(&(ifindex, THERE6)), Some(&Reachability::At(MAC)));
+            neighbours.probe(ifindex, THERE6).await.expect("asked");
+            let took = until(&mut changes, THERE6, |reachability| reachability == Reachability::Failed).await;
+            assert!(took < Duration::from_secs(5), "{took:?}");
+            neighbours.probe(ifindex, THERE6).await.expect("asked again, though there is no MAC address now");
+            until(&mut changes, THERE6, |reachability| reachability == Reachability::Failed).await;
+        });
+    }
+
+    /// The next change of an entry that `wanted` accepts.
     async fn until(
         changes: &mut (impl Stream<Item = Change> + Unpin),
+        whose: IpAddr,
         wanted: impl Fn(Reachability) -> bool,
     ) -> Duration {
         let begin = std::time::Instant::now();
         let found = async {
             while let Some(change) = changes.next().await {
-                if matches!(change, Change::Neighbour(n) if n.address == THERE && wanted(n.reachability)) {
+                if matches!(change, Change::Neighbour(n) if n.address == whose && wanted(n.reachability)) {
                     return;
                 }
             }
@@ -321,21 +383,21 @@ mod tests {
             tokio::spawn(driver);
             let ifindex = link(&neighbours.handle).await;
             let add = |mac: [u8; 6]| {
-                let add = neighbours.handle.neighbours().add(ifindex, THERE.into()).replace();
+                let add = neighbours.handle.neighbours().add(ifindex, THERE).replace();
                 add.state(NeighbourState::Reachable).link_layer_address(&mac).execute()
             };
             add(MAC).await.expect("added");
-            until(&mut changes, |reachability| reachability == Reachability::At(MAC)).await;
+            until(&mut changes, THERE, |reachability| reachability == Reachability::At(MAC)).await;
             assert_eq!(neighbours.list().await.expect("a list").get(&(ifindex, THERE)), Some(&Reachability::At(MAC)));
             let other = [2, 0, 0, 0, 0, 8];
             add(other).await.expect("changed");
-            until(&mut changes, |reachability| reachability == Reachability::At(other)).await;
+            until(&mut changes, THERE, |reachability| reachability == Reachability::At(other)).await;
 
             neighbours.probe(ifindex, THERE).await.expect("asked");
-            let took = until(&mut changes, |reachability| reachability == Reachability::Failed).await;
+            let took = until(&mut changes, THERE, |reachability| reachability == Reachability::Failed).await;
             assert!(took < Duration::from_secs(5), "{took:?}");
             neighbours.probe(ifindex, THERE).await.expect("asked again, though there is no MAC address now");
-            until(&mut changes, |reachability| reachability == Reachability::Failed).await;
+            until(&mut changes, THERE, |reachability| reachability == Reachability::Failed).await;
         });
     }
 

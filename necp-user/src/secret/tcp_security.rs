@@ -7,7 +7,8 @@ use std::num::NonZeroU8;
 use std::os::fd::{AsFd, AsRawFd as _};
 use std::path::Path;
 
-use ipnet::{IpNet, Ipv4Net};
+use ipnet::IpNet;
+use socket2::{Domain, SockRef};
 
 use super::key_file::{self, KeyFileError};
 
@@ -38,7 +39,7 @@ impl std::fmt::Debug for Md5Key {
     }
 }
 
-/// Sends with TTL 255, and drops what has come over more than so many hops: 1 is the same link (TTL 255 only).
+/// Sends with TTL (hop limit) 255, and drops what has come over more than so many hops: 1 is the same link (255 only).
 ///
 /// On a listening socket it holds for the connections that it accepts.
 ///
@@ -46,8 +47,12 @@ impl std::fmt::Debug for Md5Key {
 /// As setsockopt(2).
 pub fn set_ttl_security(socket: &impl AsFd, hops: NonZeroU8) -> io::Result<()> {
     let least = TTL - (hops.get() - 1);
-    set_option(socket, libc::IPPROTO_IP, libc::IP_TTL, &libc::c_int::from(TTL))?;
-    set_option(socket, libc::IPPROTO_IP, libc::IP_MINTTL, &libc::c_int::from(least))
+    let (level, sent, received) = match SockRef::from(socket).domain()? {
+        Domain::IPV6 => (libc::IPPROTO_IPV6, libc::IPV6_UNICAST_HOPS, libc::IPV6_MINHOPCOUNT),
+        _ => (libc::IPPROTO_IP, libc::IP_TTL, libc::IP_MINTTL),
+    };
+    set_option(socket, level, sent, &libc::c_int::from(TTL))?;
+    set_option(socket, level, received, &libc::c_int::from(least))
 }
 
 /// linux/tcp.h, `struct tcp_md5sig`.
@@ -67,18 +72,16 @@ struct TcpMd5Sig {
 /// On a listening socket it holds for the connections that it accepts. Of several prefixes the longest counts.
 ///
 /// # Errors
-/// As setsockopt(2); `ENOPROTOOPT` if the kernel has no TCP-MD5.
-pub fn set_md5(socket: &impl AsFd, peers: Ipv4Net, key: &Md5Key) -> io::Result<()> {
+/// As setsockopt(2); `ENOPROTOOPT` if the kernel has no TCP-MD5, `EINVAL` if the socket is not of their family.
+pub fn set_md5(socket: &impl AsFd, peers: IpNet, key: &Md5Key) -> io::Result<()> {
     // SAFETY: plain numbers, for which zero is a value.
     let mut option: TcpMd5Sig = unsafe { std::mem::zeroed() };
-    let address = libc::sockaddr_in {
-        sin_family: libc::AF_INET as libc::sa_family_t,
-        sin_port: 0,
-        sin_addr: libc::in_addr { s_addr: u32::from_ne_bytes(peers.trunc().addr().octets()) },
-        sin_zero: [0; 8],
-    };
-    // SAFETY: sockaddr_storage is made to hold any address, with their alignment.
-    unsafe { std::ptr::from_mut(&mut option.address).cast::<libc::sockaddr_in>().write(address) };
+    let address = socket2::SockAddr::from(std::net::SocketAddr::new(peers.trunc().addr(), 0));
+    // SAFETY: sockaddr_storage is made to hold any address, and this one is as long as it says.
+    unsafe {
+        let to = std::ptr::from_mut(&mut option.address).cast::<u8>();
+        std::ptr::copy_nonoverlapping(address.as_ptr().cast::<u8>(), to, address.len() as usize);
+    }
     (option.flags, option.prefix_length) = (FLAG_PREFIX, peers.prefix_len());
     option.key_length = key.0.len() as u16;
     option.key[..key.0.len()].copy_from_slice(&key.0);
@@ -98,20 +101,12 @@ impl Protection {
     /// Protects a socket that is to be connected to `peer`.
     ///
     /// # Errors
-    /// As setsockopt(2); `Unsupported` for IPv6.
+    /// As setsockopt(2).
     pub fn apply(&self, socket: &impl AsFd, peer: IpAddr) -> io::Result<()> {
-        let net = match IpNet::from(peer) {
-            IpNet::V4(net) => net,
-            IpNet::V6(_) if *self == Self::default() => return Ok(()),
-            IpNet::V6(_) => {
-                let what = "TTL security and TCP-MD5 are built for IPv4 only";
-                return Err(io::Error::new(io::ErrorKind::Unsupported, what));
-            }
-        };
         if let Some(hops) = self.ttl_hops {
             set_ttl_security(socket, hops)?;
         }
-        self.md5.as_ref().map_or(Ok(()), |key| set_md5(socket, net, key))
+        self.md5.as_ref().map_or(Ok(()), |key| set_md5(socket, peer.into(), key))
     }
 }
 

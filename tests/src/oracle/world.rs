@@ -1,7 +1,7 @@
 //! A network element without a network: the control plane and the packet path on host-side tables, and a clock of its own.
 
 use std::{
-    net::Ipv4Addr,
+    net::{IpAddr, Ipv4Addr},
     time::{Duration, Instant},
 };
 
@@ -88,7 +88,7 @@ impl<'a> World<'a> {
     pub fn new(size: Size, view: View<'a>, now: Instant) -> Self {
         wipe(&view);
         let mut farm = FarmConfig::new(FARM);
-        farm.vips = vec![Ipv4Addr::from(VIP)];
+        farm.vips = vec![Ipv4Addr::from(VIP).into()];
         farm.services = vec![ServiceKey::new(protocol::TCP, TCP_PORT), ServiceKey::new(protocol::UDP, UDP_PORT)];
         farm.servers = vec!["10.0.0.0/24".parse().expect("a prefix")];
         (farm.table_size, farm.orphan_time, farm.tcp_idle, farm.udp_idle) = (size.slots, ORPHAN, TCP_IDLE, UDP_IDLE);
@@ -151,7 +151,7 @@ impl<'a> World<'a> {
     /// Whether a server has a slot of the packet's service: one of little weight may have none.
     pub fn has_slots(&self, server: u8, packet: &Packet) -> bool {
         let owners = self.view.slots().iter().filter_map(|slot| self.view.server(SlotWord(slot.load()).owner()));
-        let wanted = address(server).to_ipv6_mapped().octets();
+        let wanted = Ipv4Addr::new(10, 0, 0, 1 + server).to_ipv6_mapped().octets();
         owners.into_iter().any(|owner| owner.protocol == packet.protocol && owner.address == wanted)
     }
 
@@ -230,7 +230,7 @@ impl<'a> World<'a> {
 
     /// EXCEPTION_DEL.
     pub fn unexcept(&mut self, server: u8, flows: &Flows) {
-        self.cluster.except_del(address(server), flows, self.now);
+        self.cluster.except_del(address(server), flows, self.now).expect("they are IPv4");
         self.sync();
     }
 
@@ -318,12 +318,12 @@ impl<'a> World<'a> {
 
 const SERVICES: [(u8, u16); 2] = [(protocol::TCP, TCP_PORT), (protocol::UDP, UDP_PORT)];
 
-fn address(server: u8) -> Ipv4Addr {
-    Ipv4Addr::new(10, 0, 0, 1 + server)
+fn address(server: u8) -> IpAddr {
+    [10, 0, 0, 1 + server].into()
 }
 
 fn hop(server: u8) -> Hop {
-    Hop { mac: [2, 0, 0, 0, 1, server], port: 0, source: Ipv4Addr::new(10, 0, 0, 254), mtu: 1500 }
+    Hop { mac: [2, 0, 0, 0, 1, server], port: 0, source: [10, 0, 0, 254].into(), mtu: 1500 }
 }
 
 fn wipe(view: &View<'_>) {

@@ -6,7 +6,7 @@ use aya::{
     programs::{TestRunOptions, Xdp},
 };
 use necp_ebpf::{
-    decap::{PROGRAM as NAME, SOURCES, find, unwrap},
+    decap::{PROGRAM as NAME, SOURCES, Source, find, mapped, unwrap},
     frame::Frame,
     verdict::Reason,
 };
@@ -23,14 +23,24 @@ use crate::{
 const SERVER: [u8; 4] = [10, 0, 0, 11];
 const XDP_PASS: u32 = 2;
 
-/// The kernel program, which believes [`OWN_ADDRESS`].
+/// fd00::1, whom the programs believe too.
+const OWN6: [u8; 16] = *b"\xfd\0\0\0\0\0\0\0\0\0\0\0\0\0\0\x01";
+const SERVER6: [u8; 16] = *b"\xfd\0\0\0\0\0\0\0\0\0\0\0\0\0\0\x0b";
+
+/// Who may send GRE.
+fn sources() -> [Source; 2] {
+    let [first, second, third, last] = [0, 4, 8, 12].map(|at| u32::from_ne_bytes(*OWN6[at..].first_chunk().unwrap()));
+    [mapped(u32::from_ne_bytes(OWN_ADDRESS)), [first, second, third, last]]
+}
+
+/// The kernel program, which believes [`sources`].
 struct Kernel(Ebpf);
 
 impl Kernel {
     fn load() -> Self {
         let mut object = Ebpf::load(PROGRAM).unwrap();
-        let mut sources = HashMap::<_, u32, u64>::try_from(object.map_mut(SOURCES).unwrap()).unwrap();
-        sources.insert(u32::from_ne_bytes(OWN_ADDRESS), 0, 0).unwrap();
+        let mut map = HashMap::<_, Source, u64>::try_from(object.map_mut(SOURCES).unwrap()).unwrap();
+        sources().into_iter().for_each(|source| map.insert(source, 0, 0).unwrap());
         let program: &mut Xdp = object.program_mut(NAME).unwrap().try_into().unwrap();
         program.load().unwrap();
         Self(object)
@@ -54,8 +64,8 @@ impl Kernel {
 
     /// How many datagrams were unwrapped.
     fn count(&self) -> u64 {
-        let sources = HashMap::<_, u32, u64>::try_from(self.0.map(SOURCES).unwrap()).unwrap();
-        sources.get(&u32::from_ne_bytes(OWN_ADDRESS), 0).unwrap()
+        let map = HashMap::<_, Source, u64>::try_from(self.0.map(SOURCES).unwrap()).unwrap();
+        sources().iter().map(|source| map.get(source, 0).unwrap()).sum()
     }
 }
 
@@ -65,7 +75,7 @@ fn host(frame: &[u8]) -> Vec<u8> {
     let start = bytes.as_mut_ptr().expose_provenance();
     // SAFETY: the buffer outlives the frame, and nobody else touches it meanwhile.
     let view = unsafe { Frame::new(start, start + bytes.len()) };
-    match find(&view).filter(|wrapped| wrapped.source == u32::from_ne_bytes(OWN_ADDRESS)) {
+    match find(&view).filter(|wrapped| sources().contains(&wrapped.source)) {
         Some(wrapped) if unwrap(&view, wrapped.overhead) => bytes.split_off(wrapped.overhead),
         _ => bytes,
     }
@@ -166,6 +176,149 @@ fn cases() -> Vec<(&'static str, Wrapped, bool)> {
         ("an outer length of one byte more than there is", plain().with(|wrapped| wrapped.lie = 1), false),
         ("an outer length of one byte less than the inner wants", plain().with(|wrapped| wrapped.lie = -1), false),
     ]
+}
+
+/// A frame with a datagram of IPv6 in GRE in IPv6.
+#[derive(Clone)]
+struct Wrapped6 {
+    ether_type: [u8; 2],
+    first_byte: u8,
+    next_header: u8,
+    extension: Vec<u8>,
+    source: [u8; 16],
+    gre: Vec<u8>,
+    inner: Vec<u8>,
+    lie: i16,
+    padding: usize,
+}
+
+impl Wrapped6 {
+    fn plain() -> Self {
+        let inner = [&[0x60, 0, 0, 0, 0, 9, 17, 63][..], &[7; 16], &[8; 16], &[5; 9]].concat();
+        Self {
+            ether_type: [0x86, 0xdd],
+            first_byte: 0x60,
+            next_header: 47,
+            extension: Vec::new(),
+            source: OWN6,
+            gre: vec![0, 0, 0x86, 0xdd],
+            inner,
+            lie: 0,
+            padding: 0,
+        }
+    }
+
+    fn with(mut self, edit: impl FnOnce(&mut Self)) -> Self {
+        edit(&mut self);
+        self
+    }
+
+    fn build(&self) -> Vec<u8> {
+        let payload = (self.extension.len() + self.gre.len() + self.inner.len()) as u16;
+        let mut outer = vec![self.first_byte, 0, 0, 0];
+        outer.extend(payload.wrapping_add_signed(self.lie).to_be_bytes());
+        outer.extend([self.next_header, 64]);
+        outer.extend([self.source, SERVER6].concat());
+        let padding = vec![0; self.padding];
+        let rest = [&self.extension[..], &self.gre, &self.inner, &padding].concat();
+        [&OWN_MAC[..], &CLIENT_MAC, &self.ether_type, &outer, &rest].concat()
+    }
+
+    fn unwrapped(&self) -> Vec<u8> {
+        [&OWN_MAC[..], &CLIENT_MAC, &[0x86, 0xdd], &self.inner, &vec![0; self.padding]].concat()
+    }
+}
+
+fn cases6() -> Vec<(&'static str, Wrapped6, bool)> {
+    let plain = Wrapped6::plain;
+    let gre = |bytes: &[u8]| plain().with(|wrapped| wrapped.gre = bytes.to_vec());
+    let inner = |edit: fn(&mut Vec<u8>)| plain().with(|wrapped| edit(&mut wrapped.inner));
+    let empty = |wrapped: &mut Wrapped6| {
+        wrapped.inner.truncate(40);
+        wrapped.inner[5] = 0;
+    };
+    vec![
+        ("plain GRE over IPv6 (RFC 7676)", plain(), true),
+        ("a traffic class outside", plain().with(|wrapped| wrapped.first_byte = 0x6f), true),
+        ("padding behind it", plain().with(|wrapped| wrapped.padding = 6), true),
+        ("bytes between the inner datagram's end and the outer's", inner(|inner| inner.extend([7; 9])), true),
+        ("an inner datagram that is a header only", plain().with(empty), true),
+        ("another EtherType outside", plain().with(|wrapped| wrapped.ether_type = [0x08, 0x00]), false),
+        ("a tag outside", plain().with(|wrapped| wrapped.ether_type = [0x81, 0x00]), false),
+        ("version 4 outside", plain().with(|wrapped| wrapped.first_byte = 0x40), false),
+        ("another next header", plain().with(|wrapped| wrapped.next_header = 41), false),
+        (
+            "destination options before it",
+            plain().with(|wrapped| (wrapped.next_header, wrapped.extension) = (60, vec![47, 0, 1, 4, 0, 0, 0, 0])),
+            false,
+        ),
+        (
+            "a fragment",
+            plain().with(|wrapped| (wrapped.next_header, wrapped.extension) = (44, vec![47, 0, 0, 1, 0, 0, 0, 9])),
+            false,
+        ),
+        ("a source that is not on the list", plain().with(|wrapped| wrapped.source = SERVER6), false),
+        (
+            "IPv4's source in its mapped form",
+            plain().with(|wrapped| {
+                let [a, b, c, d] = OWN_ADDRESS;
+                wrapped.source = std::net::Ipv4Addr::new(a, b, c, d).to_ipv6_mapped().octets();
+            }),
+            true,
+        ),
+        ("a checksum (RFC 2784 §2.1)", gre(&[0x80, 0, 0x86, 0xdd, 0, 0, 0, 0]), false),
+        ("a key (RFC 2890)", gre(&[0x20, 0, 0x86, 0xdd, 0, 0, 0, 1]), false),
+        ("version 1", gre(&[0, 1, 0x86, 0xdd]), false),
+        ("IPv4 inside", gre(&[0, 0, 0x08, 0x00]), false),
+        ("version 4 inside", inner(|inner| inner[0] = 0x45), false),
+        ("an inner length of one byte more than there is", inner(|inner| inner[5] += 1), false),
+        ("the greatest inner length", inner(|inner| inner[4..6].fill(0xff)), false),
+        ("no datagram inside", inner(Vec::clear), false),
+        ("an outer length of one byte more than there is", plain().with(|wrapped| wrapped.lie = 1), false),
+        ("an outer length of one byte less than the inner wants", plain().with(|wrapped| wrapped.lie = -1), false),
+        ("no outer length", plain().with(|wrapped| wrapped.lie = -53), false),
+    ]
+}
+
+#[test]
+fn gre_over_ipv6_is_unwrapped_as_described_in_the_kernel_and_on_the_host() {
+    let kernel = Kernel::load();
+    let mut unwrapped = 0;
+    for (name, wrapped, taken) in cases6() {
+        let frame = wrapped.build();
+        let wanted = if taken { wrapped.unwrapped() } else { frame.clone() };
+        assert_eq!(host(&frame), wanted, "{name}, on the host");
+        assert_eq!(kernel.run(&frame), wanted, "{name}, in the kernel");
+        unwrapped += u64::from(taken);
+        assert_eq!(kernel.count(), unwrapped, "{name}");
+    }
+    // Cut anywhere, the outer header knowing of it or not.
+    let whole = Wrapped6::plain().build();
+    for end in 0..whole.len() {
+        let mut frames = vec![whole[..end].to_vec()];
+        if end >= 54 {
+            let mut knowing = whole[..end].to_vec();
+            knowing[18..20].copy_from_slice(&((end - 54) as u16).to_be_bytes());
+            frames.push(knowing);
+        }
+        for frame in frames {
+            assert_eq!(host(&frame), frame, "{end} bytes, on the host");
+            assert!(end < 14 || kernel.run(&frame) == frame, "{end} bytes, in the kernel");
+        }
+    }
+    assert_eq!(kernel.count(), unwrapped);
+}
+
+#[test]
+fn what_is_wrapped_for_a_server_of_ipv6_is_unwrapped_there() {
+    let (sent, wrapped, source) = crate::six::through_the_tunnel();
+    assert_eq!(source, OWN6);
+    // One hop less, between the addresses of the tunnel's link.
+    let mut inner = sent[14..].to_vec();
+    inner[7] -= 1;
+    let wanted = [&wrapped[..14], &inner].concat();
+    assert_eq!(wrapped.len(), sent.len() + 44);
+    assert_eq!((host(&wrapped), Kernel::load().run(&wrapped)), (wanted.clone(), wanted));
 }
 
 #[test]

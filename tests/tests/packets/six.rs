@@ -258,6 +258,13 @@ fn fragment(offset: u16, more: bool, id: u32) -> Vec<u8> {
     [&[0, 0][..], &(offset | u16::from(more)).to_be_bytes(), &id.to_be_bytes()].concat()
 }
 
+/// For the tests of the tunnel's other end: a client's frame, what goes out for it in GRE, and from which address.
+pub fn through_the_tunnel() -> (Vec<u8>, Vec<u8>, Address) {
+    let (sent, outcome) = (data(WEB, 9), Six::new(plain(TUNNEL)).run(&data(WEB, 9)));
+    assert_eq!((outcome.verdict, outcome.reason), (Verdict::Tx, Reason::Plain));
+    (sent, outcome.frame, OWN)
+}
+
 #[test]
 fn a_plain_slot_s_owner_gets_every_packet_by_layer_2() {
     let mut six = Six::new(plain(OWNER));

@@ -1,10 +1,10 @@
 //! How servers prove who they are: exactly one way per farm, and no two for one address.
 
 use std::collections::BTreeMap;
-use std::net::Ipv4Addr;
+use std::net::IpAddr;
 use std::path::PathBuf;
 
-use ipnet::Ipv4Net;
+use ipnet::IpNet;
 use toml::Spanned;
 
 use super::check::Check;
@@ -56,7 +56,7 @@ impl Check<'_> {
         path.get_ref().clone()
     }
 
-    fn keys(&mut self, farm: &Farm) -> BTreeMap<Ipv4Addr, PathBuf> {
+    fn keys(&mut self, farm: &Farm) -> BTreeMap<IpAddr, PathBuf> {
         let mut keys = BTreeMap::new();
         let Some(given) = &farm.keys else { return keys };
         if given.get_ref().is_empty() {
@@ -65,10 +65,10 @@ impl Check<'_> {
         for (server, path) in given.get_ref() {
             let text = server.get_ref();
             let path = self.key_path(path);
-            match text.parse::<Ipv4Addr>() {
+            match text.parse::<IpAddr>() {
                 Err(_) => {
                     let message =
-                        format!("`{text}` is no IPv4 address; write keys = {{ \"10.0.0.11\" = \"/etc/necp/11.key\" }}");
+                        format!("`{text}` is no address; write keys = {{ \"10.0.0.11\" = \"/etc/necp/11.key\" }}");
                     self.at(server, message);
                 }
                 Ok(address) if !farm.servers.get_ref().iter().any(|net| net.get_ref().0.0.contains(&address)) => {
@@ -83,10 +83,10 @@ impl Check<'_> {
     }
 
     /// Legal, but whoever has no key cannot join.
-    fn all_have_keys(&mut self, farm: &Farm, place: usize, keys: &BTreeMap<Ipv4Addr, PathBuf>, name: &str) {
+    fn all_have_keys(&mut self, farm: &Farm, place: usize, keys: &BTreeMap<IpAddr, PathBuf>, name: &str) {
         let nets = farm.servers.get_ref().iter().map(|net| net.get_ref().0.0);
-        let nets = Ipv4Net::aggregate(&nets.collect());
-        if nets.iter().map(size).sum::<u64>() > keys.len() as u64 {
+        let nets = IpNet::aggregate(&nets.collect());
+        if nets.iter().map(size).fold(0, u128::saturating_add) > keys.len() as u128 {
             let message =
                 format!("servers of farm `{name}` that are not in `keys` cannot join: there is no `key_file`");
             self.note(place, message);
@@ -113,14 +113,14 @@ impl Check<'_> {
 }
 
 /// An address that both admit, and that would have to prove itself in two ways.
-fn disputed(farm: &FarmConfig, other: &FarmConfig) -> Option<Ipv4Addr> {
-    let differs = |address: &Ipv4Addr| farm.auth.of(*address) != other.auth.of(*address);
+fn disputed(farm: &FarmConfig, other: &FarmConfig) -> Option<IpAddr> {
+    let differs = |address: &IpAddr| farm.auth.of(*address) != other.auth.of(*address);
     let named = |auth: &Auth| match auth {
         Auth::None => Vec::new(),
         Auth::Keys { servers, .. } => servers.keys().copied().collect(),
     };
     let all_named = [named(&farm.auth), named(&other.auth)].concat();
-    let both = |address: &Ipv4Addr| farm.admits(*address) && other.admits(*address);
+    let both = |address: &IpAddr| farm.admits(*address) && other.admits(*address);
     if let Some(address) = all_named.iter().copied().find(|address| both(address) && differs(address)) {
         return Some(address);
     }
@@ -136,10 +136,10 @@ fn disputed(farm: &FarmConfig, other: &FarmConfig) -> Option<Ipv4Addr> {
         .find(differs)
 }
 
-fn size(net: &Ipv4Net) -> u64 {
-    1 << (32 - net.prefix_len())
+fn size(net: &IpNet) -> u128 {
+    1_u128.checked_shl(u32::from(net.max_prefix_len() - net.prefix_len())).unwrap_or(u128::MAX)
 }
 
-fn addresses(net: Ipv4Net) -> impl Iterator<Item = Ipv4Addr> {
-    (u32::from(net.network())..=u32::from(net.broadcast())).map(Ipv4Addr::from)
+fn addresses(net: IpNet) -> impl Iterator<Item = IpAddr> {
+    net.subnets(net.max_prefix_len()).into_iter().flatten().map(|one| one.addr())
 }

@@ -1,12 +1,12 @@
 //! What the values may be. All mistakes are collected, so that one run of `--check` shows them all.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::{Ipv4Addr, SocketAddrV4};
+use std::net::{IpAddr, SocketAddr};
 use std::num::NonZeroU8;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use ipnet::Ipv4Net;
+use ipnet::{IpNet, Ipv4Net};
 use toml::Spanned;
 
 use super::file::{Destination, Farm, File, Hops, Md5Files, Number, Prefix, Vip};
@@ -92,16 +92,17 @@ impl Check<'_> {
         names.iter().map(|name| name.get_ref().clone()).collect()
     }
 
-    fn listen(&mut self, file: &File) -> Vec<SocketAddrV4> {
-        let Some(listen) = &file.listen else { return vec![SocketAddrV4::new(Ipv4Addr::UNSPECIFIED, PORT)] };
+    fn listen(&mut self, file: &File) -> Vec<SocketAddr> {
+        let Some(listen) = &file.listen else { return Vec::new() };
         if listen.get_ref().is_empty() {
-            self.at(listen, format!("no address to listen on: no server could join; write listen = [\"0.0.0.0:{PORT}\"] or leave the key out"));
+            self.at(listen, format!("no address to listen on: no server could join; write listen = [\"0.0.0.0:{PORT}\", \"[::]:{PORT}\"] or leave the key out"));
         }
-        let mut seen: Vec<SocketAddrV4> = Vec::new();
+        let mut seen: Vec<SocketAddr> = Vec::new();
         for one in listen.get_ref() {
             let address = one.get_ref().0.0;
-            let same = |other: &&SocketAddrV4| {
+            let same = |other: &&SocketAddr| {
                 other.port() == address.port()
+                    && other.is_ipv4() == address.is_ipv4()
                     && (other.ip() == address.ip() || other.ip().is_unspecified() || address.ip().is_unspecified())
             };
             if let Some(other) = seen.iter().find(same) {
@@ -196,7 +197,7 @@ impl Check<'_> {
         name.clone()
     }
 
-    fn vips(&mut self, farm: &Farm) -> Vec<Ipv4Addr> {
+    fn vips(&mut self, farm: &Farm) -> Vec<IpAddr> {
         let Some(vips) = &farm.vips else { return Vec::new() };
         self.some(vips, "vips", "the address that clients connect to, such as vips = [\"192.0.2.10\"]");
         self.distinct(vips, |vip: &Text<Vip>| vip.0.0, "VIP")
@@ -253,14 +254,14 @@ impl Check<'_> {
         asked
     }
 
-    fn servers(&mut self, farm: &Farm) -> Vec<Ipv4Net> {
+    fn servers(&mut self, farm: &Farm) -> Vec<IpNet> {
         self.some(&farm.servers, "servers", "who may join, such as servers = [\"10.0.0.0/24\"]");
         self.distinct(&farm.servers, |prefix: &Text<Prefix>| prefix.0.0, "prefix")
     }
 
-    fn tcp_md5(&mut self, farm: &Farm) -> Vec<(Ipv4Net, PathBuf)> {
+    fn tcp_md5(&mut self, farm: &Farm) -> Vec<(IpNet, PathBuf)> {
         let Some(spanned) = &farm.tcp_md5 else { return Vec::new() };
-        let servers: Vec<Ipv4Net> = farm.servers.get_ref().iter().map(|prefix| prefix.get_ref().0.0).collect();
+        let servers: Vec<IpNet> = farm.servers.get_ref().iter().map(|prefix| prefix.get_ref().0.0).collect();
         let files = match spanned.get_ref() {
             Md5Files::All(path) => servers.iter().map(|net| (*net, path.clone())).collect(),
             Md5Files::Each(files) => self.md5_by_prefix(spanned.span().start, files, &servers),
@@ -275,8 +276,8 @@ impl Check<'_> {
         &mut self,
         at: usize,
         files: &BTreeMap<String, PathBuf>,
-        servers: &[Ipv4Net],
-    ) -> Vec<(Ipv4Net, PathBuf)> {
+        servers: &[IpNet],
+    ) -> Vec<(IpNet, PathBuf)> {
         let mut found = Vec::new();
         for (text, path) in files {
             match text.parse::<Prefix>() {
@@ -338,7 +339,7 @@ impl Check<'_> {
         seed
     }
 
-    fn capacity(&mut self, farm: &Farm) -> BTreeMap<Ipv4Addr, f64> {
+    fn capacity(&mut self, farm: &Farm) -> BTreeMap<IpAddr, f64> {
         let mut capacity = BTreeMap::new();
         for (server, value) in farm.capacity.iter().flatten() {
             let (text, number) = (server.get_ref(), *value.get_ref());
@@ -351,9 +352,9 @@ impl Check<'_> {
                 );
                 continue;
             }
-            match text.parse::<Ipv4Addr>() {
+            match text.parse::<IpAddr>() {
                 Err(_) => {
-                    self.at(server, format!("`{text}` is no IPv4 address; write capacity = {{ \"10.0.0.11\" = 2.0 }}"))
+                    self.at(server, format!("`{text}` is no address; write capacity = {{ \"10.0.0.11\" = 2.0 }}"))
                 }
                 Ok(address) if !farm.servers.get_ref().iter().any(|net| net.get_ref().0.0.contains(&address)) => {
                     self.at(
@@ -373,7 +374,7 @@ impl Check<'_> {
         if total > MAX_SERVICES {
             self.mistake(None, format!("{total} pairs of address and service are too many; at most {MAX_SERVICES}"));
         }
-        let slots: u64 = farms.iter().map(|farm| u64::from(farm.table_size) * farm.services.len() as u64).sum();
+        let slots: u64 = farms.iter().map(|farm| u64::from(farm.table_size) * farm.tables() as u64).sum();
         if slots > 1 << 27 {
             self.mistake(
                 None,
@@ -384,9 +385,11 @@ impl Check<'_> {
             );
         }
         self.one_proof_each(sections, farms);
+        let listen = config.listens_on();
         for (at, (section, farm)) in sections.iter().zip(farms).enumerate() {
             let section = section.get_ref();
-            self.own_port(section, farm, &config.listen);
+            self.own_port(section, farm, &listen);
+            self.families(section, farm);
             for other in &farms[..at] {
                 self.two_farms(section, farm, other);
             }
@@ -394,12 +397,40 @@ impl Check<'_> {
     }
 
     /// The packet path must not take the packets of server elements that connect to this host.
-    fn own_port(&mut self, section: &Farm, farm: &FarmConfig, listen: &[SocketAddrV4]) {
+    fn own_port(&mut self, section: &Farm, farm: &FarmConfig, listen: &[SocketAddr]) {
         for address in listen {
-            let hit = farm.vips.iter().find(|vip| address.ip().is_unspecified() || address.ip() == *vip);
+            let same = |vip: &&IpAddr| vip.is_ipv4() == address.is_ipv4() && address.ip().is_unspecified();
+            let hit = farm.vips.iter().find(|vip| same(vip) || address.ip() == **vip);
             if let (Some(vip), true) = (hit, farm.services.contains(&ServiceKey::new(TCP, address.port()))) {
                 let port = address.port();
                 self.at(&section.services, format!("tcp/{port} on {vip} is where this NE itself listens for servers; take it out of `services`, or listen on another port"));
+            }
+        }
+    }
+
+    /// The family of a server's session is the family of what it serves.
+    fn families(&mut self, section: &Farm, farm: &FarmConfig) {
+        let name = &farm.name;
+        let ipv6_servers = section.servers.get_ref().iter().find(|prefix| matches!(prefix.get_ref().0.0, IpNet::V6(_)));
+        if section.intercept.is_some() {
+            if let Some(prefix) = ipv6_servers {
+                self.at(prefix, format!("farm `{name}` intercepts, and IPv6 is not intercepted: its servers join by IPv4"));
+            }
+            return;
+        }
+        for (family, is_of) in [("IPv4", false), ("IPv6", true)] {
+            let vip = farm.vips.iter().any(|vip| vip.is_ipv6() == is_of);
+            let server = farm.servers.iter().find(|net| matches!(net, IpNet::V6(_)) == is_of);
+            match (vip, server) {
+                (false, Some(net)) => self.note(
+                    section.servers.span().start,
+                    format!("servers in {net} have nothing to serve: farm `{name}` has no {family} VIP"),
+                ),
+                (true, None) => self.note(
+                    section.servers.span().start,
+                    format!("the {family} VIPs of farm `{name}` have no server: no prefix in `servers` is {family}"),
+                ),
+                _ => {}
             }
         }
     }
@@ -419,7 +450,7 @@ impl Check<'_> {
             self.at(vip, format!("{service} on VIP {address} belongs to farm `{theirs}` already; give `{name}` another VIP or other services"));
         }
         let overlap =
-            |net: &Ipv4Net| other.servers.iter().find(|their| their.contains(net) || net.contains(*their)).copied();
+            |net: &IpNet| other.servers.iter().find(|their| their.contains(net) || net.contains(*their)).copied();
         for prefix in section.servers.get_ref() {
             let net = prefix.get_ref().0.0;
             if let Some(their) = overlap(&net) {

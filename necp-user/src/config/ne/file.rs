@@ -1,11 +1,11 @@
 //! The file as it is written: which keys there are. What the values may be is `check`'s.
 
 use std::collections::BTreeMap;
-use std::net::{Ipv4Addr, SocketAddrV4};
+use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::str::FromStr;
 
-use ipnet::Ipv4Net;
+use ipnet::{IpNet, Ipv4Net};
 use serde::Deserialize;
 use toml::Spanned;
 
@@ -77,65 +77,74 @@ pub(super) enum Md5Files {
     Each(BTreeMap<String, PathBuf>),
 }
 
-/// `ADDRESS` or `ADDRESS:PORT`.
-pub(super) struct Listen(pub(super) SocketAddrV4);
+/// `ADDRESS`, `ADDRESS:PORT` or `[ADDRESS]:PORT`.
+pub(super) struct Listen(pub(super) SocketAddr);
 
 impl FromStr for Listen {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let address = text.parse().or_else(|_| text.parse().map(|address| SocketAddrV4::new(address, PORT)));
+        let address = text.parse().or_else(|_| text.parse().map(|address: IpAddr| SocketAddr::new(address, PORT)));
         match address {
-            Ok(address) if address.port() != 0 => Ok(Self(address)),
-            _ if is_ipv6(text) => Err(not_ipv6(text)),
-            _ => Err(format!("`{text}` is no address to listen on; write ADDRESS:PORT, such as 0.0.0.0:{PORT}")),
+            Ok(address) if address.port() != 0 => plain(address.ip(), text).map(|()| Self(address)),
+            _ => Err(format!(
+                "`{text}` is no address to listen on; write ADDRESS:PORT, such as 0.0.0.0:{PORT} or [::]:{PORT}"
+            )),
         }
     }
 }
 
 /// An address that clients may connect to.
-pub(super) struct Vip(pub(super) Ipv4Addr);
+pub(super) struct Vip(pub(super) IpAddr);
 
 impl FromStr for Vip {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let no_host = |vip: &Ipv4Addr| {
+        let no_host = |vip: &IpAddr| {
             vip.is_unspecified()
                 || vip.is_loopback()
                 || vip.is_multicast()
-                || vip.octets()[0] == 0
-                || vip.octets()[0] >= 240
+                || match vip {
+                    IpAddr::V4(vip) => vip.octets()[0] == 0 || vip.octets()[0] >= 240,
+                    IpAddr::V6(vip) => vip.is_unicast_link_local(),
+                }
         };
-        match text.parse::<Ipv4Addr>() {
+        match text.parse::<IpAddr>() {
             Ok(vip) if no_host(&vip) => {
                 Err(format!("`{text}` cannot be a virtual address; write an address that clients connect to"))
             }
-            Ok(vip) => Ok(Self(vip)),
-            Err(_) if is_ipv6(text) => Err(not_ipv6(text)),
+            Ok(vip) => plain(vip, text).map(|()| Self(vip)),
             Err(_) => Err(format!(
-                "`{text}` is no IPv4 address; write a virtual address such as 192.0.2.10, without a prefix length"
+                "`{text}` is no address; write a virtual address such as 192.0.2.10 or 2001:db8::10, without a prefix length"
             )),
         }
     }
 }
 
 /// `PREFIX/LENGTH` or one address.
-pub(super) struct Prefix(pub(super) Ipv4Net);
+pub(super) struct Prefix(pub(super) IpNet);
 
 impl FromStr for Prefix {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        match text.parse::<Ipv4Net>().or_else(|_| text.parse::<Ipv4Addr>().map(Ipv4Net::from)) {
-            Ok(net) if net.trunc() == net => Ok(Self(net)),
-            Ok(net) => Err(format!(
-                "`{text}` has host bits set; write {} (or {}/32 for that one server)",
+        match text.parse::<IpNet>().or_else(|_| text.parse::<IpAddr>().map(IpNet::from)) {
+            Ok(net) if net.trunc() != net => Err(format!(
+                "`{text}` has host bits set; write {} (or {}/{} for that one server)",
                 net.trunc(),
-                net.addr()
+                net.addr(),
+                net.max_prefix_len()
             )),
-            Err(_) if is_ipv6(text) => Err(not_ipv6(text)),
-            Err(_) => Err(format!("`{text}` is no IPv4 prefix; write who may join as 10.0.0.0/24 or 10.0.0.11")),
+            Ok(IpNet::V6(net)) if net.prefix_len() >= 10 && net.addr().is_unicast_link_local() => Err(format!(
+                "`{text}` is link-local, and such an address says nothing without its link; write who may join by global \
+                 or unique local addresses, such as 2001:db8::/64"
+            )),
+            Ok(net) if net.prefix_len() >= 96 => plain(net.addr(), text).map(|()| Self(net)),
+            Ok(net) => Ok(Self(net)),
+            Err(_) => Err(format!(
+                "`{text}` is no prefix; write who may join as 10.0.0.0/24, 10.0.0.11 or 2001:db8::/64"
+            )),
         }
     }
 }
@@ -147,14 +156,16 @@ impl FromStr for Destination {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        match text.parse::<Ipv4Net>().or_else(|_| text.parse::<Ipv4Addr>().map(Ipv4Net::from)) {
-            Ok(net) if net.trunc() == net => Ok(Self(net)),
-            Ok(net) => Err(format!(
+        match text.parse::<IpNet>().or_else(|_| text.parse::<IpAddr>().map(IpNet::from)) {
+            Ok(IpNet::V4(net)) if net.trunc() == net => Ok(Self(net)),
+            Ok(IpNet::V4(net)) => Err(format!(
                 "`{text}` has host bits set; write {} (or {}/32 for that one address)",
                 net.trunc(),
                 net.addr()
             )),
-            Err(_) if is_ipv6(text) => Err(not_ipv6(text)),
+            Ok(IpNet::V6(_)) => {
+                Err(format!("`{text}`: IPv6 is not intercepted; write destinations such as 0.0.0.0/0"))
+            }
             Err(_) => Err(format!(
                 "`{text}` is no IPv4 prefix; write destinations to intercept as 0.0.0.0/0 (all) or 203.0.113.0/24"
             )),
@@ -175,10 +186,13 @@ impl FromStr for Mode {
     }
 }
 
-fn is_ipv6(text: &str) -> bool {
-    text.matches(':').count() > 1
-}
-
-fn not_ipv6(text: &str) -> String {
-    format!("`{text}`: IPv6 is not built yet; write an IPv4 address")
+/// One address has one form: what is IPv4 is written so.
+fn plain(address: IpAddr, text: &str) -> Result<(), String> {
+    match address {
+        IpAddr::V6(address) => match address.to_ipv4_mapped() {
+            Some(ipv4) => Err(format!("`{text}` is an IPv4 address in the form of IPv6; write it as {ipv4}")),
+            None => Ok(()),
+        },
+        IpAddr::V4(_) => Ok(()),
+    }
 }

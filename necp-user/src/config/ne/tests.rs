@@ -35,6 +35,9 @@ fn the_example_is_read_with_its_defaults() {
     let config = NeConfig::parse(GOOD).expect("no mistake in it");
     assert_eq!(config.interfaces, ["eth0"]);
     assert_eq!(config.listen, ["0.0.0.0:3262".parse().expect("an address")]);
+    let default = NeConfig::parse(&GOOD.replacen("listen = [\"0.0.0.0:3262\"]", "", 1)).expect("no mistake in it");
+    let default: Vec<String> = default.listens_on().iter().map(ToString::to_string).collect();
+    assert_eq!(default, ["0.0.0.0:3262", "[::]:3262"]);
     assert_eq!((config.pin.as_path(), config.socket.as_path()), (Path::new(PIN), Path::new(SOCKET)));
     assert_eq!((config.mode, config.manage_vips), (Mode::Auto, true));
     assert_eq!((config.keepalive, config.grace), (Duration::from_secs(5), Duration::from_secs(60)));
@@ -43,8 +46,8 @@ fn the_example_is_read_with_its_defaults() {
     assert_eq!((config.max_exceptions, farm.max_exceptions), (1_048_576, 65_536));
     assert_eq!(farm.forwarding, Forwarding::ALL);
     assert_eq!((farm.tcp_idle.as_secs(), farm.udp_idle.as_secs(), farm.orphan_time.as_secs()), (7440, 180, 300));
-    assert_eq!(config.admits(Ipv4Addr::new(10, 0, 0, 11)), Some(0));
-    assert_eq!(config.admits(Ipv4Addr::new(10, 0, 1, 11)), None);
+    assert_eq!(config.admits([10, 0, 0, 11].into()), Some(0));
+    assert_eq!(config.admits([10, 0, 1, 11].into()), None);
     assert_eq!(config.slots(), 3 * 65_537);
     let notes: Vec<String> = config.notes.iter().map(Mistake::to_string).collect();
     only(notes, "8:14: with l3 every flow of farm `web` is on record, those by other types too");
@@ -72,7 +75,7 @@ fn every_optional_key_is_read() {
     assert_eq!((config.keepalive.as_millis(), config.grace.as_millis()), (1000, 2500));
     let farm = &config.farms[0];
     assert_eq!((farm.table_size, farm.hash_seed, farm.udp_tracking, farm.echo), (251, Some(7), false, false));
-    assert_eq!(farm.capacity, BTreeMap::from([(Ipv4Addr::new(10, 0, 0, 11), 2.0)]));
+    assert_eq!(farm.capacity, BTreeMap::from([([10, 0, 0, 11].into(), 2.0)]));
     assert_eq!(farm.udp_idle.as_millis(), 1500);
     assert_eq!((config.max_exceptions, farm.max_exceptions, farm.global_exceptions), (5000, 1000, true));
 }
@@ -113,7 +116,12 @@ fn a_farm_intercepts_in_place_of_vips() {
         prefix("all"),
         "6:14: `all` is no IPv4 prefix; write destinations to intercept as 0.0.0.0/0 (all) or 203.0.113.0/24"
     );
-    assert_eq!(prefix("::/0"), "6:14: `::/0`: IPv6 is not built yet; write an IPv4 address");
+    assert_eq!(prefix("::/0"), "6:14: `::/0`: IPv6 is not intercepted; write destinations such as 0.0.0.0/0");
+    let server = NeConfig::parse(&good.replace("10.0.0.0/24", "2001:db8::/64")).expect_err("a mistake");
+    assert_eq!(
+        server[0].to_string(),
+        "9:12: farm `web` intercepts, and IPv6 is not intercepted: its servers join by IPv4"
+    );
     let untracked = NeConfig::parse(&format!("{good}udp_tracking = false\n")).expect_err("a mistake");
     assert_eq!(
         untracked[0].to_string(),
@@ -147,9 +155,12 @@ fn the_top_is_checked() {
     );
     only(
         mistakes("0.0.0.0:3262", "eth0:3262"),
-        "2:11: `eth0:3262` is no address to listen on; write ADDRESS:PORT, such as 0.0.0.0:3262",
+        "2:11: `eth0:3262` is no address to listen on; write ADDRESS:PORT, such as 0.0.0.0:3262 or [::]:3262",
     );
-    only(mistakes("0.0.0.0:3262", "[::]:3262"), "2:11: `[::]:3262`: IPv6 is not built yet; write an IPv4 address");
+    only(
+        mistakes("0.0.0.0:3262", "[::ffff:10.0.0.1]:3262"),
+        "2:11: `[::ffff:10.0.0.1]:3262` is an IPv4 address in the form of IPv6; write it as 10.0.0.1",
+    );
     only(
         mistakes("\"0.0.0.0:3262\"", "\"0.0.0.0\", \"10.0.0.1\""),
         "2:22: 10.0.0.1:3262 is already listened on by 0.0.0.0:3262; write only one of them",
@@ -174,9 +185,12 @@ fn a_farm_is_checked() {
     only(mistakes("\"web\"", "\"a b\""), "5:8: `a b` is no farm name; write 1 to 32 letters, digits, `-`, `_` or `.`");
     only(
         mistakes("192.0.2.10", "192.0.2.10/32"),
-        "6:9: `192.0.2.10/32` is no IPv4 address; write a virtual address such as 192.0.2.10, without a prefix length",
+        "6:9: `192.0.2.10/32` is no address; write a virtual address such as 192.0.2.10 or 2001:db8::10, without a prefix length",
     );
-    only(mistakes("192.0.2.10", "2001:db8::1"), "6:9: `2001:db8::1`: IPv6 is not built yet; write an IPv4 address");
+    for no_vip in ["fe80::1", "::1", "ff02::1", "::"] {
+        let expected = format!("6:9: `{no_vip}` cannot be a virtual address; write an address that clients connect to");
+        only(mistakes("192.0.2.10", no_vip), &expected);
+    }
     only(
         mistakes("192.0.2.10", "127.0.0.1"),
         "6:9: `127.0.0.1` cannot be a virtual address; write an address that clients connect to",
@@ -203,7 +217,7 @@ fn a_farm_is_checked() {
     );
     only(
         mistakes("10.0.0.0/24", "web1"),
-        "9:12: `web1` is no IPv4 prefix; write who may join as 10.0.0.0/24 or 10.0.0.11",
+        "9:12: `web1` is no prefix; write who may join as 10.0.0.0/24, 10.0.0.11 or 2001:db8::/64",
     );
     only(
         mistakes("udp/443", "tcp/3262"),
@@ -228,7 +242,7 @@ fn a_farms_options_are_checked() {
         with("capacity = { \"10.0.0.1\" = 0 }"),
         "11:27: the capacity of 10.0.0.1 is 0; write a number from 0.01 to 1000 (1 = an ordinary server)",
     );
-    assert!(with("capacity = { web = 1 }")[0].starts_with("11:14: `web` is no IPv4 address"));
+    assert!(with("capacity = { web = 1 }")[0].starts_with("11:14: `web` is no address"));
 }
 
 #[test]
@@ -251,11 +265,11 @@ fn keyed(keys: &str) -> NeConfig {
 
 #[test]
 fn keys_are_for_a_farm_or_for_its_servers() {
-    let (named, other) = (Ipv4Addr::new(10, 0, 0, 11), Ipv4Addr::new(10, 0, 0, 12));
+    let (named, other) = (IpAddr::from([10, 0, 0, 11]), IpAddr::from([10, 0, 0, 12]));
     let (web, own) = (Path::new("/etc/necp/web.key"), Path::new("/etc/necp/11.key"));
     let common = keyed("key_file = \"/etc/necp/web.key\"");
     assert_eq!(common.proof(named), Some(Proof::Key(Some(web))));
-    assert_eq!(common.proof(Ipv4Addr::new(10, 9, 9, 9)), None, "it may not join");
+    assert_eq!(common.proof([10, 9, 9, 9].into()), None, "it may not join");
     assert!(common.farms[0].to_string().ends_with(", key /etc/necp/web.key"), "{}", common.farms[0]);
     let both = keyed("key_file = \"/etc/necp/web.key\"\nkeys = { \"10.0.0.11\" = \"/etc/necp/11.key\" }");
     assert_eq!((both.proof(named), both.proof(other)), (Some(Proof::Key(Some(own))), Some(Proof::Key(Some(web)))));
@@ -276,7 +290,7 @@ fn keys_are_checked() {
     );
     only(
         instead("keys = { web = \"/etc/necp/11.key\" }"),
-        "10:10: `web` is no IPv4 address; write keys = { \"10.0.0.11\" = \"/etc/necp/11.key\" }",
+        "10:10: `web` is no address; write keys = { \"10.0.0.11\" = \"/etc/necp/11.key\" }",
     );
     only(
         instead("keys = { \"10.0.1.11\" = \"/etc/necp/11.key\" }"),
@@ -370,7 +384,7 @@ fn ttl_security_and_tcp_md5() {
     assert_eq!(hops("ttl_security = true\n"), Some(1));
     assert_eq!(hops("ttl_security = 3\n"), Some(3));
     let md5 = |farm: &str| good("", farm).expect(farm).farms[0].tcp_md5.clone();
-    let entry = |net: &str, path: &str| (net.parse::<ipnet::Ipv4Net>().expect(net), std::path::PathBuf::from(path));
+    let entry = |net: &str, path: &str| (net.parse::<IpNet>().expect(net), std::path::PathBuf::from(path));
     assert_eq!(md5("tcp_md5 = \"/k\"\n"), [entry("10.0.0.0/24", "/k"), entry("10.1.0.7/32", "/k")]);
     assert_eq!(md5("tcp_md5 = { \"10.0.0.11\" = \"/a\" }\n"), [entry("10.0.0.11/32", "/a")]);
 
@@ -384,7 +398,7 @@ fn ttl_security_and_tcp_md5() {
         ("ttl_security = \"yes\"\n", "", "write true"),
         ("", "tcp_md5 = \"k\"\n", "absolute"),
         ("", "tcp_md5 = { \"10.9.0.1\" = \"/k\" }\n", "10.9.0.1/32 has a `tcp_md5` key but may not join"),
-        ("", "tcp_md5 = { \"x\" = \"/k\" }\n", "no IPv4 prefix"),
+        ("", "tcp_md5 = { \"x\" = \"/k\" }\n", "no prefix"),
         ("", "tcp_md5 = 7\n", "write a path"),
     ] {
         let found = wrong(extra, farm);

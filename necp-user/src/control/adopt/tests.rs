@@ -6,8 +6,9 @@ use necp_ebpf::abi::DIRECT;
 
 use super::{
     super::{
+        config::halves,
         status::ServerState,
-        testbed::{Bed, config, se},
+        testbed::{Bed, VIPS6, config, config_of_both, se},
     },
     *,
 };
@@ -47,6 +48,30 @@ fn nothing_changes_until_somebody_speaks() {
     bed.wait(50);
     assert!(bed.accepts(first) && bed.accepts(second));
     (1..40).for_each(|client| assert_eq!(bed.data(client), first, "no flow moves"));
+}
+
+#[test]
+fn servers_and_vips_of_ipv6_are_adopted_too() {
+    let mut bed = Bed::with(config_of_both());
+    let (four, six) = (bed.serve(1), bed.serve6(1));
+    assert_eq!(bed.view.vip6(1), Some(halves(VIPS6[0])));
+    let tables: Vec<_> = (0..4).map(|service| bed.slots(service)).collect();
+    assert!(tables[0].iter().all(|slot| slot.owner() == four) && tables[2].iter().all(|slot| slot.owner() == six));
+    let (mut bed, adopted) = restart_with(bed, config_of_both());
+    assert_eq!(adopted, Adopted { services: 4, serving: 2, ..Adopted::default() });
+    let applied = bed.sync();
+    assert_eq!((applied.records_written, applied.slots_moved), (0, 0));
+    assert_eq!(bed.serve6(1), six);
+    assert_eq!((0..4).map(|service| bed.slots(service)).collect::<Vec<_>>(), tables);
+
+    // Without IPv6 VIPs its servers' flows are given up, and what was about them goes.
+    let mut four_only = config_of_both();
+    four_only.farms[0].vips.truncate(2);
+    let (mut bed, adopted) = restart_with(bed, four_only);
+    assert_eq!((adopted.services, adopted.serving, adopted.given_up), (2, 1, 1));
+    bed.sync();
+    assert_eq!(bed.server(six).flags, 0);
+    assert!(existing(&bed.view).iter().all(|old| old.vip.is_none() && old.service.vip == 0));
 }
 
 #[test]

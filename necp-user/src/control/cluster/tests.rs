@@ -5,7 +5,7 @@ use necp_ebpf::abi::{DIRECT, FIRST_SERVER, NONE};
 use super::{
     super::{
         status::ServerState,
-        testbed::{Bed, config, hop, se},
+        testbed::{Bed, config, config_of_both, hop, se, se6},
     },
     *,
 };
@@ -18,7 +18,7 @@ const TCP: u8 = 6;
 fn only_configured_addresses_may_join() {
     let mut bed = Bed::new();
     assert_eq!(bed.cluster.may_join(se(1)), Some(Admission { farms: vec![0] }));
-    let stranger = Ipv4Addr::new(10, 0, 1, 1);
+    let stranger = IpAddr::from([10, 0, 1, 1]);
     assert_eq!(bed.cluster.may_join(stranger), None);
     assert_eq!(bed.cluster.init(stranger, true, bed.now), Err(NotAdmitted(stranger)));
     bed.cluster.host_reachable(stranger, Hop { mac: [2; 6], port: 0, ..hop(1) }, bed.now);
@@ -48,6 +48,26 @@ fn a_start_that_cannot_be_is_refused_by_name() {
     assert_eq!(full, Err(StartError::NoIdLeft(NoIdLeft)));
     bed.lose(1);
     assert_eq!(bed.cluster.start(se(1), Forwarding::Layer2, TCP, 80, now), Err(StartError::NoSession));
+}
+
+#[test]
+fn a_server_serves_the_vips_of_the_family_that_it_joins_over() {
+    let mut bed = Bed::with(config_of_both());
+    let (four, six) = (bed.serve(1), bed.serve6(1));
+    assert_ne!(four, six);
+    let owners = |bed: &Bed, service| bed.slots(service).iter().map(|slot| slot.owner()).collect::<BTreeSet<_>>();
+    assert_eq!((owners(&bed, 0), owners(&bed, 2)), ([four].into(), [six].into()));
+    assert_eq!(std::net::Ipv6Addr::from(bed.server(six).address), se6(1));
+    bed.stop(1);
+    assert_eq!((owners(&bed, 0), owners(&bed, 2)), ([DIRECT].into(), [six].into()), "STOP is for its own family");
+
+    let mut four_only = config_of_both();
+    four_only.farms[0].vips.truncate(2);
+    let mut bed = Bed::with(four_only);
+    bed.cluster.init(se6(1), true, bed.now).expect("it may join");
+    let refused = bed.cluster.start(se6(1), Forwarding::Layer2, TCP, 80, bed.now).expect_err("nothing to serve");
+    assert_eq!(refused, StartError::NoVip(ServiceKey::new(TCP, 80), Family::V6));
+    assert!(refused.to_string().contains("no IPv6 VIP"), "{refused}");
 }
 
 #[test]

@@ -6,14 +6,15 @@
 use std::{
     collections::{BTreeMap, VecDeque},
     hash::{BuildHasher as _, RandomState},
+    net::{IpAddr, Ipv4Addr},
 };
 
 use hashbrown::HashTable;
-use necp_ebpf::abi;
+use necp_ebpf::{abi, exceptions::name6};
 
-use super::super::cluster::Change;
+use super::super::{cluster::Change, config::halves};
 use super::{INSTALLERS, MASKS};
-use crate::necp::message::{Flows, Scope};
+use crate::necp::message::{Family, Flows, Scope};
 
 /// Why flows cannot have a record, or an SE cannot be in it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -57,6 +58,7 @@ struct Key {
 /// What records look at.
 #[derive(Clone, Copy, Debug, Default)]
 struct Mask {
+    is_v6: bool,
     source: u8,
     destination: u8,
     protocol: bool,
@@ -65,6 +67,37 @@ struct Mask {
     keys: u32,
     /// Keys that somebody wants.
     held: u32,
+}
+
+/// What a record should say, but for its addresses.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Record {
+    exception: abi::Exception,
+    /// Source and destination, host bits cleared.
+    addresses: [IpAddr; 2],
+}
+
+impl Default for Record {
+    fn default() -> Self {
+        Self { exception: abi::Exception::default(), addresses: [IpAddr::V4(Ipv4Addr::UNSPECIFIED); 2] }
+    }
+}
+
+impl Record {
+    /// With its addresses; those of IPv6 have no room in it, and go by a name that only tables with this seed know.
+    #[must_use]
+    pub fn named(&self, seed: u64) -> abi::Exception {
+        let [source, destination] = match self.addresses {
+            [IpAddr::V4(source), IpAddr::V4(destination)] => [source.octets(), destination.octets()],
+            [IpAddr::V6(source), IpAddr::V6(destination)] => {
+                let [a, b, c, d, e, f, g, h] = name6(halves(source), halves(destination), seed).to_ne_bytes();
+                [[a, b, c, d], [e, f, g, h]]
+            }
+            // Flows are of one family.
+            _ => return abi::Exception::default(),
+        };
+        abi::Exception { source, destination, ..self.exception }
+    }
 }
 
 impl Key {
@@ -76,6 +109,7 @@ impl Key {
 impl Mask {
     fn of(flows: &Flows) -> Self {
         Self {
+            is_v6: flows.family() == Family::V6,
             source: flows.source.prefix_len(),
             destination: flows.destination.prefix_len(),
             protocol: flows.protocol != 0,
@@ -84,8 +118,8 @@ impl Mask {
         }
     }
 
-    fn looks_at(&self) -> (u8, u8, bool, bool) {
-        (self.source, self.destination, self.protocol, self.port)
+    fn looks_at(&self) -> (bool, u8, u8, bool, bool) {
+        (self.is_v6, self.source, self.destination, self.protocol, self.port)
     }
 
     fn record(&self) -> abi::ExceptionMask {
@@ -97,7 +131,7 @@ impl Mask {
             destination_len: self.destination,
             protocol: self.protocol.into(),
             port: self.port.into(),
-            used: abi::OF_IPV4,
+            used: if self.is_v6 { abi::OF_IPV6 } else { abi::OF_IPV4 },
             reserved: [0; 3],
         }
     }
@@ -157,13 +191,13 @@ impl Keys {
     }
 
     /// What the record of this number should say; the default: nothing.
-    pub(in super::super) fn record(&self, id: u32) -> abi::Exception {
+    pub(in super::super) fn record(&self, id: u32) -> Record {
         let Some(key) = self.slab.get(id as usize).filter(|key| key.used && key.is_held()) else {
-            return abi::Exception::default();
+            return Record::default();
         };
-        abi::Exception {
-            source: key.flows.source.addr().octets(),
-            destination: key.flows.destination.addr().octets(),
+        let exception = abi::Exception {
+            source: [0; 4],
+            destination: [0; 4],
             farm: key.farm,
             port: key.flows.port.to_be_bytes(),
             protocol: key.flows.protocol,
@@ -171,7 +205,8 @@ impl Keys {
             state: if key.global > 0 { abi::EXCEPTION_GLOBAL } else { abi::EXCEPTION_LOCAL },
             reserved: 0,
             installers: key.local,
-        }
+        };
+        Record { exception, addresses: [key.flows.source.addr(), key.flows.destination.addr()] }
     }
 
     /// What the masks of a farm should be.

@@ -7,13 +7,14 @@ mod keys;
 mod listing;
 mod store;
 
-use std::{net::Ipv4Addr, time::Instant};
+use std::{net::IpAddr, time::Instant};
 
 use necp_ebpf::abi;
 
 use super::cluster::{Change, Cluster, Session};
-use crate::necp::message::{Exception, Filter, Flows};
+use crate::necp::message::{Exception, Family, Filter, Flows};
 
+pub use keys::Record;
 pub use listing::Listing;
 pub(super) use store::Store;
 
@@ -37,6 +38,14 @@ pub enum ExceptError {
     /// As many SEs as may have a local entry for these very flows have one.
     #[error("{max} servers of farm {0:?} have a local exception for the same flows, and no more may", max = INSTALLERS)]
     TooManyInstallers(String),
+    /// They are of the other address family than the SE, which gets no such flows.
+    #[error("{flows}: the server has joined over {server}, and gets {server} flows only")]
+    Family {
+        /// The flows.
+        flows: Flows,
+        /// The SE's family.
+        server: Family,
+    },
     /// Server records have no number left for the SE.
     #[error("more than {max} servers: this one can have no local exceptions", max = u16::MAX)]
     TooManyHosts,
@@ -73,7 +82,7 @@ impl Cluster {
     /// In force in all farms that admit the SE; global only in those that trust it, else local.
     pub fn except_add(
         &mut self,
-        address: Ipv4Addr,
+        address: IpAddr,
         exception: &Exception,
         now: Instant,
     ) -> Result<Change, ExceptError> {
@@ -82,23 +91,25 @@ impl Cluster {
         if number == 0 {
             return Err(ExceptError::TooManyHosts);
         }
+        let exception = Exception { flows: flows_of(address, &exception.flows)?, ..*exception };
         let change = self.begin();
-        self.exceptions.add(&self.config, (address, number), exception, change, now)?;
+        self.exceptions.add(&self.config, (address, number), &exception, change, now)?;
         Ok(change)
     }
 
     /// A unit of EXCEPTION_DEL (draft §5.7.3): the SE's own entry goes. Of something that is not there: nothing happens.
-    pub fn except_del(&mut self, address: Ipv4Addr, flows: &Flows, _now: Instant) -> Change {
+    pub fn except_del(&mut self, address: IpAddr, flows: &Flows, _now: Instant) -> Result<Change, ExceptError> {
+        let flows = flows_of(address, flows)?;
         let change = self.begin();
-        self.exceptions.delete(address, flows, change);
-        change
+        self.exceptions.delete(address, &flows, change);
+        Ok(change)
     }
 
     /// EXCEPTION_RESET (draft §5.7.5): all of the SE's own entries go.
     ///
     /// They are not listed any more from now on. If there are many, they leave the maps in several plans; until the last of
     /// them [`Applied::outcome`](super::plan::Applied::outcome) says none.
-    pub fn except_reset(&mut self, address: Ipv4Addr, _now: Instant) -> Change {
+    pub fn except_reset(&mut self, address: IpAddr, _now: Instant) -> Change {
         let change = self.begin();
         self.exceptions.doom(address, change);
         change
@@ -120,8 +131,20 @@ impl Cluster {
     }
 
     /// How many exceptions of this SE are in force.
-    pub fn exceptions_of(&self, address: Ipv4Addr) -> u32 {
+    pub fn exceptions_of(&self, address: IpAddr) -> u32 {
         self.exceptions.count_of(address)
+    }
+}
+
+/// What an SE means by these flows: its own family's. Wildcards of IPv4 are how a basic unit says any address.
+fn flows_of(server: IpAddr, flows: &Flows) -> Result<Flows, ExceptError> {
+    let family = Family::of(server);
+    if flows.family() == family {
+        Ok(*flows)
+    } else if flows.has_no_address() && family == Family::V6 {
+        Ok(Flows { protocol: flows.protocol, port: flows.port, ..Flows::all(family) })
+    } else {
+        Err(ExceptError::Family { flows: *flows, server: family })
     }
 }
 

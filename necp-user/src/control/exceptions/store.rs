@@ -3,7 +3,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet, VecDeque},
     hash::{BuildHasher as _, RandomState},
-    net::Ipv4Addr,
+    net::IpAddr,
     time::{Duration, Instant},
 };
 
@@ -37,7 +37,7 @@ pub(in super::super) struct Store {
     by_flows: HashTable<u32>,
     hasher: RandomState,
     installers: Vec<Option<Installer>>,
-    current: BTreeMap<Ipv4Addr, u32>,
+    current: BTreeMap<IpAddr, u32>,
     /// Installers whose entries are all to go.
     sweeps: VecDeque<u32>,
     timers: BTreeSet<(u64, u32)>,
@@ -67,7 +67,7 @@ struct Entry {
 /// One session of an SE.
 #[derive(Debug)]
 struct Installer {
-    address: Ipv4Addr,
+    address: IpAddr,
     host: u16,
     /// Farms that admit it, and whether they trust it with global entries.
     farms: Vec<(usize, bool)>,
@@ -118,13 +118,12 @@ impl Store {
     pub(super) fn add(
         &mut self,
         config: &ClusterConfig,
-        (address, host): (Ipv4Addr, u16),
+        (address, host): (IpAddr, u16),
         exception: &Exception,
         change: Change,
         now: Instant,
     ) -> Result<(), ExceptError> {
-        let flows = exception.flows;
-        let scope = if flows == Flows::ALL { Scope::Local } else { exception.scope };
+        let Exception { scope, flows, .. } = Exception::new(exception.scope, exception.ttl, exception.flows);
         let expires = self.expiry(exception.ttl, now);
         let installer = self.installer(config, address, host);
         self.outlive(address, &flows, change);
@@ -135,14 +134,14 @@ impl Store {
     }
 
     /// A unit of EXCEPTION_DEL.
-    pub(super) fn delete(&mut self, address: Ipv4Addr, flows: &Flows, change: Change) {
+    pub(super) fn delete(&mut self, address: IpAddr, flows: &Flows, change: Change) {
         if let Some(id) = self.current.get(&address).and_then(|&installer| self.find(installer, flows)) {
             self.remove(id, change);
         }
     }
 
     /// All entries of an SE are to go: from now on they do not count, and they go as [`Store::tick`] gets to them.
-    pub(in super::super) fn doom(&mut self, address: Ipv4Addr, change: Change) {
+    pub(in super::super) fn doom(&mut self, address: IpAddr, change: Change) {
         let Some(number) = self.current.remove(&address) else { return };
         let Some(installer) = self.installers[number as usize].as_mut() else { return };
         if installer.count == 0 {
@@ -161,7 +160,7 @@ impl Store {
 
     /// Lets entries go whose time is over, and those of sessions that are over: a batch of them. Returns SEs that have none
     /// left of an old session.
-    pub(in super::super) fn tick(&mut self, now: Instant, change: Change) -> Vec<Ipv4Addr> {
+    pub(in super::super) fn tick(&mut self, now: Instant, change: Change) -> Vec<IpAddr> {
         self.ticked = now.saturating_duration_since(self.epoch).as_millis() as u64 / TICK;
         let mut left = BATCH;
         while left > 0
@@ -203,7 +202,7 @@ impl Store {
     }
 
     /// Whether entries of this SE are there, or leave just now.
-    pub(in super::super) fn knows(&self, address: Ipv4Addr) -> bool {
+    pub(in super::super) fn knows(&self, address: IpAddr) -> bool {
         let of_old =
             |&number: &u32| self.installers[number as usize].as_ref().is_some_and(|one| one.address == address);
         self.current.contains_key(&address) || self.sweeps.iter().any(of_old)
@@ -218,7 +217,7 @@ impl Store {
         FarmExceptions { masks: self.keys.masks_in_use(farm), ..counts }
     }
 
-    pub(super) fn count_of(&self, address: Ipv4Addr) -> u32 {
+    pub(super) fn count_of(&self, address: IpAddr) -> u32 {
         let current = self.current.get(&address).and_then(|&number| self.installers[number as usize].as_ref());
         current.map_or(0, |installer| installer.count)
     }
@@ -260,7 +259,7 @@ impl Store {
         }
     }
 
-    fn installer(&mut self, config: &ClusterConfig, address: Ipv4Addr, host: u16) -> u32 {
+    fn installer(&mut self, config: &ClusterConfig, address: IpAddr, host: u16) -> u32 {
         if let Some(&number) = self.current.get(&address) {
             return number;
         }
@@ -281,7 +280,7 @@ impl Store {
     }
 
     /// An entry of the SE's older session that has not gone yet makes room: a host is in a record once.
-    fn outlive(&mut self, address: Ipv4Addr, flows: &Flows, change: Change) {
+    fn outlive(&mut self, address: IpAddr, flows: &Flows, change: Change) {
         let of_old =
             |&number: &u32| self.installers[number as usize].as_ref().is_some_and(|one| one.address == address);
         let sweeps: Vec<u32> = self.sweeps.iter().copied().filter(of_old).collect();

@@ -1,5 +1,7 @@
 //! Exceptions of several SEs, on a clock of their own; what the maps say, and what packets do.
 
+mod six;
+
 use std::{collections::BTreeMap, time::Duration};
 
 use necp_ebpf::{
@@ -11,14 +13,14 @@ use proptest::prelude::*;
 use super::{
     super::{
         config::ClusterConfig,
-        testbed::{Bed, config, se},
+        testbed::{Bed, config, config_of_both, se, se6},
     },
     *,
 };
 use crate::necp::message::{Listed, Scope};
 
 fn flows(source: &str, destination: &str, protocol: u8, port: u16) -> Flows {
-    let net = |text: &str| text.parse::<ipnet::Ipv4Net>().unwrap().trunc();
+    let net = |text: &str| text.parse::<ipnet::IpNet>().unwrap().trunc();
     Flows { source: net(source), destination: net(destination), protocol, port }
 }
 
@@ -78,8 +80,8 @@ fn a_local_exception_keeps_new_flows_from_its_installer_and_no_others() {
     assert_eq!(bed.sync().outcome(change), Some(true));
     (200..230).for_each(|client| assert_eq!(bed.connect(client), 0, "nobody wants it: cut through"));
     (100..160).for_each(|client| assert_eq!(bed.data(client), second, "no flow moves"));
-    bed.cluster.except_del(se(1), &clients(), bed.now);
-    bed.cluster.except_del(se(2), &clients(), bed.now);
+    bed.cluster.except_del(se(1), &clients(), bed.now).unwrap();
+    bed.cluster.except_del(se(2), &clients(), bed.now).unwrap();
     bed.sync();
     (200..230).for_each(|client| assert_eq!(bed.data(client), 0, "what was cut through stays so"));
     assert!((300..360).any(|client| bed.connect(client) == first));
@@ -148,7 +150,7 @@ fn nobody_touches_anothers_entries_and_stop_touches_none() {
     bed.serve(1);
     bed.serve(2);
     bed.cluster.except_add(se(1), &global(clients()), bed.now).unwrap();
-    bed.cluster.except_del(se(2), &clients(), bed.now);
+    bed.cluster.except_del(se(2), &clients(), bed.now).unwrap();
     bed.cluster.except_reset(se(2), bed.now);
     bed.stop(1);
     bed.lose(2);
@@ -199,10 +201,10 @@ fn what_is_too_much_fails_and_changes_nothing() {
     assert_eq!(bed.cluster.except_add(se(1), &one_more, bed.now), Err(refused.clone()));
     assert!(refused.to_string().contains("32 different masks"));
     // A mask that nobody uses any more is free once it is out of the map.
-    bed.cluster.except_del(se(1), &with_length(9, 0), bed.now);
+    bed.cluster.except_del(se(1), &with_length(9, 0), bed.now).unwrap();
     bed.sync();
     bed.cluster.except_add(se(1), &one_more, bed.now).unwrap();
-    bed.cluster.except_del(se(1), &one_more.flows, bed.now);
+    bed.cluster.except_del(se(1), &one_more.flows, bed.now).unwrap();
     bed.sync();
     for number in 2..=8 {
         bed.cluster.except_add(se(number), &local(with_length(24, 0)), bed.now).unwrap();
@@ -282,12 +284,12 @@ fn a_listing_has_as_many_entries_as_it_said_whatever_happens() {
     let mut entries = Vec::new();
     assert!(!listing.read(&bed.cluster, 2, 100, &mut entries));
     assert!(!listing.read(&bed.cluster, 9, 1, &mut entries), "it looks at one");
-    (0..20).for_each(|number| _ = bed.cluster.except_del(se(1), &host(number), bed.now));
+    (0..20).for_each(|number| _ = bed.cluster.except_del(se(1), &host(number), bed.now).unwrap());
     (50..70).for_each(|number| _ = bed.cluster.except_add(se(1), &local(host(number)), bed.now).unwrap());
     assert!(listing.read(&bed.cluster, 100, 100, &mut entries));
     assert_eq!(entries.len(), 10);
     for entry in &entries {
-        let number = entry.flows.source.addr().octets()[3];
+        let number = entry.flows.source.to_string().split(['.', '/']).nth(3).unwrap().parse::<u8>().unwrap();
         assert!(number < 20 && number % 2 == 0 && entry.scope == Scope::Global, "{entry:?} was never in force then");
     }
     let mut empty = bed.cluster.except_list(Filter { protocol: Some(47), ..Filter::default() });
@@ -342,7 +344,7 @@ proptest! {
     fn the_store_is_what_a_naive_model_is(steps in proptest::collection::vec(any::<u32>(), 1..80)) {
         let mut bed = Bed::with(trusting());
         let servers: Vec<u32> = (1..=3).map(|number| bed.serve(number)).collect();
-        let mut model: BTreeMap<(Ipv4Addr, Flows), (Scope, Option<Instant>)> = BTreeMap::new();
+        let mut model: BTreeMap<(IpAddr, Flows), (Scope, Option<Instant>)> = BTreeMap::new();
         for (client, step) in (1..).zip(steps) {
             let [act, who, what, how] = step.to_le_bytes();
             let (address, flows) = (se(1 + who % 3), some_flows(what));
@@ -355,7 +357,7 @@ proptest! {
                     model.insert((address, flows), (scope, end));
                 }
                 8..=11 => {
-                    bed.cluster.except_del(address, &flows, bed.now);
+                    bed.cluster.except_del(address, &flows, bed.now).unwrap();
                     model.remove(&(address, flows));
                 }
                 12 => {
@@ -382,7 +384,7 @@ proptest! {
             if hit(Scope::Global).next().is_some() {
                 prop_assert_eq!(went, 0);
             } else {
-                let refuse: Vec<Ipv4Addr> = hit(Scope::Local).map(|one| one.installer).collect();
+                let refuse: Vec<IpAddr> = hit(Scope::Local).map(|one| one.installer).collect();
                 let left = |number: &u8| !refuse.contains(&se(*number));
                 let possible: Vec<u32> =
                     (1..=3).filter(left).map(|number| servers[usize::from(number) - 1]).collect();
@@ -395,18 +397,27 @@ proptest! {
 /// Figures for the documentation: `cargo test --release -p necp-user --lib a_million -- --nocapture`.
 #[test]
 fn a_million_exceptions_take_little_room_and_leave_in_small_batches() {
+    [se(1), se6(1)].into_iter().for_each(a_million_of);
+}
+
+fn a_million_of(server: IpAddr) {
     let number = if cfg!(debug_assertions) { 1 << 17 } else { 1 << 20 };
-    let mut config = config();
+    let mut config = config_of_both();
     (config.max_exceptions, config.farms[0].max_exceptions) = (number, number);
     let records = abi::exception_records(number);
     let view = Box::leak(Box::new(Owned::new(64, 32, 64).with_exceptions(records))).view();
     let mut bed = Bed::on(view, config, Instant::now());
     bed.serve(1);
+    bed.serve6(1);
     let begun = Instant::now();
     for one in 0..number {
-        let source = ipnet::Ipv4Net::new_assert(Ipv4Addr::from(0x0b00_0000 + (one << 4)), 28);
-        let flows = Flows { source, ..clients() };
-        bed.cluster.except_add(se(1), &Exception { ttl: 1000 + one, ..local(flows) }, bed.now).unwrap();
+        let four = ipnet::Ipv4Net::new_assert(std::net::Ipv4Addr::from(0x0b00_0000 + (one << 4)), 28);
+        let six = ipnet::Ipv6Net::new_assert((0x2001_0db8_u128 << 96 | u128::from(one) << 64).into(), 64);
+        let flows = match server {
+            IpAddr::V4(_) => Flows { source: four.into(), ..Flows::ALL },
+            IpAddr::V6(_) => Flows { source: six.into(), ..Flows::all(Family::V6) },
+        };
+        bed.cluster.except_add(server, &Exception { ttl: 1000 + one, ..local(flows) }, bed.now).unwrap();
         if one % 4096 == 0 {
             bed.sync();
         }
@@ -415,7 +426,8 @@ fn a_million_exceptions_take_little_room_and_leave_in_small_batches() {
     let added = begun.elapsed();
     let bytes = bed.cluster.exceptions.bytes();
     assert!(bytes / number as usize <= 200, "{} bytes an entry", bytes / number as usize);
-    bed.lose(1);
+    bed.cluster.session_lost(server, bed.now);
+    bed.sync();
     let (mut batches, mut longest) = (1, Duration::ZERO);
     while bed.cluster.next_expiry().is_some_and(|at| at <= bed.now) {
         let begun = Instant::now();
@@ -423,7 +435,7 @@ fn a_million_exceptions_take_little_room_and_leave_in_small_batches() {
         (batches, longest) = (batches + 1, longest.max(begun.elapsed()));
     }
     println!(
-        "{number} entries: {} bytes each, {:.2} us each to add and write; removed in {batches} batches, the longest {:.1} ms",
+        "{number} entries of {server}: {} bytes each, {:.2} us each to add and write; removed in {batches} batches, the longest {:.1} ms",
         bytes / number as usize,
         added.as_secs_f64() * 1e6 / f64::from(number),
         longest.as_secs_f64() * 1e3

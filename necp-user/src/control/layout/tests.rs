@@ -7,7 +7,7 @@ use super::{
 
 fn farm(name: &str, network: u8) -> FarmConfig {
     let mut farm = FarmConfig::new(name);
-    farm.vips = vec![Ipv4Addr::new(192, 0, 2, network)];
+    farm.vips = vec![[192, 0, 2, network].into()];
     farm.services = vec![ServiceKey::new(6, 80), ServiceKey::new(17, 53)];
     farm.servers = vec![format!("10.0.{network}.0/24").parse().expect("a prefix")];
     farm.table_size = 11;
@@ -18,11 +18,16 @@ fn config(farms: Vec<FarmConfig>) -> ClusterConfig {
     ClusterConfig { slots: slots_needed(&farms) as u32, farms, ..ClusterConfig::default() }
 }
 
+fn ipv6(vip: IpAddr) -> Option<Ipv6Addr> {
+    if let IpAddr::V6(vip) = vip { Some(vip) } else { None }
+}
+
 fn entries(config: &ClusterConfig, layout: &Layout) -> Vec<Existing> {
     let entry = |frontend: &Frontend| Existing {
         bucket: frontend.bucket,
         entry: frontend.entry,
         service: layout.entry(config, frontend),
+        vip: ipv6(frontend.vip),
     };
     layout.frontends.iter().map(entry).collect()
 }
@@ -93,7 +98,7 @@ fn what_finds_no_room_is_an_error() {
     let twice = config(vec![farm("a", 1), farm("b", 1)]);
     assert!(matches!(Layout::new(&twice, &[]), Err(ConfigError::Claimed { .. })));
     // Ports that all fall into one bucket.
-    let vip = Ipv4Addr::new(192, 0, 2, 1);
+    let vip = IpAddr::from([192, 0, 2, 1]);
     let bucket = |port: u16| service_bucket(key_word(vip, ServiceKey::new(6, port)));
     let ports: Vec<u16> = (1..=u16::MAX).filter(|&port| bucket(port) == bucket(1)).take(5).collect();
     assert_eq!(ports.len(), 5, "65,535 ports in 8,192 buckets");
@@ -110,7 +115,7 @@ fn what_finds_no_room_is_an_error() {
 fn every_vip_is_noted_and_replies_find_those_of_their_port() {
     let mut layer_3 = farm("b", 2);
     layer_3.forwarding.push(crate::control::config::Forwarding::Layer3);
-    layer_3.vips.push(Ipv4Addr::new(192, 0, 2, 3));
+    layer_3.vips.push([192, 0, 2, 3].into());
     let mut config = config(vec![farm("a", 1), layer_3]);
     let layout = Layout::new(&config, &[]).unwrap();
     let find = |key: u64| layout.notes.iter().find(|note| first_word(&note.service) == key);
@@ -133,7 +138,7 @@ fn every_vip_is_noted_and_replies_find_those_of_their_port() {
     let existing: Vec<_> = layout
         .notes
         .iter()
-        .map(|note| Existing { bucket: note.bucket, entry: note.entry, service: note.service })
+        .map(|note| Existing { bucket: note.bucket, entry: note.entry, service: note.service, vip: None })
         .collect();
     config.farms.pop();
     let after = Layout::new(&config, &existing).unwrap();
@@ -144,9 +149,62 @@ fn every_vip_is_noted_and_replies_find_those_of_their_port() {
 fn more_vips_of_a_port_than_a_reply_looks_at_are_refused() {
     let mut many = farm("a", 1);
     many.forwarding = vec![crate::control::config::Forwarding::Layer3];
-    many.vips = (1..=17).map(|last| Ipv4Addr::new(192, 0, 2, last)).collect();
+    many.vips = (1..=17).map(|last| [192, 0, 2, last].into()).collect();
     let refused = Layout::new(&config(vec![many]), &[]);
     assert_eq!(refused, Err(ConfigError::TooManyReplies { service: ServiceKey::new(6, 80) }));
+}
+
+const VIPS6: [Ipv6Addr; 2] =
+    [Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 10), Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 11)];
+
+fn of_both(vips6: &[Ipv6Addr]) -> FarmConfig {
+    let mut both = farm("a", 1);
+    both.vips.extend(vips6.iter().copied().map(IpAddr::V6));
+    both
+}
+
+#[test]
+fn each_family_has_tables_of_its_own() {
+    let mut both = of_both(&VIPS6);
+    both.forwarding.push(crate::control::config::Forwarding::Layer3);
+    let config = config(vec![both]);
+    let layout = Layout::new(&config, &[]).unwrap();
+    let tables: Vec<_> = layout.services.iter().map(|one| (one.family, one.key.port, one.base)).collect();
+    assert_eq!(tables, [(Family::V4, 80, 0), (Family::V4, 53, 11), (Family::V6, 80, 22), (Family::V6, 53, 33)]);
+    let entries: Vec<_> = layout.frontends.iter().map(|frontend| layout.entry(&config, frontend)).collect();
+    assert_eq!(entries.iter().map(|entry| entry.vip).collect::<Vec<_>>(), [0, 0, 1, 2, 1, 2]);
+    let six = entries[3];
+    assert_eq!((six.state, six.address, six.slots_base), (abi::SERVICE6, fold(VIPS6[1]), 22));
+    let noted = |state: u8| layout.notes.iter().filter(move |note| note.service.state == state).map(|note| note.service);
+    let vips: Vec<_> = noted(abi::VIP6).map(|note| (note.address, note.vip, note.port, note.protocol)).collect();
+    assert_eq!(vips, [(fold(VIPS6[0]), 1, [0; 2], 0), (fold(VIPS6[1]), 2, [0; 2], 0)]);
+    let replies: Vec<_> = noted(abi::REPLY6).filter(|note| note.protocol == 6).collect();
+    let replies: Vec<_> = replies.iter().map(|note| (u32::from_ne_bytes(note.address), note.vip, note.slots_base)).collect();
+    assert_eq!(replies, [(0, 1, 0), (1, 2, 0)], "numbers of their own family");
+    let replies: Vec<_> = noted(abi::REPLY).map(|note| u32::from_ne_bytes(note.address)).collect();
+    assert_eq!(replies, [0, 0], "one for each port");
+}
+
+#[test]
+fn an_ipv6_vip_keeps_its_index_and_a_new_one_takes_none_that_is_still_named() {
+    let old = config(vec![of_both(&VIPS6)]);
+    let before = Layout::new(&old, &[]).unwrap();
+    assert_eq!(before.vips6, [(VIPS6[0], 1), (VIPS6[1], 2)].into());
+    let new = Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 1);
+    let config = config(vec![of_both(&[new, VIPS6[1]])]);
+    let after = Layout::new(&config, &entries(&old, &before)).unwrap();
+    assert_eq!(after.vips6, [(new, 3), (VIPS6[1], 2)].into(), "the entry of 1 goes only now");
+    assert!(after.services.iter().all(|service| service.adopted));
+    let of = |layout: &Layout, vip: Ipv6Addr| {
+        let all = layout.frontends.iter().filter(move |one| one.vip == IpAddr::V6(vip));
+        all.map(|one| (one.id, one.vip6, one.bucket, one.entry)).collect::<Vec<_>>()
+    };
+    assert_eq!(of(&after, VIPS6[1]), of(&before, VIPS6[1]));
+    for (_, _, bucket, entry) in of(&before, VIPS6[0]) {
+        assert!(after.stale.contains(&(bucket, entry)));
+    }
+    let ids = |layout: &Layout, vip: Ipv6Addr| of(layout, vip).into_iter().map(|one| one.0).collect::<Vec<_>>();
+    assert!(ids(&after, new).iter().all(|id| !ids(&before, VIPS6[0]).contains(id)), "no record is taken for another's");
 }
 
 fn interceptor(name: &str, network: u8) -> FarmConfig {

@@ -2,8 +2,9 @@
 //! they come and go.
 
 use std::collections::BTreeSet;
+use std::net::{IpAddr, Ipv4Addr};
 
-use ipnet::Ipv4Net;
+use ipnet::{IpNet, Ipv4Net};
 use necp_ebpf::abi::AddressSet;
 
 use crate::config::ne::NeConfig;
@@ -38,7 +39,8 @@ impl Crossings {
                 return tracing::error!(%error, "this host's addresses are not known: `intercept` goes by the old ones");
             }
         };
-        let own = own.iter().map(|one| (AddressSet::OWN, Ipv4Net::from(one.net.addr())));
+        let own = own.iter().filter_map(|one| ipv4(one.net.addr()));
+        let own = own.map(|own| (AddressSet::OWN, Ipv4Net::from(own)));
         let all: BTreeSet<_> = self.fixed.iter().copied().chain(own).collect();
         if let Err(error) = plane.set_crossings(&all) {
             tracing::error!(%error, "`intercept` goes by old addresses");
@@ -51,13 +53,21 @@ fn fixed(config: &NeConfig) -> BTreeSet<(AddressSet, Ipv4Net)> {
     let loopback = Ipv4Net::new_assert([127, 0, 0, 0].into(), 8);
     let mut all: BTreeSet<_> = [(AddressSet::OWN, loopback)].into();
     for (farm, number) in config.farms.iter().zip(0..) {
-        all.extend(farm.vips.iter().map(|vip| (AddressSet::OWN, Ipv4Net::from(*vip))));
+        let vips = farm.vips.iter().filter_map(|vip| ipv4(*vip));
+        all.extend(vips.map(|vip| (AddressSet::OWN, Ipv4Net::from(vip))));
         if !farm.intercept.is_empty() {
             all.extend(farm.intercept.iter().map(|net| (AddressSet::intercepted(number), *net)));
-            all.extend(farm.servers.iter().map(|net| (AddressSet::servers(number), *net)));
+            // What is intercepted is IPv4, so it never comes from a server of the other family.
+            let servers = farm.servers.iter().filter_map(|net| if let IpNet::V4(net) = net { Some(*net) } else { None });
+            all.extend(servers.map(|net| (AddressSet::servers(number), net)));
         }
     }
     all
+}
+
+/// What is intercepted is IPv4.
+fn ipv4(address: IpAddr) -> Option<Ipv4Addr> {
+    if let IpAddr::V4(address) = address { Some(address) } else { None }
 }
 
 #[cfg(test)]

@@ -1,7 +1,7 @@
 //! Where the servers' hosts are: routes and neighbour entries, kept as the kernel has them, for the hosts that matter.
 
 use std::collections::{BTreeSet, HashMap, HashSet};
-use std::net::Ipv4Addr;
+use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
 use tokio::time::timeout;
@@ -19,6 +19,9 @@ const LIST_PAUSE: Duration = Duration::from_secs(1);
 const FORGET_PAUSE: Duration = Duration::from_secs(60);
 /// Hosts that are looked up again in one go.
 const REFRESHED: usize = 64;
+
+/// The source address of a way that has none.
+const NOWHERE: IpAddr = IpAddr::V4(std::net::Ipv4Addr::UNSPECIFIED);
 
 /// What is known of a host.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -38,13 +41,13 @@ pub struct Hosts {
     neighbours: Neighbours,
     /// Our interfaces, by the kernel's index.
     ports: HashMap<u32, PortInfo>,
-    routes: HashMap<Ipv4Addr, Option<Route>>,
-    entries: HashMap<(u32, Ipv4Addr), Reachability>,
-    by_next_hop: HashMap<(u32, Ipv4Addr), BTreeSet<Ipv4Addr>>,
+    routes: HashMap<IpAddr, Option<Route>>,
+    entries: HashMap<(u32, IpAddr), Reachability>,
+    by_next_hop: HashMap<(u32, IpAddr), BTreeSet<IpAddr>>,
     /// When the kernel's table was last read as a whole.
     listed: Option<Instant>,
     /// Hosts whose routes are still to be looked up again.
-    to_refresh: Vec<Ipv4Addr>,
+    to_refresh: Vec<IpAddr>,
     /// When those with a path MTU are looked up again.
     next_look: Instant,
 }
@@ -70,7 +73,7 @@ impl Hosts {
     }
 
     /// Looks a host's route up, and follows its neighbour entry from now on.
-    pub async fn follow(&mut self, host: Ipv4Addr) {
+    pub async fn follow(&mut self, host: IpAddr) {
         self.look_up(host).await;
         let long_ago = self.listed.is_none_or(|at| at.elapsed() >= LIST_PAUSE);
         if self.sight(host) == Sight::Unknown && long_ago {
@@ -83,7 +86,7 @@ impl Hosts {
     }
 
     /// Hosts that nobody asks for any more are forgotten.
-    pub fn keep(&mut self, wanted: &HashSet<Ipv4Addr>) {
+    pub fn keep(&mut self, wanted: &HashSet<IpAddr>) {
         self.to_refresh.retain(|host| wanted.contains(host));
         self.routes.retain(|host, _| wanted.contains(host));
         self.by_next_hop.retain(|_, hosts| {
@@ -93,14 +96,14 @@ impl Hosts {
     }
 
     /// What is known of a host now.
-    pub fn sight(&self, host: Ipv4Addr) -> Sight {
+    pub fn sight(&self, host: IpAddr) -> Sight {
         let Some(Some(route)) = self.routes.get(&host) else { return Sight::NoWay };
         let Some(port) = self.ports.get(&route.ifindex) else { return Sight::NoWay };
         match self.entries.get(&(route.ifindex, route.next_hop(host))) {
             Some(&Reachability::At(mac)) => Sight::At(Hop {
                 mac,
                 port: port.index,
-                source: route.source.unwrap_or(Ipv4Addr::UNSPECIFIED),
+                source: route.source.unwrap_or(NOWHERE),
                 mtu: route.mtu.map_or(port.mtu, |mtu| mtu.min(port.mtu)).min(u16::MAX.into()) as u16,
             }),
             Some(Reachability::Failed) if route.on_link() => Sight::Gone,
@@ -109,13 +112,13 @@ impl Hosts {
     }
 
     /// Whether a host is on a link that one of our interfaces is on.
-    pub fn is_on_link(&self, host: Ipv4Addr) -> bool {
+    pub fn is_on_link(&self, host: IpAddr) -> bool {
         let route = self.routes.get(&host).copied().flatten();
         route.is_some_and(|route| route.on_link() && self.ports.contains_key(&route.ifindex))
     }
 
     /// Takes note of an entry, and says whose next hop it is.
-    pub fn on_neighbour(&mut self, neighbour: Neighbour) -> Vec<Ipv4Addr> {
+    pub fn on_neighbour(&mut self, neighbour: Neighbour) -> Vec<IpAddr> {
         let key = (neighbour.ifindex, neighbour.address);
         if neighbour.reachability == Reachability::Unknown {
             self.entries.remove(&key);
@@ -137,7 +140,7 @@ impl Hosts {
     }
 
     /// Looks some hosts up again, and says which: with thousands of them, others must not wait for all.
-    pub async fn refresh(&mut self) -> Vec<Ipv4Addr> {
+    pub async fn refresh(&mut self) -> Vec<IpAddr> {
         let some = self.to_refresh.split_off(self.to_refresh.len().saturating_sub(REFRESHED));
         for host in &some {
             self.look_up(*host).await;
@@ -146,8 +149,8 @@ impl Hosts {
     }
 
     /// Looks those up again that matter among these, and says which.
-    pub async fn look_again(&mut self, hosts: &[Ipv4Addr]) -> Vec<Ipv4Addr> {
-        let known: Vec<Ipv4Addr> = hosts.iter().copied().filter(|host| self.routes.contains_key(host)).collect();
+    pub async fn look_again(&mut self, hosts: &[IpAddr]) -> Vec<IpAddr> {
+        let known: Vec<IpAddr> = hosts.iter().copied().filter(|host| self.routes.contains_key(host)).collect();
         for host in &known {
             self.look_up(*host).await;
         }
@@ -164,8 +167,8 @@ impl Hosts {
     }
 
     /// Makes the kernel ask whether hosts are still there.
-    pub fn probe(&self, hosts: impl IntoIterator<Item = Ipv4Addr>) {
-        let whom: Vec<(u32, Ipv4Addr)> = hosts
+    pub fn probe(&self, hosts: impl IntoIterator<Item = IpAddr>) {
+        let whom: Vec<(u32, IpAddr)> = hosts
             .into_iter()
             .filter_map(|host| {
                 self.routes.get(&host).copied().flatten().map(|route| (route.ifindex, route.next_hop(host)))
@@ -181,7 +184,7 @@ impl Hosts {
         });
     }
 
-    async fn look_up(&mut self, host: Ipv4Addr) {
+    async fn look_up(&mut self, host: IpAddr) {
         let route = match answer(self.neighbours.route(host)).await {
             Some(route) => route,
             // The kernel does not answer: what was known before is the best there is.
@@ -201,7 +204,7 @@ impl Hosts {
     pub async fn list(&mut self) {
         self.listed = Some(Instant::now());
         if let Some(entries) = answer(self.neighbours.list()).await {
-            let ours = |(ifindex, _): &(u32, Ipv4Addr)| self.ports.contains_key(ifindex);
+            let ours = |(ifindex, _): &(u32, IpAddr)| self.ports.contains_key(ifindex);
             self.entries = entries.into_iter().filter(|(key, at)| ours(key) && *at != Reachability::Unknown).collect();
         }
     }

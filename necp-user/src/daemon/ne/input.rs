@@ -1,6 +1,6 @@
 //! What the tasks of a network element tell its [owner](super::owner), and how they are answered.
 
-use std::net::Ipv4Addr;
+use std::net::IpAddr;
 
 use tokio::sync::{mpsc, oneshot};
 
@@ -18,7 +18,7 @@ pub type SessionId = u64;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct From {
     /// The server element: the source address of its connection.
-    pub server: Ipv4Addr,
+    pub server: IpAddr,
     /// The connection.
     pub session: SessionId,
 }
@@ -100,7 +100,7 @@ pub enum Input {
     /// The path to these takes shorter packets than it did, perhaps.
     PathMtu {
         /// Addresses that ICMP errors came about, some of them perhaps no server's.
-        servers: Vec<Ipv4Addr>,
+        servers: Vec<IpAddr>,
     },
     /// Somebody wants to see everything.
     Status {

@@ -2,12 +2,12 @@
 
 use std::collections::HashMap;
 use std::io;
-use std::net::Ipv4Addr;
+use std::net::IpAddr;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 
-use ipnet::Ipv4Net;
+use ipnet::IpNet;
 
 use crate::config::ne::{NeConfig, Proof};
 use crate::daemon::status::Rejected;
@@ -40,7 +40,7 @@ pub enum ReloadError {
     #[error("the TCP-MD5 key of {net} in {} cannot be set: {source}", path.display())]
     Socket {
         /// Whose key.
-        net: Ipv4Net,
+        net: IpNet,
         /// Its file.
         path: PathBuf,
         /// What the system said.
@@ -62,7 +62,7 @@ impl Keys {
     ///
     /// # Errors
     /// If it must authenticate, and there is no sequence number for it.
-    pub fn access(&self, address: Ipv4Addr) -> Result<Access, NumberError> {
+    pub fn access(&self, address: IpAddr) -> Result<Access, NumberError> {
         let file = match self.config.proof(address) {
             None | Some(Proof::None) => return Ok(Access::Open),
             Some(Proof::Key(file)) => file,
@@ -152,8 +152,8 @@ mod tests {
 
     use super::*;
 
-    const WITH_KEY: Ipv4Addr = Ipv4Addr::new(10, 0, 0, 11);
-    const OTHER: Ipv4Addr = Ipv4Addr::new(10, 0, 0, 12);
+    const WITH_KEY: IpAddr = IpAddr::V4(std::net::Ipv4Addr::new(10, 0, 0, 11));
+    const OTHER: IpAddr = IpAddr::V4(std::net::Ipv4Addr::new(10, 0, 0, 12));
 
     fn config(directory: &Path, auth: &str) -> Arc<NeConfig> {
         let text = format!(
@@ -170,7 +170,7 @@ mod tests {
         fs::set_permissions(path, std::os::unix::fs::PermissionsExt::from_mode(mode)).expect("set");
     }
 
-    fn key(keys: &Keys, address: Ipv4Addr) -> Option<Key> {
+    fn key(keys: &Keys, address: IpAddr) -> Option<Key> {
         match keys.access(address).expect("a number") {
             Access::Authenticated(credentials) => credentials.map(|credentials| credentials.key),
             Access::Open => panic!("it has to authenticate"),

@@ -9,7 +9,7 @@ mod exceptions;
 mod report;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
-use std::net::Ipv4Addr;
+use std::net::IpAddr;
 use std::ops::Bound;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -59,6 +59,8 @@ const BATCH_PAUSE: Duration = Duration::from_millis(5);
 const PROBES: usize = 256;
 /// How long a START may wait for the next hop of its server to be known.
 const NEXT_HOP_WAIT: Duration = Duration::from_secs(1);
+/// Before all addresses.
+const NOBODY: IpAddr = IpAddr::V4(std::net::Ipv4Addr::UNSPECIFIED);
 /// After routes changed, for more changes to come.
 const SETTLE: Duration = Duration::from_millis(200);
 /// A gratuitous ARP is repeated after this: a link that has just come up may drop it.
@@ -77,11 +79,11 @@ pub struct Owner {
     collector: Collector,
     hosts: Hosts,
     door: Arc<Door>,
-    sessions: HashMap<Ipv4Addr, Current>,
+    sessions: HashMap<IpAddr, Current>,
     /// Servers without a session whose flows live: asked every second whether they are still there.
-    lost: BTreeSet<Ipv4Addr>,
+    lost: BTreeSet<IpAddr>,
     /// The last one that was asked.
-    probed: Ipv4Addr,
+    probed: IpAddr,
     limits: Arc<Limits>,
     acks: Acks,
     lists: Lists,
@@ -142,7 +144,7 @@ impl Owner {
             door,
             sessions: HashMap::new(),
             lost: BTreeSet::new(),
-            probed: Ipv4Addr::UNSPECIFIED,
+            probed: NOBODY,
             limits,
             acks: Acks::default(),
             lists: Lists::default(),
@@ -166,7 +168,7 @@ impl Owner {
     pub async fn begin(&mut self) {
         self.refresh_crossings().await;
         self.hosts.list().await;
-        let adopted: Vec<Ipv4Addr> = self.cluster.hosts().collect();
+        let adopted: Vec<IpAddr> = self.cluster.hosts().collect();
         for host in adopted {
             self.hosts.follow(host).await;
             self.report_sight(host);
@@ -314,7 +316,7 @@ impl Owner {
         self.must_write();
     }
 
-    fn operate(&mut self, server: Ipv4Addr, operations: &[Operation], done: oneshot::Sender<Vec<usize>>) {
+    fn operate(&mut self, server: IpAddr, operations: &[Operation], done: oneshot::Sender<Vec<usize>>) {
         let now = Instant::now();
         let mut ack = Ack::operations(server, now + NEXT_HOP_WAIT, done);
         let limits = Arc::clone(&self.limits);
@@ -359,7 +361,7 @@ impl Owner {
         self.must_write();
     }
 
-    fn lose(&mut self, server: Ipv4Addr, reason: &CloseReason) {
+    fn lose(&mut self, server: IpAddr, reason: &CloseReason) {
         self.tell_exceptions(server);
         let serving = self.sessions.remove(&server).is_some_and(|session| !session.started.is_empty());
         if !self.limits.voices().may_speak(server) {
@@ -422,7 +424,7 @@ impl Owner {
     }
 
     /// Tells the cluster where a host is.
-    fn report_sight(&mut self, host: Ipv4Addr) {
+    fn report_sight(&mut self, host: IpAddr) {
         let (now, before) = (Instant::now(), self.cluster.touches());
         match self.hosts.sight(host) {
             Sight::At(hop) => _ = self.cluster.host_reachable(host, hop, now),
@@ -489,13 +491,18 @@ impl Owner {
 
     fn once_a_second(&mut self, now: Instant) {
         self.plane.flush_logs();
-        let wanted: HashSet<Ipv4Addr> = self.cluster.hosts().collect();
+        let wanted: HashSet<IpAddr> = self.cluster.hosts().collect();
         self.lost.retain(|host| wanted.contains(host) && !self.sessions.contains_key(host));
         self.hosts.keep(&wanted);
         self.probe_lost();
         self.hosts.look_again_at_short_paths(now);
         for (server, lines) in self.limits.voices().refill() {
-            tracing::info!("{server}: {lines} more lines like those above were left out");
+            let whose = if server.prefix_len() == server.max_prefix_len() {
+                server.addr().to_string()
+            } else {
+                server.to_string()
+            };
+            tracing::info!("{whose}: {lines} more lines like those above were left out");
         }
         self.sampler.sample(now, &self.plane, &self.cluster);
         self.tell_all_exceptions();
@@ -505,8 +512,8 @@ impl Owner {
     fn probe_lost(&mut self) {
         let after = self.lost.range((Bound::Excluded(self.probed), Bound::Unbounded));
         let wrapped = self.lost.range(..=self.probed);
-        let turn: Vec<Ipv4Addr> = after.chain(wrapped).take(PROBES).copied().collect();
-        self.probed = turn.last().copied().unwrap_or(Ipv4Addr::UNSPECIFIED);
+        let turn: Vec<IpAddr> = after.chain(wrapped).take(PROBES).copied().collect();
+        self.probed = turn.last().copied().unwrap_or(NOBODY);
         self.hosts.probe(turn);
     }
 

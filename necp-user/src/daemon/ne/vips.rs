@@ -1,8 +1,8 @@
 //! The virtual addresses on this host (`manage_vips = true`): added, announced, taken away.
 
-use std::net::Ipv4Addr;
+use std::net::IpAddr;
 
-use ipnet::Ipv4Net;
+use ipnet::IpNet;
 
 use crate::plane::PortInfo;
 use crate::plane::host_address::{
@@ -15,24 +15,25 @@ const TAG: &str = "necp-ne";
 /// The virtual addresses that are on this host.
 pub struct Vips {
     addresses: HostAddresses,
-    vips: Vec<Ipv4Addr>,
+    vips: Vec<IpAddr>,
     /// Those that are ours to take away: kernel index of the interface, address.
-    ours: Vec<(u32, Ipv4Net)>,
+    ours: Vec<(u32, IpNet)>,
 }
 
 impl Vips {
-    /// Puts each address on the interface whose subnet contains it, else on `lo`, and removes what an earlier daemon left.
+    /// Puts each address on the interface whose subnet contains it, else on `lo`, or of IPv6 on all of ours, where neighbours that
+    /// ask for it are answered: those of IPv4 are answered for any address of the host. Removes what an earlier daemon left.
     ///
     /// # Errors
     /// See [`HostAddressError`]; what was added before stays, for the next start to find.
-    pub async fn put(vips: Vec<Ipv4Addr>, ports: &[PortInfo]) -> Result<Self, HostAddressError> {
+    pub async fn put(vips: Vec<IpAddr>, ports: &[PortInfo]) -> Result<Self, HostAddressError> {
         let (addresses, driver) = HostAddresses::open(TAG)?;
         tokio::spawn(driver);
         let there = addresses.list().await?;
         let mut ours = Vec::new();
-        for &vip in &vips {
-            let name = place(vip, ports, &there);
-            let net = Ipv4Net::from(vip);
+        let places = vips.iter().flat_map(|&vip| places(vip, ports, &there).into_iter().map(move |name| (vip, name)));
+        for (vip, name) in places {
+            let net = IpNet::from(vip);
             match addresses.add(name, net, Scope::Global).await? {
                 Added::New | Added::Ours => {
                     tracing::info!("VIP {vip} is on {name}");
@@ -76,12 +77,16 @@ impl Vips {
     }
 }
 
-/// The interface whose subnet contains the address, one of ours before others.
-fn place<'a>(vip: Ipv4Addr, ports: &'a [PortInfo], there: &[HostAddress]) -> &'a str {
-    let contains = |one: &&HostAddress| !one.ours && one.net.prefix_len() < 32 && one.net.contains(&vip);
+/// The interface of ours whose subnet contains the address, else see [`Vips::put`].
+fn places<'a>(vip: IpAddr, ports: &'a [PortInfo], there: &[HostAddress]) -> Vec<&'a str> {
+    let contains = |one: &&HostAddress| !one.ours && one.net.prefix_len() < one.net.max_prefix_len() && one.net.contains(&vip);
     let subnets = there.iter().filter(contains);
     let ours = |one: &HostAddress| ports.iter().find(|port| port.ifindex == one.ifindex);
-    subnets.filter_map(ours).map(|port| port.name.as_str()).next().unwrap_or("lo")
+    match subnets.filter_map(ours).next() {
+        Some(port) => vec![port.name.as_str()],
+        None if vip.is_ipv4() => vec!["lo"],
+        None => ports.iter().map(|port| port.name.as_str()).collect(),
+    }
 }
 
 #[cfg(test)]
@@ -108,10 +113,15 @@ mod tests {
             on(2, "10.0.0.1/24"),
             on(3, "10.1.0.1/24"),
             on(3, "10.2.0.7/32"),
+            on(2, "fe80::1/64"),
+            on(3, "2001:db8::1/64"),
         ];
-        assert_eq!(place(Ipv4Addr::new(10, 0, 0, 100), &ports, &there), "eth0");
-        assert_eq!(place(Ipv4Addr::new(10, 1, 0, 100), &ports, &there), "eth1");
-        assert_eq!(place(Ipv4Addr::new(192, 0, 2, 1), &ports, &there), "lo");
-        assert_eq!(place(Ipv4Addr::new(10, 2, 0, 7), &ports, &there), "lo", "no subnet, and eth9 is not ours");
+        assert_eq!(places([10, 0, 0, 100].into(), &ports, &there), ["eth0"]);
+        assert_eq!(places([10, 1, 0, 100].into(), &ports, &there), ["eth1"]);
+        assert_eq!(places([192, 0, 2, 1].into(), &ports, &there), ["lo"]);
+        assert_eq!(places([10, 2, 0, 7].into(), &ports, &there), ["lo"], "no subnet, and eth9 is not ours");
+        let six = |text: &str| places(text.parse().expect("an address"), &ports, &there);
+        assert_eq!(six("2001:db8::10"), ["eth1"]);
+        assert_eq!(six("2001:db8:1::10"), ["eth0", "eth1"], "where it is asked for");
     }
 }

@@ -10,7 +10,7 @@ use crate::control::config::{ClusterConfig, FarmConfig};
 use crate::necp::message::{Flows, Listed, Scope};
 use crate::necp::{Filter, Flags, Forwarding, Header, Opcode, Operation, ServiceKey, ServiceUnit, Unit};
 
-const SERVER: Ipv4Addr = Ipv4Addr::LOCALHOST;
+const SERVER: IpAddr = IpAddr::V4(std::net::Ipv4Addr::LOCALHOST);
 
 struct Bench {
     client: TcpStream,
@@ -207,7 +207,7 @@ const LONG: usize = 4 << 15;
 
 /// The owner of a list that never ends before its time.
 async fn give_lists(mut inputs: mpsc::Receiver<Input>) -> Option<CloseReason> {
-    let entry = Listed { scope: Scope::Local, installer: SERVER, flows: Flows::ALL };
+    let entry = Listed { scope: Scope::Local, installer: std::net::Ipv4Addr::LOCALHOST.into(), flows: Flows::ALL };
     let config = ClusterConfig { farms: vec![FarmConfig::new("web")], ..ClusterConfig::default() };
     let cluster = Cluster::new(config, Instant::now()).expect("a configuration");
     while let Some(input) = inputs.recv().await {

@@ -223,14 +223,15 @@ fn filter(
     dst: Option<Prefix>,
     port: Option<Ports>,
     scope: Option<ScopeName>,
-    installer: Option<std::net::Ipv4Addr>,
+    installer: Option<std::net::IpAddr>,
 ) -> Filter {
     let net = |prefix: Option<Prefix>| {
-        prefix.filter(|prefix| *prefix != Prefix::ANY).map(|Prefix(net)| (net.addr(), Some(net.prefix_len())))
+        prefix.filter(|Prefix(net)| net.prefix_len() > 0).map(|Prefix(net)| (net.addr(), Some(net.prefix_len())))
     };
     Filter {
         scope: scope.map(|ScopeName(scope)| scope),
-        installer,
+        family: None,
+        installer: installer.map(|installer| installer.to_canonical()),
         source: net(src),
         destination: net(dst),
         protocol: port.map(|ports| ports.protocol).filter(|protocol| *protocol != 0),

@@ -1,7 +1,7 @@
 //! `--decap`: where GRE is unwrapped, and from whom.
 
 use std::collections::BTreeSet;
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
@@ -47,29 +47,25 @@ pub async fn begin(settings: &Settings) -> anyhow::Result<Option<Decap>> {
         DecapOn::Interface(name) => vec![name.clone()],
         DecapOn::Auto => towards(&nes).await?,
     };
-    let sources: BTreeSet<Ipv4Addr> = nes.iter().chain(&settings.decap_from).copied().collect();
+    let sources: BTreeSet<IpAddr> = nes.iter().chain(&settings.decap_from).copied().collect();
     let sources: Vec<_> = sources.into_iter().collect();
     let decap = Decap::attach(&pins(&settings.lock), interfaces, &sources);
     Ok(Some(decap.context("`--decap` is not possible")?))
 }
 
-async fn addresses(ne: &NeAddress) -> anyhow::Result<Vec<Ipv4Addr>> {
+async fn addresses(ne: &NeAddress) -> anyhow::Result<Vec<IpAddr>> {
     let found = tokio::net::lookup_host((ne.host.as_str(), ne.port)).await;
     let found = found.with_context(|| format!("`--decap` must know the address of {}", ne.host))?;
-    let v4 = found.filter_map(|address| match address.ip() {
-        IpAddr::V4(v4) => Some(v4),
-        IpAddr::V6(v6) => v6.to_ipv4_mapped(),
-    });
-    Ok(v4.collect())
+    Ok(found.map(|address| address.ip().to_canonical()).collect())
 }
 
 /// The interfaces by which these are reached.
-async fn towards(nes: &BTreeSet<Ipv4Addr>) -> anyhow::Result<Vec<String>> {
+async fn towards(nes: &BTreeSet<IpAddr>) -> anyhow::Result<Vec<String>> {
     let (neighbours, _changes, driver) = Neighbours::open()?;
     let driver = tokio::spawn(driver);
     let mut interfaces = BTreeSet::new();
     for ne in nes {
-        if let Some(route) = neighbours.route(*ne).await? {
+        if let Some(route) = neighbours.route((*ne).into()).await? {
             interfaces.insert(interface_name(route.ifindex)?);
         }
     }

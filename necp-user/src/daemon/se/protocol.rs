@@ -11,7 +11,7 @@
 //! ```
 //! The fields, by these names, are stable; more may be added.
 
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::IpAddr;
 
 use serde::{Deserialize, Serialize};
 
@@ -72,7 +72,7 @@ pub enum Request {
         scope: Option<ScopeName>,
         /// Of this server.
         #[serde(default)]
-        installer: Option<Ipv4Addr>,
+        installer: Option<IpAddr>,
     },
     /// STOP everywhere.
     Drain,
@@ -146,7 +146,7 @@ pub enum Outcome {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Entry {
     /// The server that installed it.
-    pub installer: Ipv4Addr,
+    pub installer: IpAddr,
     /// The scope in force.
     pub scope: ScopeName,
     /// Source addresses.

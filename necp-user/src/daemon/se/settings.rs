@@ -1,7 +1,7 @@
 //! What the agent is told: the command line, a file with the same keys, and what the two make together.
 
 use std::collections::BTreeSet;
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::IpAddr;
 use std::num::NonZeroU8;
 use std::path::PathBuf;
 use std::str::FromStr;
@@ -28,7 +28,7 @@ const LOCK: &str = "/run/necp/se.lock";
 #[derive(Debug, Clone, Default, ClapArgs)]
 #[command(after_help = EXAMPLES)]
 pub struct Args {
-    /// A network element to join; the port is 3262 unless given. Repeat it for several
+    /// A network element to join: 10.0.0.1, [2001:db8::1]:3262 or a name; the port is 3262 unless given. Repeat it for several
     #[arg(long, value_name = "ADDR[:PORT]")]
     pub ne: Vec<NeAddress>,
     /// What this server serves and how it wants its packets: SERVICE=FORWARDING, as tcp/80=l2, udp/443=gre, tcp/22=l3
@@ -56,17 +56,17 @@ pub struct Args {
     /// At the end, how long to wait for this server's connections to end [default: 30]
     #[arg(long, value_name = "SECS")]
     pub drain: Option<Seconds>,
-    /// A virtual address to set up on lo while the agent runs, so that ARP does not know it (layer 2 and GRE). Repeat it
-    /// for several
+    /// A virtual address to set up on lo while the agent runs, so that neither ARP nor neighbour discovery knows it (layer 2
+    /// and GRE). Repeat it for several
     #[arg(long, value_name = "ADDR")]
-    pub vip: Vec<Ipv4Addr>,
+    pub vip: Vec<IpAddr>,
     /// Take the outer headers of GRE off, for a kernel without a GRE device: an XDP program on the interface that the network
     /// elements' packets come by, or on this one. It stays if the agent crashes, until the next one ends
     #[arg(long, value_name = "INTERFACE", num_args = 0..=1, default_missing_value = "auto")]
     pub decap: Option<DecapOn>,
     /// Besides those of --ne, an address whose GRE is unwrapped. Repeat it for several
     #[arg(long, value_name = "ADDR")]
-    pub decap_from: Vec<Ipv4Addr>,
+    pub decap_from: Vec<IpAddr>,
     /// The file of the key that this server shares with the network elements: with it all sessions are authenticated, and
     /// none is opened without. It is for its owner only (chmod 600), and has at least 16 bytes
     #[arg(long, value_name = "FILE")]
@@ -106,6 +106,9 @@ Examples:
   A server in another network, whose packets come in GRE; its kernel needs no GRE device:
     necp se --ne 10.0.0.1 --serve tcp/80=gre --vip 192.0.2.10 --decap
 
+  Over IPv6, which is then what it serves (a server of both families runs two agents):
+    necp se --ne '[2001:db8::1]' --serve tcp/80=l2 --vip 2001:db8:1::10 --lock /run/necp/se6.lock
+
   From a file (ne = [\"10.0.0.1\"], serve = [\"tcp/80=l2\"], health = \"load\", vips = [\"192.0.2.10\"]):
     necp se --config /etc/necp/se.toml
 
@@ -128,9 +131,9 @@ struct File {
     keepalive: Option<Seconds>,
     retry_max: Option<Seconds>,
     drain: Option<Seconds>,
-    vips: Vec<Text<Ipv4Addr>>,
+    vips: Vec<Text<IpAddr>>,
     decap: Option<Text<DecapOn>>,
-    decap_from: Vec<Text<Ipv4Addr>>,
+    decap_from: Vec<Text<IpAddr>>,
     key_file: Option<PathBuf>,
     lock: Option<PathBuf>,
     ttl_security: Option<NonZeroU8>,
@@ -160,11 +163,11 @@ pub struct Settings {
     /// How long to wait for connections at the end.
     pub drain: Duration,
     /// Virtual addresses to set up on `lo`.
-    pub vips: Vec<Ipv4Addr>,
+    pub vips: Vec<IpAddr>,
     /// Where GRE is unwrapped, if it is.
     pub decap: Option<DecapOn>,
     /// Whose GRE besides the network elements'.
-    pub decap_from: Vec<Ipv4Addr>,
+    pub decap_from: Vec<IpAddr>,
     /// The file of the key that is shared with the network elements (§5.8).
     pub key_file: Option<PathBuf>,
     /// The lock file; the file of sequence numbers is beside it.
@@ -205,7 +208,10 @@ pub enum SettingsError {
     },
     /// An address that cannot be a VIP.
     #[error("{0} cannot be a virtual address of a server")]
-    Vip(Ipv4Addr),
+    Vip(IpAddr),
+    /// Link-local addresses mean something on one link only, and an NE has no place for that link.
+    #[error("{0} is link-local: a server joins from, and to, an address that is known beyond its link")]
+    LinkLocal(IpAddr),
     /// `--source` and a network element's address are of different families.
     #[error("{ne} cannot be dialled from {from}: one is IPv4, the other IPv6")]
     Family {
@@ -250,13 +256,13 @@ impl Settings {
                 (0.01, 3600.0),
             )?,
             health_timeout: time("--health-timeout", args.health_timeout, file.health_timeout, 2.0, (0.01, 3600.0))?,
-            source: args.source.or(file.source.map(|Text(address)| address)),
+            source: args.source.or(file.source.map(|Text(address)| address)).map(|address| address.to_canonical()),
             keepalive: time("--keepalive", args.keepalive, file.keepalive, 5.0, (0.01, 3600.0))?,
             retry_max: time("--retry-max", args.retry_max, file.retry_max, 256.0, (1.0, 86_400.0))?,
             drain: time("--drain", args.drain, file.drain, 30.0, (0.0, 604_800.0))?,
-            vips: list(args.vip, file.vips),
+            vips: list(args.vip, file.vips).iter().map(IpAddr::to_canonical).collect(),
             decap: args.decap.or(file.decap.map(|Text(on)| on)),
-            decap_from: list(args.decap_from, file.decap_from),
+            decap_from: list(args.decap_from, file.decap_from).iter().map(IpAddr::to_canonical).collect(),
             socket: args.socket.or(file.socket).unwrap_or_else(|| lock.with_extension("sock")),
             lock,
             key_file: args.key_file.or(file.key_file),
@@ -283,10 +289,14 @@ impl Settings {
             if self.nes[..at].contains(ne) {
                 return Err(SettingsError::NeTwice(ne.clone()));
             }
-            if let (Some(from), Ok(to)) = (self.source, ne.host.parse::<IpAddr>())
+            let to = ne.host.parse::<IpAddr>().ok().map(|to| to.to_canonical());
+            if let (Some(from), Some(to)) = (self.source, to)
                 && from.is_ipv4() != to.is_ipv4()
             {
                 return Err(SettingsError::Family { ne: ne.clone(), from });
+            }
+            if let Some(local) = [self.source, to].into_iter().flatten().find(is_link_local) {
+                return Err(SettingsError::LinkLocal(local));
             }
         }
         for (at, offer) in self.offers.iter().enumerate() {
@@ -294,10 +304,17 @@ impl Settings {
                 return Err(SettingsError::ServiceTwice(offer.key()));
             }
         }
-        let unfit =
-            |vip: &&Ipv4Addr| vip.is_unspecified() || vip.is_loopback() || vip.is_multicast() || vip.octets()[0] >= 240;
+        let unfit = |vip: &&IpAddr| {
+            let reserved = matches!(vip, IpAddr::V4(vip) if vip.octets()[0] >= 240);
+            vip.is_unspecified() || vip.is_loopback() || vip.is_multicast() || reserved || is_link_local(vip)
+        };
         self.vips.iter().find(unfit).map_or(Ok(()), |vip| Err(SettingsError::Vip(*vip)))
     }
+}
+
+/// fe80::/10; 169.254.0.0/16 is an address as any other here.
+fn is_link_local(address: &IpAddr) -> bool {
+    matches!(address, IpAddr::V6(address) if address.is_unicast_link_local())
 }
 
 fn in_range(name: &'static str, value: f64, (least, most): (f64, f64)) -> Result<Duration, SettingsError> {

@@ -257,7 +257,7 @@ async fn serving(drain: Duration) -> (Ne, Agent, (TcpStream, TcpStream)) {
     let mut ne = Ne::start(0, Manner::Good).await;
     let service = format!("tcp/{free}=l2");
     let agent = Agent::start(&[ne.port], &[&service], |settings, _| {
-        settings.vips = vec![VIP];
+        settings.vips = vec![VIP.into()];
         settings.drain = drain;
     });
     ne.joined().await;
@@ -390,7 +390,7 @@ async fn rubbish_on_the_socket_is_answered_and_harms_nobody() {
         r#"{"command":"stop"}"#,
         r#"{"command":"status","x":1,"command":"drain"}"#,
         r#"{"command":"except-add","sorce":"any"}"#,
-        r#"{"command":"except-add","src":"2001:db8::/32"}"#,
+        r#"{"command":"except-add","src":"2001:db8::1/129"}"#,
         r#"{"command":"except-add","port":"tcp/0"}"#,
         r#"{"command":"except-add","ttl":-1}"#,
         r#"{"command":"except-add","ttl":4294967296}"#,

@@ -1,25 +1,28 @@
 //! The virtual addresses of layer-2 services on this server: on `lo`, and unknown to the link.
 //!
 //! A layer-2 server gets datagrams for the VIP unchanged, so the VIP must be its own address, but nobody may learn that
-//! by ARP: the VIP is the network element's there. Hence
-//! - the VIP is put on `lo` with a /32 and host scope, so that it is never chosen as the source of this host's own
-//!   connections;
+//! by ARP or neighbour discovery: the VIP is the network element's there. Hence
+//! - the VIP is put on `lo` with a /32 and host scope (IPv6: /128, and deprecated), so that it is not chosen as the source of
+//!   this host's own connections if there is another one;
 //! - `arp_ignore` = 1: ARP requests are answered only for addresses of the interface on which they arrive;
 //! - `arp_announce` = 2: this host's own ARP requests never carry the VIP as their sender, which a router would learn.
 //!
 //! The kernel uses the larger of the values of `all` and of the interface, so `all` is enough for every interface,
 //! those that come later too; `lo` itself never sees ARP. A value that is large enough already is left alone.
 //!
+//! IPv6 needs no setting: the kernel answers neighbour solicitations only for addresses of the interface on which they
+//! arrive, and sends its own from such, forwarding or not; on `lo` there are none.
+//!
 //! Taken away is exactly what was changed, also after a crash: addresses are recognised by their label, the former values
 //! stand in a state file beside the lock, written before the first change.
 
 use std::fs;
 use std::io;
-use std::net::Ipv4Addr;
+use std::net::IpAddr;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 
-use ipnet::Ipv4Net;
+use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
@@ -79,7 +82,7 @@ struct Changed {
 #[derive(Debug)]
 pub struct Vips {
     addresses: HostAddresses,
-    ours: Vec<Ipv4Net>,
+    ours: Vec<IpNet>,
     state: State,
     state_path: PathBuf,
 }
@@ -90,7 +93,7 @@ impl Vips {
     ///
     /// # Errors
     /// See [`VipError`]; what had been changed until then is taken back.
-    pub async fn establish(vips: &[Ipv4Addr], state_path: &Path) -> Result<Option<Self>, VipError> {
+    pub async fn establish(vips: &[IpAddr], state_path: &Path) -> Result<Option<Self>, VipError> {
         let place = place();
         let left = load(state_path);
         if vips.is_empty() && left.is_none() {
@@ -116,10 +119,10 @@ impl Vips {
         }
     }
 
-    async fn set_up(&mut self, vips: &[Ipv4Addr]) -> Result<(), VipError> {
+    async fn set_up(&mut self, vips: &[IpAddr]) -> Result<(), VipError> {
         let lo = interface_index(LOOPBACK)?;
-        let wanted: Vec<Ipv4Net> = vips.iter().map(|vip| Ipv4Net::from(*vip)).collect();
-        let keep: Vec<(u32, Ipv4Net)> = wanted.iter().map(|net| (lo, *net)).collect();
+        let wanted: Vec<IpNet> = vips.iter().map(|vip| IpNet::from(*vip)).collect();
+        let keep: Vec<(u32, IpNet)> = wanted.iter().map(|net| (lo, *net)).collect();
         for left in self.addresses.remove_leftovers(&keep).await? {
             tracing::info!(address = %left.net, "removed a VIP that an earlier run had left");
         }
@@ -128,7 +131,7 @@ impl Vips {
         }
         // The settings first: an address that is there without them is answered for at once.
         self.save()?;
-        for (path, least) in SETTINGS {
+        for (path, least) in SETTINGS.into_iter().filter(|_| vips.iter().any(IpAddr::is_ipv4)) {
             self.raise(path, least)?;
         }
         for net in wanted {
@@ -137,7 +140,7 @@ impl Vips {
         Ok(())
     }
 
-    async fn add(&mut self, lo: u32, net: Ipv4Net) -> Result<(), VipError> {
+    async fn add(&mut self, lo: u32, net: IpNet) -> Result<(), VipError> {
         let elsewhere =
             self.addresses.list().await?.into_iter().find(|one| one.net.addr() == net.addr() && one.ifindex != lo);
         if let Some(other) = elsewhere {
@@ -241,13 +244,21 @@ fn place() -> String {
 
 #[cfg(test)]
 mod tests {
+    use std::net::{Ipv4Addr, Ipv6Addr};
+
     use super::*;
     use crate::plane::throwaway_netns::in_new_netns;
 
     const VIP: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 10);
     const SECOND: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 11);
+    const VIP6: Ipv6Addr = Ipv6Addr::new(0x2001, 0xdb8, 1, 0, 0, 0, 0, 0x10);
+    const SECOND6: Ipv6Addr = Ipv6Addr::new(0x2001, 0xdb8, 1, 0, 0, 0, 0, 0x11);
 
-    async fn addresses() -> Vec<(Ipv4Net, bool)> {
+    fn net(vip: Ipv4Addr) -> IpNet {
+        std::net::IpAddr::V4(vip).into()
+    }
+
+    async fn addresses() -> Vec<(IpNet, bool)> {
         let (addresses, driver) = HostAddresses::open(TAG).expect("netlink");
         tokio::spawn(driver);
         let listed = addresses.list().await.expect("a list");
@@ -274,8 +285,8 @@ mod tests {
             let directory = tempfile::tempdir().expect("a directory");
             let state = state_in(&directory);
             set([0, 0]);
-            let vips = Vips::establish(&[VIP, SECOND], &state).await.expect("set up").expect("something to set up");
-            assert_eq!(addresses().await, [(VIP.into(), true), (SECOND.into(), true)]);
+            let vips = Vips::establish(&[VIP.into(), SECOND.into()], &state).await.expect("set up").expect("something to set up");
+            assert_eq!(addresses().await, [(net(VIP), true), (net(SECOND), true)]);
             assert_eq!(settings(), [1, 2]);
             assert!(state.exists());
             vips.withdraw().await.expect("taken away");
@@ -291,11 +302,11 @@ mod tests {
             set([2, 0]);
             let (others, driver) = HostAddresses::open("other").expect("netlink");
             tokio::spawn(driver);
-            others.add("lo", VIP.into(), Scope::Global).await.expect("added");
-            let vips = Vips::establish(&[VIP], &state_in(&directory)).await.expect("set up").expect("something");
+            others.add("lo", net(VIP), Scope::Global).await.expect("added");
+            let vips = Vips::establish(&[VIP.into()], &state_in(&directory)).await.expect("set up").expect("something");
             assert_eq!(settings(), [2, 2], "a larger value does as well");
             vips.withdraw().await.expect("taken away");
-            assert_eq!((addresses().await, settings()), (vec![(VIP.into(), false)], [2, 0]));
+            assert_eq!((addresses().await, settings()), (vec![(net(VIP), false)], [2, 0]));
         });
     }
 
@@ -304,7 +315,7 @@ mod tests {
         in_new_netns(async || {
             let directory = tempfile::tempdir().expect("a directory");
             set([0, 0]);
-            let vips = Vips::establish(&[VIP], &state_in(&directory)).await.expect("set up").expect("something");
+            let vips = Vips::establish(&[VIP.into()], &state_in(&directory)).await.expect("set up").expect("something");
             set([8, 2]);
             vips.withdraw().await.expect("taken away");
             assert_eq!(settings(), [8, 0]);
@@ -317,13 +328,13 @@ mod tests {
             let directory = tempfile::tempdir().expect("a directory");
             let state = state_in(&directory);
             set([0, 1]);
-            drop(Vips::establish(&[VIP, SECOND], &state).await.expect("set up"));
-            let vips = Vips::establish(&[SECOND], &state).await.expect("set up").expect("something");
-            assert_eq!(addresses().await, [(SECOND.into(), true)], "the other one is no longer wanted");
+            drop(Vips::establish(&[VIP.into(), SECOND.into()], &state).await.expect("set up"));
+            let vips = Vips::establish(&[SECOND.into()], &state).await.expect("set up").expect("something");
+            assert_eq!(addresses().await, [(net(SECOND), true)], "the other one is no longer wanted");
             vips.withdraw().await.expect("taken away");
             assert_eq!((addresses().await, settings()), (vec![], [0, 1]), "the values before the crash");
 
-            drop(Vips::establish(&[VIP], &state).await.expect("set up"));
+            drop(Vips::establish(&[VIP.into()], &state).await.expect("set up"));
             assert!(Vips::establish(&[], &state).await.expect("cleaned up").is_none());
             assert_eq!((addresses().await, settings(), state.exists()), (vec![], [0, 1], false));
         });
@@ -349,7 +360,7 @@ mod tests {
             let directory = tempfile::tempdir().expect("a directory");
             let state = state_in(&directory);
             fs::write(&state, b"{\"place\": 7").expect("written");
-            let vips = Vips::establish(&[VIP], &state).await.expect("set up").expect("something");
+            let vips = Vips::establish(&[VIP.into()], &state).await.expect("set up").expect("something");
             vips.withdraw().await.expect("taken away");
             assert!(!state.exists());
         });
@@ -361,9 +372,59 @@ mod tests {
             let directory = tempfile::tempdir().expect("a directory");
             let state = state_in(&directory);
             set([0, 0]);
-            let error = Vips::establish(&[VIP, Ipv4Addr::new(224, 0, 0, 1)], &state).await;
+            let error = Vips::establish(&[VIP.into(), Ipv4Addr::new(224, 0, 0, 1).into()], &state).await;
             assert!(matches!(error, Err(VipError::Address(_))), "{error:?}");
             assert_eq!((addresses().await, settings(), state.exists()), (vec![], [0, 0], false));
+        });
+    }
+
+    fn net6(vip: Ipv6Addr) -> IpNet {
+        IpAddr::V6(vip).into()
+    }
+
+    /// Those of [`addresses`] that are VIPs of IPv6.
+    async fn addresses6() -> Vec<(IpNet, bool)> {
+        let all = addresses().await;
+        all.into_iter().filter(|(net, _)| [net6(VIP6), net6(SECOND6)].contains(net)).collect()
+    }
+
+    #[test]
+    fn ipv6_comes_and_goes_and_changes_no_setting() {
+        in_new_netns(async || {
+            let directory = tempfile::tempdir().expect("a directory");
+            let state = state_in(&directory);
+            set([0, 0]);
+            let vips = Vips::establish(&[VIP6.into()], &state).await.expect("set up").expect("something to set up");
+            assert_eq!((addresses6().await, settings()), (vec![(net6(VIP6), true)], [0, 0]));
+            vips.withdraw().await.expect("taken away");
+            assert_eq!((addresses6().await, state.exists()), (vec![], false));
+            // Of both families.
+            let both = [VIP.into(), VIP6.into()];
+            let vips = Vips::establish(&both, &state).await.expect("set up").expect("something to set up");
+            assert_eq!((addresses6().await, settings()), (vec![(net6(VIP6), true)], [1, 2]));
+            assert!(addresses().await.contains(&(net(VIP), true)));
+            vips.withdraw().await.expect("taken away");
+            assert_eq!((addresses().await, settings()), (vec![], [0, 0]));
+        });
+    }
+
+    #[test]
+    fn ipv6_of_others_stays_and_what_a_crash_left_goes() {
+        in_new_netns(async || {
+            let directory = tempfile::tempdir().expect("a directory");
+            let state = state_in(&directory);
+            let (others, driver) = HostAddresses::open("other").expect("netlink");
+            tokio::spawn(driver);
+            others.add("lo", net6(SECOND6), Scope::Global).await.expect("added");
+            drop(Vips::establish(&[VIP6.into(), SECOND6.into()], &state).await.expect("set up"));
+            // A crash, and the next run wants nothing.
+            assert!(Vips::establish(&[], &state).await.expect("cleaned up").is_none());
+            assert_eq!((addresses6().await, state.exists()), (vec![(net6(SECOND6), false)], false));
+            // A crash, and the next run wants the same.
+            drop(Vips::establish(&[VIP6.into()], &state).await.expect("set up"));
+            let vips = Vips::establish(&[VIP6.into()], &state).await.expect("set up").expect("something to set up");
+            vips.withdraw().await.expect("taken away");
+            assert_eq!(addresses6().await, [(net6(SECOND6), false)]);
         });
     }
 }

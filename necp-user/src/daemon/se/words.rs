@@ -1,20 +1,21 @@
 //! How flows are written on the command line and on the agent's socket: `203.0.113.0/24`, `any`, `tcp/80`, `5m`.
 
 use std::fmt;
-use std::net::{Ipv4Addr, Ipv6Addr};
+use std::net::IpAddr;
 use std::str::FromStr;
 
-use ipnet::Ipv4Net;
+use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use crate::necp::service::{TCP, UDP};
-use crate::necp::{Flows, Scope};
+use crate::necp::{Family, Flows, Scope};
 
-/// IPv4 addresses: `any`, `198.51.100.7`, `203.0.113.0/24`. Host bits are cleared.
+/// Addresses: `any`, `198.51.100.7`, `203.0.113.0/24`, `2001:db8::/32`. Host bits are cleared; `any` is any of the family of
+/// the other address.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
-pub struct Prefix(pub Ipv4Net);
+pub struct Prefix(pub IpNet);
 
 /// A protocol and perhaps a destination port: `any`, `tcp`, `tcp/80`, `udp/53`, `icmp`, `ip/47`.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -39,11 +40,11 @@ pub struct Ttl(pub u32);
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 pub enum WordError {
     /// No prefix.
-    #[error("`{0}` is no IPv4 address or prefix; write any, 198.51.100.7 or 203.0.113.0/24")]
+    #[error("`{0}` is no address or prefix; write any, 198.51.100.7, 203.0.113.0/24 or 2001:db8::/32")]
     Prefix(String),
-    /// An IPv6 prefix.
-    #[error("`{0}` is IPv6; exceptions of this protocol are about IPv4 flows")]
-    Ipv6(String),
+    /// An IPv4 prefix in an IPv6 address.
+    #[error("`{0}` is IPv4 within IPv6; write it as IPv4")]
+    Mapped(String),
     /// No protocol and port.
     #[error("`{0}` is no protocol and port; write any, tcp, tcp/80, udp/53, icmp or ip/47")]
     Ports(String),
@@ -60,7 +61,7 @@ pub enum WordError {
 
 impl Prefix {
     /// Every address.
-    pub const ANY: Self = Self(Ipv4Net::new_assert(Ipv4Addr::UNSPECIFIED, 0));
+    pub const ANY: Self = Self(Family::V4.any());
 }
 
 impl Default for Prefix {
@@ -90,20 +91,24 @@ impl FromStr for Prefix {
         }
         let wrong = || WordError::Prefix(text.into());
         let (address, length) = text.split_once('/').map_or((text, None), |(address, length)| (address, Some(length)));
-        if address.parse::<Ipv6Addr>().is_ok() {
-            return Err(WordError::Ipv6(text.into()));
+        let address: IpAddr = address.parse().map_err(|_| wrong())?;
+        if address.to_canonical() != address {
+            return Err(WordError::Mapped(text.into()));
         }
-        let address: Ipv4Addr = address.parse().map_err(|_| wrong())?;
+        let whole = if address.is_ipv4() { 32 } else { 128 };
         let length = match length {
-            None => 32,
+            None => whole,
             Some(digits) if digits.bytes().all(|byte| byte.is_ascii_digit()) => digits.parse().map_err(|_| wrong())?,
             Some(_) => return Err(wrong()),
         };
+        if address.is_unspecified() && length == 0 {
+            return Ok(Self::ANY);
+        }
         // A length of 0 behind an address is more often a slip than a wish.
-        if length == 0 && !address.is_unspecified() || length > 32 || (address.is_unspecified() && length != 0) {
+        if length == 0 || address.is_unspecified() {
             return Err(wrong());
         }
-        Ok(Self(Ipv4Net::new_assert(address, length).trunc()))
+        IpNet::new(address, length).map(|net| Self(net.trunc())).map_err(|_| wrong())
     }
 }
 
@@ -170,7 +175,7 @@ impl fmt::Display for Prefix {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.0.prefix_len() {
             0 => f.write_str("any"),
-            32 => self.0.addr().fmt(f),
+            length if length == self.0.max_prefix_len() => self.0.addr().fmt(f),
             _ => self.0.fmt(f),
         }
     }
@@ -232,6 +237,10 @@ mod tests {
             ("198.51.100.7", "198.51.100.7"),
             ("198.51.100.7/32", "198.51.100.7"),
             ("203.0.113.9/24", "203.0.113.0/24"),
+            ("::/0", "any"),
+            ("2001:DB8::7", "2001:db8::7"),
+            ("2001:db8::7/128", "2001:db8::7"),
+            ("2001:db8:1::7/32", "2001:db8::/32"),
         ] {
             assert_eq!(shown::<Prefix>(text), printed);
         }
@@ -254,11 +263,13 @@ mod tests {
     #[test]
     fn mistakes_are_told_apart() {
         for text in
-            ["", "10.0.0", "10.0.0.1/33", "10.0.0.1/0", "10.0.0.1/-1", "10.0.0.1/", "0.0.0.0", "host", "0.0.0.0/8"]
+            ["", "10.0.0", "10.0.0.1/33", "10.0.0.1/0", "10.0.0.1/-1", "10.0.0.1/", "0.0.0.0", "host", "0.0.0.0/8", "::",
+            "::/8", "2001:db8::1/0", "2001:db8::1/129", "[2001:db8::1]", "fe80::1%eth0"]
         {
             assert_eq!(text.parse::<Prefix>(), Err(WordError::Prefix(text.into())), "{text}");
         }
-        assert_eq!("2001:db8::/32".parse::<Prefix>(), Err(WordError::Ipv6("2001:db8::/32".into())));
+        let mapped = "::ffff:10.0.0.0/104";
+        assert_eq!(mapped.parse::<Prefix>(), Err(WordError::Mapped(mapped.into())));
         for text in [
             "",
             "tcp/",

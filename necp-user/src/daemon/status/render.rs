@@ -71,7 +71,12 @@ fn farm_text(farm: &Farm) -> String {
     for service in &farm.services {
         if service.servers.is_empty() {
             let empty = String::from("-");
-            let mut row = vec![service.service.clone(), "no server".into()];
+            let family = if farm.services.iter().any(|other| other.family != service.family) {
+                format!("no {} server", service.family)
+            } else {
+                "no server".into()
+            };
+            let mut row = vec![service.service.clone(), family];
             row.extend(std::iter::repeat_n(empty, 10));
             table.add_row(row);
         }
@@ -260,19 +265,20 @@ mod tests {
             connections: 1,
             farms: vec![Farm {
                 name: "web".into(),
-                vips: vec![Ipv4Addr::new(192, 0, 2, 10)],
+                vips: vec![[192, 0, 2, 10].into()],
                 intercept: Vec::new(),
                 authenticated: true,
                 services: vec![
                     Service {
                         service: "tcp/80".into(),
+                        family: "IPv4".into(),
                         slots: 251,
                         servers: vec![
                             server([10, 0, 0, 11], "up", Some(100), 251),
                             server([10, 0, 0, 12], "lost", None, 0),
                         ],
                     },
-                    Service { service: "udp/443".into(), slots: 251, servers: Vec::new() },
+                    Service { service: "udp/443".into(), family: "IPv4".into(), slots: 251, servers: Vec::new() },
                 ],
                 exceptions: Exceptions {
                     local: 20,
@@ -299,8 +305,6 @@ mod tests {
         }
     }
 
-    use std::net::Ipv4Addr;
-
     #[test]
     fn a_status_is_plain_aligned_text() {
         let expected = "\
@@ -326,6 +330,16 @@ connections turned away: 3 not admitted
 rejected by authentication: 2 wrong credential, 1 INIT sent again
 ";
         assert_eq!(tables(&sample()), expected);
+    }
+
+    #[test]
+    fn a_farm_of_both_families_says_whose_servers_are_missing() {
+        let mut farm = sample().farms.remove(0);
+        farm.vips.push("2001:db8::10".parse().expect("an address"));
+        farm.services[1].family = "IPv6".into();
+        let text = farm_text(&farm);
+        assert!(text.starts_with("farm web at 192.0.2.10 2001:db8::10, authenticated\n"), "{text}");
+        assert!(text.contains("\n  udp/443  no IPv6 server  -"), "{text}");
     }
 
     #[test]

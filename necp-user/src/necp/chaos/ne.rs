@@ -10,10 +10,10 @@ use super::may_hold;
 use super::peer::{Received, Sent};
 use super::script::{Script, limits, message};
 use crate::necp::auth::{Access, Credentials};
-use crate::necp::message::{Exception, Filter, Flows, Init, Listed, Operation, Scope};
+use crate::necp::message::{Exception, Family, Filter, Flows, Init, Listed, Operation, Scope, extension};
 use crate::necp::service::{ServiceKey, TCP, UDP};
 use crate::necp::session::{Counters, MAX_BATCH, NeEvent, NeSession, SessionConfig, Token};
-use crate::necp::wire::{Direction, Flags, Header, Opcode, Unit};
+use crate::necp::wire::{Direction, Flags, Header, Opcode, Unit, WideUnit};
 
 /// Plays a script to its end; panics when something happens that must not. Returns what the session has counted.
 pub fn play(script: &[u8]) -> Counters {
@@ -128,6 +128,8 @@ impl Bed {
                 0 => self.ne.close(crate::necp::CloseReason::Shutdown),
                 which @ 1..=63 if self.forger.is_some() => self.init(script, which),
                 64..=79 if self.forger.is_some() => self.take_offer(),
+                80..=87 => self.ask_extension(script),
+                88..=127 if self.forger.is_none() => self.wide(script),
                 health => self.ne.set_health(health),
             },
         }
@@ -146,6 +148,18 @@ impl Bed {
         let header = Header::new(Opcode::INIT, Flags::NONE, (which >> 3).into(), 1);
         let unit = Init { authenticate: Some(DEMANDS[usize::from(which & 7)]) }.unit();
         let bytes = self.made(script, &header, &[unit]);
+        self.input(&bytes);
+    }
+
+    fn ask_extension(&mut self, script: &mut Script<'_>) {
+        let header = Header::new(Opcode::KEEPALIVE, Flags::NONE, script.byte().into(), 1);
+        let bytes = self.made(script, &header, &[extension::query()]);
+        self.input(&bytes);
+    }
+
+    /// A request in the extension, asked for or not.
+    fn wide(&mut self, script: &mut Script<'_>) {
+        let bytes = script.wide();
         self.input(&bytes);
     }
 
@@ -201,7 +215,9 @@ impl Bed {
                 }
                 NeEvent::Query { token, filter } => {
                     let like = |unit: &[u32; 8]| Filter::parse(&Unit(*unit)) == Ok(filter);
-                    assert!(self.sent.take(Opcode::EXCEPTION_QUERY, like), "{filter:?} was not sent");
+                    let wide = |unit: &WideUnit| Filter::parse_wide(unit) == Ok(filter);
+                    let query = Opcode::EXCEPTION_QUERY;
+                    assert!(self.sent.take(query, like) || self.sent.take_wide(query, wide), "{filter:?} was not sent");
                     assert!(self.seen.insert(token), "{token:?} came before");
                     self.queries.push(token);
                 }
@@ -237,10 +253,14 @@ impl Bed {
                 .take(Opcode::START, |unit| unit[0] == u32::from(offer.forwarding.code()) && is(unit, offer.key())),
             Operation::Stop(key) => self.sent.take(Opcode::STOP, |unit| is(unit, *key)),
             Operation::Except(exception) => {
+                let wide = |unit: &WideUnit| Exception::parse_wide(unit).as_ref() == Ok(exception);
                 self.sent.take(Opcode::EXCEPTION_ADD, |unit| Exception::parse(&Unit(*unit)).as_ref() == Ok(exception))
+                    || self.sent.take_wide(Opcode::EXCEPTION_ADD, wide)
             }
             Operation::Unexcept(flows) => {
+                let wide = |unit: &WideUnit| Exception::parse_wide_del(unit).as_ref() == Ok(flows);
                 self.sent.take(Opcode::EXCEPTION_DEL, |unit| Exception::parse_del(&Unit(*unit)).as_ref() == Ok(flows))
+                    || self.sent.take_wide(Opcode::EXCEPTION_DEL, wide)
             }
         };
         assert!(found, "{operation:?} was not sent");
@@ -267,7 +287,8 @@ impl Bed {
 
     /// The caller's lists: empty, short, long, and given late.
     fn list(&mut self, how: u8) {
-        let sample = Listed { scope: Scope::Local, installer: Ipv4Addr::new(10, 0, 0, 11), flows: Flows::ALL };
+        let flows = Flows::all(if how & 0x20 == 0 { Family::V4 } else { Family::V6 });
+        let sample = Listed { scope: Scope::Local, installer: Ipv4Addr::new(10, 0, 0, 11).into(), flows };
         for token in std::mem::take(&mut self.queries) {
             let _begun = match how & 3 {
                 0 => self.ne.list(token, 0),

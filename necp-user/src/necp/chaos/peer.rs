@@ -4,8 +4,12 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use super::judge::Judge;
 use crate::necp::auth::{CREDENTIAL_LEN, Key};
+use crate::necp::message::EXTENSION_QUERY;
 use crate::necp::session::{Counters, Rejections};
-use crate::necp::wire::{Decoder, Direction, Flags, HEADER_LEN, Header, Item, Opcode, Unit, VERSION};
+use crate::necp::wire::{
+    Decoder, Direction, Flags, HEADER_LEN, Header, Item, Opcode, PREAMBLE_LEN, Preamble, Unit, VERSION, WIDE_UNIT_LEN,
+    WideUnit,
+};
 
 /// What the peer has sent, as the draft frames it.
 #[derive(Default)]
@@ -20,6 +24,8 @@ pub(super) struct Sent {
     open: Vec<Open>,
     /// Units of messages that count, and how many of each were not accounted for by an event.
     units: BTreeMap<(u8, [u32; 8]), u32>,
+    /// Likewise of wide units, whether or not they could be used.
+    wide: BTreeMap<(u8, [u8; WIDE_UNIT_LEN]), u32>,
     /// Units of messages that do not: an answer may repeat them.
     rejected: BTreeSet<(u8, [u32; 8])>,
     /// Messages that count, by opcode, less those that an event has accounted for.
@@ -55,6 +61,9 @@ impl Sent {
                     self.current = Some(header);
                     if counts {
                         *self.messages.entry(opcode.0).or_default() += 1;
+                        if version == VERSION {
+                            self.decoder.read_wide(&header);
+                        }
                     } else {
                         self.decoder.hold_payload(&header);
                     }
@@ -62,6 +71,15 @@ impl Sent {
                 Ok(Some(Item::Unit(unit))) => {
                     let header = self.current.expect("units follow a header");
                     *self.units.entry((header.opcode.0, unit.0)).or_default() += 1;
+                }
+                Ok(Some(Item::Wide(unit))) => {
+                    let header = self.current.expect("units follow a header");
+                    *self.wide.entry((header.opcode.0, unit.0)).or_default() += 1;
+                }
+                Ok(Some(Item::Preamble(preamble))) => {
+                    if preamble != Preamble::SPOKEN {
+                        self.decoder.skip_payload();
+                    }
                 }
                 Ok(Some(Item::Payload)) => self.judge(),
                 Ok(Some(Item::End)) => {}
@@ -106,10 +124,28 @@ impl Sent {
         found.map(|(_, left)| *left -= 1).is_some()
     }
 
+    /// As [`Self::take`], of a wide unit.
+    pub(super) fn take_wide(&mut self, opcode: Opcode, like: impl Fn(&WideUnit) -> bool) -> bool {
+        let units = self.wide.range_mut((opcode.0, [0; WIDE_UNIT_LEN])..=(opcode.0, [u8::MAX; WIDE_UNIT_LEN]));
+        let found = units.filter(|(_, left)| **left > 0).find(|((_, unit), _)| like(&WideUnit(*unit)));
+        found.map(|(_, left)| *left -= 1).is_some()
+    }
+
+    /// Whether the peer has asked for the extension (§5.5.1), or said that it speaks it.
+    fn has_extension(&self) -> bool {
+        self.has(Opcode::KEEPALIVE, |unit| unit[0] == EXTENSION_QUERY)
+            || self.has(Opcode::KEEPALIVE_ACK, |unit| unit[0] == EXTENSION_QUERY && unit[3] > 0)
+    }
+
     /// Takes a message with this opcode.
     pub(super) fn take_message(&mut self, opcode: Opcode) -> bool {
         let left = self.messages.get_mut(&opcode.0).filter(|left| **left > 0);
         left.map(|left| *left -= 1).is_some()
+    }
+
+    /// Whether an answer to such a request was sent, and not accounted for.
+    pub(super) fn has_message(&self, request: Opcode) -> bool {
+        request.answer().is_some_and(|answer| self.messages.get(&answer.0).is_some_and(|left| *left > 0))
     }
 
     /// NE: takes what opens a session or starts it over: an INIT, or what shows that INIT was no recording.
@@ -169,8 +205,10 @@ pub(super) struct Received {
     pub(super) recorded: Vec<Vec<u8>>,
     /// NE: the numbers that its INIT_ACKs demand.
     pub(super) demands: Vec<u64>,
-    /// The session's own requests, with the number of their units.
+    /// The session's own requests, with their units.
     pub(super) requests: Vec<(Header, Vec<Unit>)>,
+    /// Wide units of the latest of them.
+    pub(super) wide: Vec<WideUnit>,
     pub(super) messages: u64,
     pub(super) init_acks: u64,
 }
@@ -187,6 +225,7 @@ impl Received {
             recorded: Vec::new(),
             demands: Vec::new(),
             requests: Vec::new(),
+            wide: Vec::new(),
             messages: 0,
             init_acks: 0,
         }
@@ -232,9 +271,11 @@ impl Received {
         };
         assert_eq!((header.version, header.seq_num), (VERSION, 0), "{header:?}");
         assert_eq!(header.flags.0 & !0x3f, 0, "reserved flags are sent as 0: {header:?}");
-        assert_eq!(header.flags.has(Flags::BASIC_PAYLOAD), header.payload_len > 0, "{header:?}");
-        assert!(header.units().is_some(), "{header:?}");
-        let units: Vec<Unit> = payload.as_chunks().0.iter().map(Unit::decode).collect();
+        let wide = wide_units(&header, payload, sent);
+        assert_eq!(header.flags.has(Flags::BASIC_PAYLOAD), header.payload_len > 0 && wide.is_empty(), "{header:?}");
+        assert!(header.units().is_some() || !wide.is_empty(), "{header:?}");
+        let basic = if wide.is_empty() { payload } else { &[] };
+        let units: Vec<Unit> = basic.as_chunks().0.iter().map(Unit::decode).collect();
         let mismatch = header.flags.has(Flags::PROTOCOL_VERSION_MISMATCH);
         if mismatch {
             assert_eq!((header.payload_len, header.flags.has(Flags::ERROR)), (0, true), "{header:?}");
@@ -243,10 +284,16 @@ impl Received {
             let fits = [Direction::Both, self.direction].contains(&header.opcode.direction());
             assert!(fits, "{header:?} flows the other way");
             self.requests.push((header, units));
+            self.wide = wide;
             return;
         }
         let request = sent.take_open(&header).unwrap_or_else(|| panic!("{header:?} answers nothing"));
         self.init_acks += u64::from(is_success(&header, Opcode::INIT_ACK));
+        let own = header.opcode == Opcode::EXCEPTION_RESP && !header.flags.has(Flags::ERROR);
+        for WideUnit(unit) in wide {
+            let repeats = header.flags.has(Flags::ERROR) && sent.wide.contains_key(&(request.0, unit));
+            assert!(own || repeats, "{header:?} with {unit:?}, which was not sent");
+        }
         for unit in units {
             assert!(is_known(&header, request, &unit, sent), "{header:?} with {unit:?}, which was not sent");
         }
@@ -283,6 +330,26 @@ impl Received {
         let flags = Flags(header.flags.0 & !Flags::AUTH_CREDENTIAL_PROVIDED.0);
         (Header { flags, seq_num: 0, payload_len: body.len() as u32, ..header }, body)
     }
+}
+
+/// The wide units of a message; it must be about exceptions then, and the peer must know of the extension.
+fn wide_units(header: &Header, payload: &[u8], sent: &Sent) -> Vec<WideUnit> {
+    if header.wide_units().is_none() {
+        return Vec::new();
+    }
+    let (preamble, units) = payload.split_first_chunk::<PREAMBLE_LEN>().expect("a preamble");
+    assert_eq!(Preamble::decode(preamble), Preamble::SPOKEN, "{header:?}");
+    let about = [
+        Opcode::EXCEPTION_ADD,
+        Opcode::EXCEPTION_ADD_ACK,
+        Opcode::EXCEPTION_DEL,
+        Opcode::EXCEPTION_DEL_ACK,
+        Opcode::EXCEPTION_QUERY,
+        Opcode::EXCEPTION_RESP,
+    ];
+    assert!(about.contains(&header.opcode), "{header:?} has no wide units");
+    assert!(sent.has_extension(), "{header:?} to a peer that knows nothing of the extension");
+    units.as_chunks().0.iter().map(|unit| WideUnit(*unit)).collect()
 }
 
 fn is_success(header: &Header, opcode: Opcode) -> bool {

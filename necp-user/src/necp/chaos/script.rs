@@ -1,7 +1,7 @@
 //! Bytes as a string of choices.
 
 use crate::necp::session::SessionConfig;
-use crate::necp::wire::{Flags, Header, Opcode, Unit, VERSION};
+use crate::necp::wire::{Flags, Header, Opcode, Preamble, Unit, VERSION, WideUnit};
 
 /// What is left of a script; beyond its end everything is 0.
 pub(super) struct Script<'a> {
@@ -61,6 +61,56 @@ impl<'a> Script<'a> {
             return units.repeat(200);
         }
         units
+    }
+
+    /// A request of wide units, well-formed or not, without a key.
+    pub(super) fn wide(&mut self) -> Vec<u8> {
+        let (form, id) = (self.byte(), self.byte());
+        let opcode = [Opcode::EXCEPTION_ADD, Opcode::EXCEPTION_DEL, Opcode::EXCEPTION_QUERY, Opcode::START];
+        let opcode = opcode[usize::from(form & 3)];
+        let count = if opcode == Opcode::EXCEPTION_QUERY && form & 4 == 0 { 1 } else { self.byte() & 7 };
+        let mut bytes = Header::wide(opcode, Flags::NONE, id.into(), count.into()).encode().to_vec();
+        if count == 0 {
+            return bytes;
+        }
+        let mut preamble = Preamble::SPOKEN;
+        if form & 0x70 == 0x70 {
+            preamble.version = self.byte();
+        }
+        bytes.extend(preamble.encode());
+        for _ in 0..count {
+            bytes.extend(self.wide_unit().0);
+        }
+        if form & 0x80 != 0 {
+            // Some byte of it is another, perhaps of the lengths.
+            let at = usize::from(self.byte()) % bytes.len();
+            bytes[at] = self.byte();
+        }
+        bytes
+    }
+
+    /// Mostly one that means something.
+    pub(super) fn wide_unit(&mut self) -> WideUnit {
+        const FIRST: [[u8; 4]; 4] = [[0x20, 1, 0x0d, 0xb8], [0, 0, 0, 0], [0xfe, 0x80, 0, 0], [0xff, 2, 0, 0]];
+        let digits = self.u32();
+        let pick = |at: u32, from: [u8; 4]| from[(digits >> at & 3) as usize];
+        let mut unit = WideUnit::default();
+        let first = [
+            pick(0, [0, 1, 2, 3]),
+            pick(2, [6, 6, 4, 0]),
+            pick(4, [0, 32, 64, 128]),
+            pick(6, [0, 32, 129, 128]),
+            pick(8, [0, 6, 17, 47]),
+            pick(10, [0, 0, 0, 1]),
+            0,
+            pick(12, [0, 80, 81, 53]),
+        ];
+        unit.0[..8].copy_from_slice(&first);
+        unit.0[11] = pick(14, [0, 9, 60, 255]);
+        unit.0[16..20].copy_from_slice(&FIRST[(digits >> 16 & 3) as usize]);
+        unit.0[32..36].copy_from_slice(&FIRST[(digits >> 18 & 3) as usize]);
+        unit.0[31] = pick(20, [0, 1, 2, 7]);
+        unit
     }
 
     /// A message, whole or not, well-formed or not.

@@ -1,7 +1,10 @@
 //! A server element against any network element.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::net::Ipv6Addr;
 use std::time::{Duration, Instant};
+
+use ipnet::{IpNet, Ipv6Net};
 
 use super::forger::{Forger, TO_NE, TO_SE, key};
 use super::judge::Judge;
@@ -9,13 +12,16 @@ use super::may_hold;
 use super::peer::{Received, Sent};
 use super::script::{Script, limits, message};
 use crate::necp::auth::Credentials;
-use crate::necp::message::{Exception, Filter, Flows, InitAck, Listed, Scope, ServiceUnit};
+use crate::necp::message::{Exception, Family, Filter, Flows, InitAck, Listed, Scope, ServiceUnit};
 use crate::necp::service::{Forwarding, ServiceKey, TCP};
-use crate::necp::session::{Counters, MAX_BATCH, RequestId, SeEvent, SeSession, Token};
-use crate::necp::wire::{Direction, Flags, Header, Opcode, Unit};
+use crate::necp::session::{Counters, MAX_BATCH, RequestId, SeEvent, SeSession, SessionConfig, Token};
+use crate::necp::wire::{Direction, Flags, Header, Opcode, Preamble, Unit, WideUnit};
 
 /// The number that the NE demands, and such that soon there are no more.
 const DEMANDS: [u64; 4] = [TO_NE, TO_NE, TO_NE + (1 << 32), u64::MAX - 2];
+
+/// 2001:db8::/32.
+const SIX: IpNet = IpNet::V6(Ipv6Net::new_assert(Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 0), 32));
 
 /// Plays a script to its end; panics when something happens that must not. Returns what the session has counted.
 pub fn play(script: &[u8]) -> Counters {
@@ -53,7 +59,8 @@ struct Bed {
 
 impl Bed {
     fn new(first: u8) -> Self {
-        let (now, limits) = (Instant::now(), limits(first & 8 == 8));
+        let limits = SessionConfig { extension: first & 0x20 != 0, ..limits(first & 8 == 8) };
+        let now = Instant::now();
         let keyed = (first & 0x10 != 0).then(key);
         let credentials = keyed.clone().map(|key| Credentials { key, first_seq_num: TO_SE });
         let mut bed = Self {
@@ -175,8 +182,26 @@ impl Bed {
             answer.iter_mut().for_each(|unit| unit.0[3] = which.into());
         }
         let flags = Flags(flags.0 & !Flags::BASIC_PAYLOAD.0);
+        if header.wide_units().is_some() && self.forger.is_none() {
+            return self.answer_wide(script, Header { opcode, flags, ..header });
+        }
         let answer = self.made(script, &Header::new(opcode, flags, header.request_id, answer.len()), &answer);
         self.input(&answer);
+    }
+
+    /// An answer in the extension, which repeats what was asked, or has units of its own.
+    fn answer_wide(&mut self, script: &mut Script<'_>, answer: Header) {
+        let how = script.byte();
+        let mut units: Vec<WideUnit> = self.received.wide.iter().take(usize::from(how & 3)).copied().collect();
+        units.extend((0..how >> 2 & 3).map(|_| script.wide_unit()));
+        let header = Header::wide(answer.opcode, answer.flags, answer.request_id, units.len());
+        let mut bytes = header.encode().to_vec();
+        if !units.is_empty() {
+            let version = if how & 0xf0 == 0xf0 { script.byte() } else { Preamble::SPOKEN.version };
+            bytes.extend(Preamble { version, ..Preamble::SPOKEN }.encode());
+        }
+        units.iter().for_each(|unit| bytes.extend(unit.0));
+        self.input(&bytes);
     }
 
     /// The SE's own messages sent back to it.
@@ -211,7 +236,8 @@ impl Bed {
     }
 
     fn except(&mut self, what: u8) {
-        let flows = |at: u8| Flows { protocol: TCP, port: 80 + u16::from(at), ..Flows::ALL };
+        let six = if what & 0x10 == 0 { Flows::ALL } else { Flows { source: SIX, ..Flows::all(Family::V6) } };
+        let flows = |at: u8| Flows { protocol: TCP, port: 80 + u16::from(at), ..six };
         let several: BTreeSet<Flows> = (0..what & 3).map(flows).collect();
         self.own_units += 4;
         match what >> 2 & 3 {
@@ -255,7 +281,10 @@ impl Bed {
                 SeEvent::Excepted { id, failed } => {
                     let asked = self.excepted.remove(&id);
                     let (opcode, flows) = asked.expect("what is answered was asked, and not answered");
-                    self.was_answered(opcode, flows.is_empty());
+                    // Without the extension, those of IPv6 fail here.
+                    let is_six = flows.iter().any(|flows| flows.family() == Family::V6);
+                    let unsent = is_six && failed.len() == flows.len() && !self.sent.has_message(opcode);
+                    self.was_answered(opcode, flows.is_empty() || unsent);
                     assert!(failed.iter().all(|failed| flows.contains(failed)), "{failed:?} of {flows:?}");
                 }
                 SeEvent::Reset { id, .. } => {
@@ -270,7 +299,9 @@ impl Bed {
                     assert!(self.lists.contains(&id) && entries.len() <= MAX_BATCH);
                     for entry in entries {
                         let sent = |unit: &[u32; 8]| Listed::parse(&Unit(*unit)) == Ok(entry);
-                        assert!(self.sent.take(Opcode::EXCEPTION_RESP, sent), "{entry:?} was not sent");
+                        let wide = |unit: &WideUnit| Listed::parse_wide(unit) == Ok(entry);
+                        let resp = Opcode::EXCEPTION_RESP;
+                        assert!(self.sent.take(resp, sent) || self.sent.take_wide(resp, wide), "{entry:?} was not sent");
                     }
                     if last {
                         self.lists.remove(&id);
@@ -313,7 +344,7 @@ impl Bed {
     }
 
     fn check(&mut self) {
-        let (held, input) = (self.se.held_bytes(), self.sent.bytes + 32 * self.own_units + 8_192);
+        let (held, input) = (self.se.held_bytes(), self.sent.bytes + 64 * self.own_units + 8_192);
         assert!(held <= may_hold(input), "{held} bytes held after {input} bytes of input");
         let counters = *self.se.counters();
         if self.closed {

@@ -1,6 +1,6 @@
 //! The decoder.
 
-use crate::necp::wire::{Decoder, FramingLost, HEADER_LEN, Header, Item, UNIT_LEN};
+use crate::necp::wire::{Decoder, FramingLost, HEADER_LEN, Header, Item, PREAMBLE_LEN, UNIT_LEN, WIDE_UNIT_LEN};
 
 /// The first byte says how the rest, a stream, is cut: into pieces of that many bytes (0: of one), and in two after
 /// that many. However it is cut, the items are the same, they are made of the stream's bytes in their order, and there
@@ -42,6 +42,12 @@ fn feed(decoder: &mut Decoder, mut piece: &[u8], lost: &mut Option<FramingLost>,
         match decoder.next(&mut piece) {
             Ok(Some(item)) => {
                 assert_eq!(*lost, None, "{item:?} though the framing is lost");
+                // Every other message is read as wide units, if it can be.
+                if let Item::Header(header) = item
+                    && header.request_id & 1 == 0
+                {
+                    decoder.read_wide(&header);
+                }
                 each(item);
             }
             Ok(None) => return assert!(piece.is_empty(), "it asks for more and leaves {} bytes", piece.len()),
@@ -75,6 +81,16 @@ fn stands_in(items: &[Item], stream: &[u8]) {
                 at += UNIT_LEN as u64;
                 assert!(at - start <= u64::from(header.payload_len), "a unit beyond the payload");
             }
+            (Item::Preamble(preamble), Some((header, start))) => {
+                assert!(header.wide_units().is_some() && at == start, "a preamble that is none");
+                is_at(stream, at, &preamble.encode());
+                at += PREAMBLE_LEN as u64;
+            }
+            (Item::Wide(unit), Some((header, start))) => {
+                is_at(stream, at, &unit.0);
+                at += WIDE_UNIT_LEN as u64;
+                assert!(at - start <= u64::from(header.payload_len), "a unit beyond the payload");
+            }
             (Item::End, Some((header, start))) => {
                 at = start + u64::from(header.payload_len);
                 assert!(at <= stream.len() as u64, "an end before its time");
@@ -90,9 +106,13 @@ fn is_at(stream: &[u8], at: u64, bytes: &[u8]) {
     assert_eq!(stream.get(at..at + bytes.len()), Some(bytes), "at {at}");
 }
 
+fn is_frame(item: &Item) -> bool {
+    matches!(item, Item::Header(_) | Item::Payload | Item::End)
+}
+
 /// Payloads that are held back, those that are short enough, are the stream's bytes, and as long as announced.
 fn holds(items: &[Item], stream: &[u8], cut: usize) {
-    let mut frames = items.iter().filter(|item| !matches!(item, Item::Unit(_)));
+    let mut frames = items.iter().filter(|item| is_frame(item));
     let mut decoder = Decoder::default();
     let mut at = 0u64;
     for mut piece in stream.chunks(cut.max(1)) {
@@ -107,7 +127,7 @@ fn holds(items: &[Item], stream: &[u8], cut: usize) {
                         at += u64::from(header.payload_len);
                     }
                 }
-                Item::Unit(_) => assert!(items.contains(&item)),
+                Item::Unit(_) | Item::Preamble(_) | Item::Wide(_) => assert!(items.contains(&item)),
                 Item::Payload => {
                     assert_eq!(frames.next(), Some(&Item::End));
                     let payload = decoder.take_payload();
@@ -123,11 +143,11 @@ fn holds(items: &[Item], stream: &[u8], cut: usize) {
 
 /// Payloads that are skipped from some point on end where they were announced to end.
 fn skips<'a>(items: &[Item], whole: Ended, pieces: impl Iterator<Item = &'a [u8]>) {
-    let mut frames = items.iter().filter(|item| !matches!(item, Item::Unit(_)));
+    let mut frames = items.iter().filter(|item| is_frame(item));
     let mut decoder = Decoder::default();
     let mut lost = None;
     let mut each = |item| match item {
-        Item::Unit(unit) => assert!(items.contains(&Item::Unit(unit))),
+        Item::Unit(_) | Item::Preamble(_) | Item::Wide(_) => assert!(items.contains(&item)),
         frame => assert_eq!(Some(&frame), frames.next()),
     };
     for piece in pieces {

@@ -1,11 +1,11 @@
 //! Units about exceptions (§5.7): flows that an SE does not want though a START covers them.
 
 use std::fmt;
-use std::net::Ipv4Addr;
+use std::net::{IpAddr, Ipv4Addr};
 
-use ipnet::Ipv4Net;
+use ipnet::{IpNet, Ipv4Net};
 
-use super::UnitError;
+use super::{Family, UnitError};
 use crate::necp::service::{TCP, UDP};
 use crate::necp::wire::Unit;
 
@@ -21,10 +21,10 @@ pub enum Scope {
 /// A set of flows: data2 to data7 of a unit (§5.7.1). With its installer's address it identifies an entry.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Flows {
-    /// Source addresses; `0.0.0.0/0` is any. Host bits are 0.
-    pub source: Ipv4Net,
-    /// Destination addresses; `0.0.0.0/0` is any. Host bits are 0.
-    pub destination: Ipv4Net,
+    /// Source addresses; `0.0.0.0/0` is any of IPv4, `::/0` any of IPv6. Host bits are 0.
+    pub source: IpNet,
+    /// Destination addresses, likewise, and of the same family; see [`Flows::normal`].
+    pub destination: IpNet,
     /// IP protocol; 0 is any.
     pub protocol: u8,
     /// Destination port (host byte order); 0 is any, and whenever the protocol is neither TCP nor UDP.
@@ -47,12 +47,14 @@ pub struct Exception {
 pub struct Filter {
     /// Entries in force with this scope.
     pub scope: Option<Scope>,
+    /// Entries for flows of this family. What a basic unit asks for is IPv4, for its answer has no room for more.
+    pub family: Option<Family>,
     /// Entries that this SE installed.
-    pub installer: Option<Ipv4Addr>,
+    pub installer: Option<IpAddr>,
     /// Entries with this source address, and with this prefix length if there is one.
-    pub source: Option<(Ipv4Addr, Option<u8>)>,
+    pub source: Option<(IpAddr, Option<u8>)>,
     /// Entries with this destination address, likewise.
-    pub destination: Option<(Ipv4Addr, Option<u8>)>,
+    pub destination: Option<(IpAddr, Option<u8>)>,
     /// Entries of this IP protocol.
     pub protocol: Option<u8>,
     /// Entries with this destination port.
@@ -65,13 +67,13 @@ pub struct Listed {
     /// The scope in force, which may be less than what was asked for.
     pub scope: Scope,
     /// Who installed it.
-    pub installer: Ipv4Addr,
+    pub installer: IpAddr,
     /// Which flows.
     pub flows: Flows,
 }
 
 impl Scope {
-    fn parse(code: u32) -> Result<Self, UnitError> {
+    pub(super) fn parse(code: u32) -> Result<Self, UnitError> {
         match code {
             0 | 1 => Ok(Self::Local),
             2 => Ok(Self::Global),
@@ -99,17 +101,56 @@ impl Scope {
 }
 
 impl Flows {
-    /// Every flow.
-    pub const ALL: Self = Self { source: ANY, destination: ANY, protocol: 0, port: 0 };
+    /// Every flow: in a request, of the SE's family.
+    pub const ALL: Self = Self::all(Family::V4);
+
+    /// Every flow of a family.
+    #[must_use]
+    pub const fn all(family: Family) -> Self {
+        Self { source: family.any(), destination: family.any(), protocol: 0, port: 0 }
+    }
+
+    /// The family of the addresses, which is one if they are [normal](Self::normal).
+    #[must_use]
+    pub fn family(&self) -> Family {
+        if self.source.prefix_len() == 0 { Family::of(self.destination.addr()) } else { Family::of(self.source.addr()) }
+    }
+
+    /// Whether it is every address, whatever the family.
+    #[must_use]
+    pub fn has_no_address(&self) -> bool {
+        self.source.prefix_len() == 0 && self.destination.prefix_len() == 0
+    }
+
+    /// The same flows for an SE to ask for: a wildcard is of the other address's family; if both are, it is IPv4, which a
+    /// basic unit says, and means the SE's own. Fails if the two are of different families.
+    pub fn normal(&self) -> Result<Self, UnitError> {
+        let (source, destination) = match (self.source.prefix_len(), self.destination.prefix_len()) {
+            (0, 0) => (Family::V4.any(), Family::V4.any()),
+            (0, _) => (Family::of(self.destination.addr()).any(), self.destination),
+            (_, 0) => (self.source, Family::of(self.source.addr()).any()),
+            _ => (self.source, self.destination),
+        };
+        if Family::of(source.addr()) != Family::of(destination.addr()) {
+            return Err(UnitError::Families);
+        }
+        let mapped = |net: IpNet| net.addr().to_canonical() != net.addr();
+        if let Some(mapped) = [source, destination].into_iter().find(|net| mapped(*net)) {
+            return Err(UnitError::Address(mapped.addr()));
+        }
+        let (source, destination) = (source.trunc(), destination.trunc());
+        // On the wire, address 0 is any.
+        let nothing = |net: &IpNet| net.addr().is_unspecified() && net.prefix_len() > 0;
+        if let Some(net) = [source, destination].iter().find(|net| nothing(net)) {
+            return Err(UnitError::PrefixLength(net.prefix_len().into()));
+        }
+        let (protocol, port) = ports(self.protocol.into(), self.port.into())?;
+        Ok(Self { source, destination, protocol, port })
+    }
 
     fn parse(unit: &Unit) -> Result<Self, UnitError> {
         let [_, _, source, source_len, destination, destination_len, protocol, port] = unit.0;
-        let protocol = u8::try_from(protocol).map_err(|_| UnitError::Protocol(protocol))?;
-        let port = match protocol {
-            TCP | UDP => u16::try_from(port).map_err(|_| UnitError::Port(port))?,
-            0 if port != 0 => return Err(UnitError::Port(port)),
-            _ => 0,
-        };
+        let (protocol, port) = ports(protocol, port)?;
         let (source, destination) = (prefix(source, source_len)?, prefix(destination, destination_len)?);
         Ok(Self { source, destination, protocol, port })
     }
@@ -117,15 +158,16 @@ impl Flows {
     /// Of a unit that was made here from flows, whatever they are.
     pub(in crate::necp) fn of_own(unit: &Unit) -> Self {
         let [_, _, source, source_len, destination, destination_len, protocol, port] = unit.0;
-        let net = |address: u32, length: u32| Ipv4Net::new(address.into(), length as u8).unwrap_or(ANY);
+        let net = |address: u32, length: u32| IpNet::new(Ipv4Addr::from(address).into(), length as u8).unwrap_or(ANY);
         let (source, destination) = (net(source, source_len), net(destination, destination_len));
         Self { source, destination, protocol: protocol as u8, port: port as u16 }
     }
 
-    /// data2 to data7.
+    /// data2 to data7, of IPv4.
     fn words(&self) -> [u32; 6] {
+        debug_assert!(self.has_no_address() || self.family() == Family::V4, "{self} has no basic unit");
         let [(source, source_len), (destination, destination_len)] =
-            [self.source, self.destination].map(|net| (u32::from(net.addr()), u32::from(net.prefix_len())));
+            [self.source, self.destination].map(|net| (word(net.addr()), u32::from(net.prefix_len())));
         [source, source_len, destination, destination_len, self.protocol.into(), self.port.into()]
     }
 }
@@ -134,10 +176,14 @@ impl Exception {
     /// Reads a unit of EXCEPTION_ADD.
     pub fn parse(unit: &Unit) -> Result<Self, UnitError> {
         let flows = Flows::parse(unit)?;
-        let scope = Scope::parse(unit.0[0])?;
-        // Nobody may switch a whole farm off.
-        let scope = if flows == Flows::ALL { Scope::Local } else { scope };
-        Ok(Self { scope, ttl: unit.0[1], flows })
+        Ok(Self::new(Scope::parse(unit.0[0])?, unit.0[1], flows))
+    }
+
+    /// An exception; that of every flow is local, for nobody may switch a whole farm off.
+    #[must_use]
+    pub fn new(scope: Scope, ttl: u32, flows: Flows) -> Self {
+        let is_all = flows == Flows::all(flows.family());
+        Self { scope: if is_all { Scope::Local } else { scope }, ttl, flows }
     }
 
     /// Reads a unit of EXCEPTION_DEL; scope and time to live are not read.
@@ -145,7 +191,7 @@ impl Exception {
         Flows::parse(unit)
     }
 
-    /// The unit on the wire.
+    /// The unit on the wire, of an exception of IPv4.
     #[must_use]
     pub fn unit(&self) -> Unit {
         unit(self.scope.code(), self.ttl, &self.flows)
@@ -167,7 +213,8 @@ impl Filter {
         let port = u16::try_from(port).map_err(|_| UnitError::Port(port))?;
         Ok(Self {
             scope,
-            installer: (installer != 0).then(|| Ipv4Addr::from(installer)),
+            family: Some(Family::V4),
+            installer: (installer != 0).then(|| Ipv4Addr::from(installer).into()),
             source: address(source, source_len)?,
             destination: address(destination, destination_len)?,
             protocol: (protocol != 0).then_some(protocol),
@@ -175,16 +222,31 @@ impl Filter {
         })
     }
 
-    /// The unit on the wire.
+    /// Whether it names nothing of IPv6: then a basic unit can say it, and finds what is of IPv4.
+    #[must_use]
+    pub fn is_basic(&self) -> bool {
+        let addresses = [self.installer, self.source.map(|one| one.0), self.destination.map(|one| one.0)];
+        self.family != Some(Family::V6) && addresses.into_iter().flatten().all(|address| address.is_ipv4())
+    }
+
+    /// Whether all that it finds is of IPv4: an SE's entries are of its own family.
+    #[must_use]
+    pub fn is_only_basic(&self) -> bool {
+        let addresses = [self.installer, self.source.map(|one| one.0), self.destination.map(|one| one.0)];
+        self.family == Some(Family::V4) || addresses.into_iter().flatten().any(|address| address.is_ipv4())
+    }
+
+    /// The unit on the wire, of a filter that [is basic](Self::is_basic).
     #[must_use]
     pub fn unit(&self) -> Unit {
-        let address = |wanted: Option<(Ipv4Addr, Option<u8>)>| {
-            wanted.map_or((0, 0), |(address, length)| (u32::from(address), length.unwrap_or(0).into()))
+        debug_assert!(self.is_basic(), "{self:?} has no basic unit");
+        let address = |wanted: Option<(IpAddr, Option<u8>)>| {
+            wanted.map_or((0, 0), |(address, length)| (word(address), length.unwrap_or(0).into()))
         };
         let ((source, source_len), (destination, destination_len)) = (address(self.source), address(self.destination));
         Unit([
             self.scope.map_or(0, Scope::code),
-            self.installer.map_or(0, u32::from),
+            self.installer.map_or(0, word),
             source,
             source_len,
             destination,
@@ -200,10 +262,11 @@ impl Filter {
         fn is<T: PartialEq>(wanted: Option<T>, is: T) -> bool {
             wanted.is_none_or(|wanted| wanted == is)
         }
-        let net = |wanted: Option<(Ipv4Addr, Option<u8>)>, net: Ipv4Net| {
+        let net = |wanted: Option<(IpAddr, Option<u8>)>, net: IpNet| {
             wanted.is_none_or(|(address, length)| address == net.addr() && is(length, net.prefix_len()))
         };
         is(self.scope, entry.scope)
+            && is(self.family, entry.flows.family())
             && is(self.installer, entry.installer)
             && net(self.source, entry.flows.source)
             && net(self.destination, entry.flows.destination)
@@ -216,17 +279,35 @@ impl Listed {
     /// Reads a unit of EXCEPTION_RESP.
     pub fn parse(unit: &Unit) -> Result<Self, UnitError> {
         let scope = Scope::parse(unit.0[0])?;
-        Ok(Self { scope, installer: unit.0[1].into(), flows: Flows::parse(unit)? })
+        Ok(Self { scope, installer: Ipv4Addr::from(unit.0[1]).into(), flows: Flows::parse(unit)? })
     }
 
-    /// The unit on the wire.
+    /// The unit on the wire, of an entry of IPv4.
     #[must_use]
     pub fn unit(&self) -> Unit {
-        unit(self.scope.code(), self.installer.into(), &self.flows)
+        unit(self.scope.code(), word(self.installer), &self.flows)
     }
 }
 
-const ANY: Ipv4Net = Ipv4Net::new_assert(Ipv4Addr::UNSPECIFIED, 0);
+const ANY: IpNet = Family::V4.any();
+
+/// An IPv4 address as a word; one of IPv6 has none.
+fn word(address: IpAddr) -> u32 {
+    match address {
+        IpAddr::V4(address) => address.into(),
+        IpAddr::V6(_) => 0,
+    }
+}
+
+/// Protocol and port: with a protocol that has none, the port has no meaning.
+pub(super) fn ports(protocol: u32, port: u32) -> Result<(u8, u16), UnitError> {
+    let protocol = u8::try_from(protocol).map_err(|_| UnitError::Protocol(protocol))?;
+    match protocol {
+        TCP | UDP => Ok((protocol, u16::try_from(port).map_err(|_| UnitError::Port(port))?)),
+        0 if port != 0 => Err(UnitError::Port(port)),
+        _ => Ok((protocol, 0)),
+    }
+}
 
 fn unit(data0: u32, data1: u32, flows: &Flows) -> Unit {
     let [a, b, c, d, e, f] = flows.words();
@@ -234,24 +315,25 @@ fn unit(data0: u32, data1: u32, flows: &Flows) -> Unit {
 }
 
 /// An address and its prefix length: with address 0 the length has no meaning.
-fn prefix(address: u32, length: u32) -> Result<Ipv4Net, UnitError> {
+fn prefix(address: u32, length: u32) -> Result<IpNet, UnitError> {
     if address == 0 {
         return Ok(ANY);
     }
     match u8::try_from(length) {
-        Ok(length @ 1..=32) => Ok(Ipv4Net::new_assert(address.into(), length).trunc()),
+        Ok(length @ 1..=32) => Ok(Ipv4Net::new_assert(address.into(), length).trunc().into()),
         _ => Err(UnitError::PrefixLength(length)),
     }
 }
 
 /// An address of a filter: a prefix length of 0 is any.
-fn address(address: u32, length: u32) -> Result<Option<(Ipv4Addr, Option<u8>)>, UnitError> {
+fn address(address: u32, length: u32) -> Result<Option<(IpAddr, Option<u8>)>, UnitError> {
+    let host = IpAddr::V4(address.into());
     match (address, u8::try_from(length)) {
         (0, _) => Ok(None),
-        (_, Ok(0)) => Ok(Some((address.into(), None))),
+        (_, Ok(0)) => Ok(Some((host, None))),
         (_, Ok(length @ 1..=32)) => {
             let net = Ipv4Net::new_assert(address.into(), length).trunc();
-            Ok(Some((net.addr(), Some(length))))
+            Ok(Some((net.addr().into(), Some(length))))
         }
         _ => Err(UnitError::PrefixLength(length)),
     }
@@ -264,9 +346,10 @@ impl fmt::Display for Scope {
 }
 
 impl fmt::Display for Flows {
-    /// `203.0.113.0/24 -> any tcp/80`
+    /// `203.0.113.0/24 -> any tcp/80`; all of IPv6 is `::/0 -> ::/0 any`
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let net = |net: Ipv4Net| if net == ANY { "any".into() } else { net.to_string() };
+        let is_all6 = self.has_no_address() && self.family() == Family::V6;
+        let net = |net: IpNet| if net.prefix_len() == 0 && !is_all6 { "any".into() } else { net.to_string() };
         write!(f, "{} -> {} ", net(self.source), net(self.destination))?;
         match (self.protocol, self.port) {
             (0, _) => f.write_str("any"),
@@ -306,7 +389,7 @@ mod tests {
             assert_eq!(Exception::parse(&exception.unit()), Ok(exception));
             assert_eq!(Exception::parse_del(&Unit(words)), Ok(flows));
             assert_eq!(Exception::parse_del(&Exception::del_unit(&flows)), Ok(flows));
-            let listed = Listed { scope, installer: Ipv4Addr::new(10, 0, 0, 11), flows };
+            let listed = Listed { scope, installer: Ipv4Addr::new(10, 0, 0, 11).into(), flows };
             assert_eq!(Listed::parse(&listed.unit()), Ok(listed));
         }
     }
@@ -332,10 +415,10 @@ mod tests {
     fn a_filter_asks_for_what_it_names() {
         let entry = Listed {
             scope: Scope::Global,
-            installer: Ipv4Addr::new(10, 0, 0, 11),
+            installer: Ipv4Addr::new(10, 0, 0, 11).into(),
             flows: flows("203.0.113.0/24", "198.51.100.7/32", 6, 80),
         };
-        let installer = u32::from(entry.installer);
+        let installer = word(entry.installer);
         let prefix = 0xcb00_7100;
         let yes = [
             [0; 8],

@@ -4,11 +4,18 @@
 //! a failed unit. A field that has no meaning in its context is ignored, whatever it holds (§5.2.3).
 
 mod exception;
+pub(in crate::necp) mod extension;
+mod family;
+mod wide;
+
+use std::net::IpAddr;
 
 pub use exception::{Exception, Filter, Flows, Listed, Scope};
+pub use extension::EXTENSION_QUERY;
+pub use family::Family;
 
 use super::service::{Forwarding, ServiceKey, TCP, UDP};
-use super::wire::{Opcode, Unit};
+use super::wire::{Opcode, Unit, WideUnit};
 
 /// Why a unit failed; the answer repeats the unit and says no more than that (§5.6.2), so this is for logs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -25,9 +32,21 @@ pub enum UnitError {
     /// data0 of an exception is none of 0, 1, 2 (§5.7.1).
     #[error("unknown scope {0}")]
     Scope(u32),
-    /// A prefix length is above 32, or 0 for an address that is not 0 (§5.7.1).
+    /// A prefix length is above 32 (IPv6: 128), or 0 for an address that is not 0 (§5.7.1).
     #[error("prefix length {0} is out of range")]
     PrefixLength(u32),
+    /// The family of a wide unit is none that it may be about.
+    #[error("family {0} is out of range")]
+    Family(u8),
+    /// An address is not of the family of its unit; an IPv4 address within IPv6 is IPv4.
+    #[error("{0} is of the other address family")]
+    Address(IpAddr),
+    /// Source and destination of an exception are of different families.
+    #[error("source and destination are of different address families")]
+    Families,
+    /// Bytes of a wide unit that mean nothing are not 0.
+    #[error("reserved bytes are not 0")]
+    Reserved,
     /// data0 of a query is not 1 (§5.5.1).
     #[error("unknown query type {0}")]
     QueryType(u32),
@@ -108,6 +127,16 @@ impl Operation {
             Opcode::STOP => Self::parse_stop(unit),
             Opcode::EXCEPTION_ADD => Exception::parse(unit).map(Self::Except),
             Opcode::EXCEPTION_DEL => Exception::parse_del(unit).map(Self::Unexcept),
+            _ => return None,
+        }
+        .ok()
+    }
+
+    /// Reads a wide unit of a request that is made of operations; other opcodes have none.
+    pub(super) fn parse_wide(opcode: Opcode, unit: &WideUnit) -> Option<Self> {
+        match opcode {
+            Opcode::EXCEPTION_ADD => Exception::parse_wide(unit).map(Self::Except),
+            Opcode::EXCEPTION_DEL => Exception::parse_wide_del(unit).map(Self::Unexcept),
             _ => return None,
         }
         .ok()

@@ -4,7 +4,8 @@ use std::collections::BTreeSet;
 
 use super::keepalive::Asked;
 use super::link::Link;
-use crate::necp::message::{HealthAnswer, Query, UnitError};
+use super::units::AnyUnit;
+use crate::necp::message::{HealthAnswer, Query, UnitError, extension};
 use crate::necp::service::ServiceKey;
 use crate::necp::wire::{Flags, Opcode, Unit};
 
@@ -16,23 +17,32 @@ pub(super) struct Queries {
 }
 
 impl Queries {
-    /// Answers: `health` of every query, `None` where it is not supported. One unsupported query is enough for the
-    /// answer to name the unsupported ones and nothing else (§5.5.2).
-    pub(super) fn answer(&self, link: &mut Link, health: impl Fn(usize) -> Option<u8>) {
+    /// Answers: `health` of every query, `None` where it is not supported; and to the query for the extension, if
+    /// `speaks` it. One unsupported query is enough for the answer to name the unsupported ones and nothing else (§5.5.2).
+    /// Says whether the peer was told that the extension is spoken.
+    pub(super) fn answer(&self, link: &mut Link, speaks: bool, health: impl Fn(usize) -> Option<u8>) -> bool {
         let mut answers = Vec::with_capacity(self.units.len());
         let mut unsupported = Vec::new();
+        let mut asked = false;
         for (index, unit) in self.units.iter().enumerate() {
+            if speaks && extension::is_query(unit) {
+                asked = true;
+                answers.push(extension::answer(unit));
+                continue;
+            }
             match Query::parse(unit).ok().and_then(|_| health(index)) {
                 Some(health) => answers.push(HealthAnswer::unit(unit, health)),
                 None => unsupported.push(*unit),
             }
         }
+        asked &= unsupported.is_empty();
         if unsupported.is_empty() {
             link.send(Opcode::KEEPALIVE_ACK, Flags::NONE, self.request_id, &answers);
         } else {
             link.counters.failed_units += unsupported.len() as u64;
             link.send(Opcode::KEEPALIVE_ACK, Flags::ERROR, self.request_id, &unsupported);
         }
+        asked
     }
 }
 
@@ -56,7 +66,9 @@ impl Reply {
         }
     }
 
-    pub(super) fn unit(&mut self, unit: &Unit, link: &mut Link) {
+    pub(super) fn unit(&mut self, unit: &AnyUnit, link: &mut Link) {
+        // A KEEPALIVE_ACK is not read as wide units.
+        let AnyUnit::Basic(unit) = unit else { return };
         if self.error {
             match Query::parse(unit) {
                 Ok(query) if self.open.remove(&query.service) => self.unsupported.push(query.service),

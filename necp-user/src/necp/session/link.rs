@@ -7,12 +7,15 @@ use std::time::Instant;
 use super::keepalive::{Asked, KeepaliveClock};
 use super::rng::Rng;
 use super::secure::{Rejected, Secure, Stamp};
+use super::units::{AnyUnit, Form, Units};
 use super::{Counters, Notice, SessionConfig};
 use crate::necp::auth::{CREDENTIAL_LEN, Rejection, Signer};
 use crate::necp::error::CloseReason;
 use crate::necp::message::Query;
 use crate::necp::service::ServiceKey;
-use crate::necp::wire::{Decoder, Direction, Flags, HEADER_LEN, Header, Item, Opcode, UNIT_LEN, Unit, VERSION};
+use crate::necp::wire::{
+    Decoder, Direction, Flags, HEADER_LEN, Header, Item, Opcode, PREAMBLE_LEN, Preamble, Unit, VERSION,
+};
 
 /// Output beyond which no more input is read: the peer must read first.
 const OUTPUT_FULL: usize = 64 * 1024;
@@ -36,7 +39,9 @@ pub(super) enum Incoming {
     },
     /// A message that is not executed, as a whole.
     Rejected(Rejected),
-    Unit(Unit),
+    /// Wide units follow; only after [`Link::read_wide`].
+    Preamble(Preamble),
+    Unit(AnyUnit),
     End,
 }
 
@@ -56,6 +61,7 @@ pub(super) struct Link {
     out_start: usize,
     /// A message is in the making whose units come one by one; others wait in `held` for its end.
     streams: bool,
+    stream_form: Form,
     stream_signer: Option<Signer>,
     held: Vec<u8>,
     closed: Option<CloseReason>,
@@ -90,6 +96,7 @@ impl Link {
             out: Vec::new(),
             out_start: 0,
             streams: false,
+            stream_form: Form::Basic,
             stream_signer: None,
             held: Vec::new(),
             closed: None,
@@ -146,12 +153,14 @@ impl Link {
             match self.next_of_stream(consumed)? {
                 Item::Header(header) if self.is_secured() => self.hold(header),
                 Item::Header(header) => return Some(Incoming::Header(header)),
-                Item::Unit(unit) => return Some(Incoming::Unit(unit)),
+                Item::Unit(unit) => return Some(Incoming::Unit(AnyUnit::Basic(unit))),
+                Item::Wide(unit) => return Some(Incoming::Unit(AnyUnit::Wide(unit))),
+                Item::Preamble(preamble) => return Some(Incoming::Preamble(preamble)),
                 Item::End => return Some(Incoming::End),
                 Item::Payload => {
                     let payload = self.decoder.take_payload();
                     let secure = self.secure.as_mut()?;
-                    return secure.examine(&payload, self.config.max_failed_units);
+                    return secure.examine(payload, self.config.max_failed_units);
                 }
             }
         }
@@ -212,6 +221,15 @@ impl Link {
         match &mut self.secure {
             Some(secure) if secure.has_message() => secure.skip_message(),
             _ => self.decoder.skip_payload(),
+        }
+    }
+
+    /// Reads the payload of the message that begins with this header as wide units; [`Header::wide_units`] says whether it can
+    /// be made of them.
+    pub(super) fn read_wide(&mut self, header: &Header) {
+        match &mut self.secure {
+            Some(secure) if secure.has_message() => secure.read_wide(header),
+            _ => self.decoder.read_wide(header),
         }
     }
 
@@ -327,6 +345,11 @@ impl Link {
     // ---- output ----
 
     pub(super) fn send(&mut self, opcode: Opcode, flags: Flags, request_id: u16, units: &[Unit]) {
+        self.send_units(opcode, flags, request_id, &units.into());
+    }
+
+    /// As [`Self::send`], in either form.
+    pub(super) fn send_units(&mut self, opcode: Opcode, flags: Flags, request_id: u16, units: &Units) {
         let stamp = self.secure.as_mut().map_or(Some(Stamp::Bare), |secure| secure.stamp());
         match stamp {
             Some(stamp) => self.send_as(stamp, opcode, flags, request_id, units),
@@ -335,18 +358,19 @@ impl Link {
     }
 
     /// Sends a message with this number in place of the next one: INIT's, and INIT_ACK's in an open session (§5.9.2).
-    pub(super) fn send_as(&mut self, stamp: Stamp, opcode: Opcode, flags: Flags, request_id: u16, units: &[Unit]) {
+    pub(super) fn send_as(&mut self, stamp: Stamp, opcode: Opcode, flags: Flags, request_id: u16, units: &Units) {
         if self.closed.is_some() {
             return;
         }
-        let (header, signer) = self.stamped(stamp, Header::new(opcode, flags, request_id, units.len()));
+        let (header, signer) = self.stamped(stamp, header(units.form(), opcode, flags, request_id, units.len()));
         let out = if self.streams { &mut self.held } else { &mut self.out };
         let start = out.len();
-        out.reserve(HEADER_LEN + units.len() * UNIT_LEN + CREDENTIAL_LEN);
+        out.reserve(HEADER_LEN + PREAMBLE_LEN + units.bytes().len() + CREDENTIAL_LEN);
         out.extend_from_slice(&header.encode());
-        for unit in units {
-            out.extend_from_slice(&unit.encode());
+        if units.form() == Form::Wide && !units.is_empty() {
+            out.extend_from_slice(&Preamble::SPOKEN.encode());
         }
+        out.extend_from_slice(units.bytes());
         if let Some(mut signer) = signer {
             signer.update(&out[start + HEADER_LEN..]);
             out.extend_from_slice(&signer.credential());
@@ -366,7 +390,7 @@ impl Link {
     }
 
     /// Begins a message whose `units` follow one by one, as the peer reads them; what is sent meanwhile goes out after it.
-    pub(super) fn begin_stream(&mut self, opcode: Opcode, request_id: u16, units: usize) {
+    pub(super) fn begin_stream(&mut self, opcode: Opcode, request_id: u16, form: Form, units: usize) {
         if self.closed.is_some() {
             return;
         }
@@ -375,12 +399,14 @@ impl Link {
             self.close(CloseReason::NumbersExhausted);
             return;
         };
-        let (header, signer) = self.stamped(stamp, Header::new(opcode, Flags::NONE, request_id, units));
+        let (header, signer) = self.stamped(stamp, header(form, opcode, Flags::NONE, request_id, units));
         self.out.extend_from_slice(&header.encode());
-        self.stream_signer = signer;
-        self.counters.messages_out += 1;
         self.counters.bytes_out += HEADER_LEN as u64;
-        self.streams = true;
+        self.counters.messages_out += 1;
+        (self.stream_form, self.stream_signer, self.streams) = (form, signer, true);
+        if form == Form::Wide && units > 0 {
+            self.stream(&Preamble::SPOKEN.encode());
+        }
     }
 
     /// Whether a message is in the making whose units come one by one.
@@ -388,20 +414,27 @@ impl Link {
         self.streams
     }
 
-    /// Units for which there is room: the peer must read first.
+    /// Bytes of a streamed message for which there is room: the peer must read first.
     pub(super) fn stream_room(&self) -> usize {
-        STREAM_FULL.saturating_sub(self.out.len() - self.out_start) / UNIT_LEN
+        STREAM_FULL.saturating_sub(self.out.len() - self.out_start)
     }
 
-    /// The next unit of the message that was begun.
-    pub(super) fn stream_unit(&mut self, unit: &Unit) {
+    /// The next unit of the message that was begun; one of another form than it has is left out.
+    pub(super) fn stream_unit(&mut self, unit: &AnyUnit) {
+        match (self.stream_form, unit) {
+            (Form::Basic, AnyUnit::Basic(unit)) => self.stream(&unit.encode()),
+            (Form::Wide, AnyUnit::Wide(unit)) => self.stream(&unit.0),
+            _ => debug_assert!(false, "a message has units of one form"),
+        }
+    }
+
+    fn stream(&mut self, bytes: &[u8]) {
         if self.closed.is_none() {
-            let bytes = unit.encode();
-            self.out.extend_from_slice(&bytes);
+            self.out.extend_from_slice(bytes);
             if let Some(signer) = &mut self.stream_signer {
-                signer.update(&bytes);
+                signer.update(bytes);
             }
-            self.counters.bytes_out += UNIT_LEN as u64;
+            self.counters.bytes_out += bytes.len() as u64;
         }
     }
 
@@ -428,8 +461,13 @@ impl Link {
 
     /// Refuses a request, or says nothing if its opcode has no answer.
     pub(super) fn refuse(&mut self, header: &Header, flags: Flags, units: &[Unit]) {
+        self.refuse_units(header, flags, &units.into());
+    }
+
+    /// As [`Self::refuse`], in either form.
+    pub(super) fn refuse_units(&mut self, header: &Header, flags: Flags, units: &Units) {
         if let Some(answer) = header.opcode.answer() {
-            self.send(answer, flags.with(Flags::ERROR), header.request_id, units);
+            self.send_units(answer, flags.with(Flags::ERROR), header.request_id, units);
         }
     }
 
@@ -539,5 +577,12 @@ impl Link {
         let secure = self.secure.as_ref().map_or(0, |secure| secure.held_bytes());
         let input = self.backlog.capacity() + self.decoder.held() + secure;
         input + self.out.capacity() + self.held.capacity()
+    }
+}
+
+fn header(form: Form, opcode: Opcode, flags: Flags, request_id: u16, units: usize) -> Header {
+    match form {
+        Form::Basic => Header::new(opcode, flags, request_id, units),
+        Form::Wide => Header::wide(opcode, flags, request_id, units),
     }
 }

@@ -15,6 +15,7 @@ mod ne;
 mod rng;
 mod se;
 mod secure;
+mod units;
 
 use std::time::Duration;
 
@@ -49,6 +50,11 @@ pub struct SessionConfig {
     pub max_failed_units: usize,
     /// NE: services that one SE may have started; a START beyond it is a failed unit.
     pub max_services: usize,
+    /// SE: whether to ask the NE if it speaks the extension for exceptions of IPv6 ([`EXTENSION_QUERY`]), before the first
+    /// request that has a use for it. Without it, exceptions of IPv6 fail here, and lists are of IPv4.
+    ///
+    /// [`EXTENSION_QUERY`]: super::message::EXTENSION_QUERY
+    pub extension: bool,
 }
 
 impl Default for SessionConfig {
@@ -64,6 +70,7 @@ impl Default for SessionConfig {
             answer_deadline: Duration::from_secs(30),
             max_failed_units: 65_536,
             max_services: 1024,
+            extension: false,
         }
     }
 }

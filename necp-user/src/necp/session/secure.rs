@@ -1,12 +1,11 @@
 //! An authenticated connection (§5.8, §5.9): what is held back until it is verified, and the numbers of what is sent.
 
-use std::vec;
-
 use super::link::Incoming;
+use super::units::AnyUnit;
 use crate::necp::auth::{
     CREDENTIAL_LEN, Credentials, Freshness, Inbound, Key, Rejection, Signer, apart_from, is_apart,
 };
-use crate::necp::wire::{Flags, Header, Opcode, UNIT_LEN, Unit, VERSION};
+use crate::necp::wire::{Decoder, Flags, Header, Item, Opcode, UNIT_LEN, Unit, VERSION};
 
 /// Rejected messages in a row that end the connection (§5.8.3).
 pub(super) const MAX_REJECTED: u32 = 3;
@@ -17,8 +16,17 @@ pub(super) struct Rejected {
     /// As it came.
     pub(super) header: Header,
     pub(super) cause: Rejection,
-    /// What an answer repeats.
+    /// What an answer repeats; of the extension, nothing.
     pub(super) units: Vec<Unit>,
+}
+
+/// What is left of a verified message.
+#[derive(Debug)]
+struct Message {
+    decoder: Decoder,
+    payload: Vec<u8>,
+    /// Bytes of it that were looked at.
+    at: usize,
 }
 
 /// Which numbers are accepted.
@@ -59,7 +67,7 @@ pub(super) struct Secure {
     /// The header of the message that is held back.
     held: Option<Header>,
     /// What is left of a verified message.
-    message: Option<vec::IntoIter<Unit>>,
+    message: Option<Message>,
     rejected_in_a_row: u32,
 }
 
@@ -142,30 +150,31 @@ impl Secure {
     }
 
     /// The message that was held back has come, with this payload, the credential at its end.
-    pub(super) fn examine(&mut self, bytes: &[u8], max_units: usize) -> Option<Incoming> {
+    pub(super) fn examine(&mut self, mut bytes: Vec<u8>, max_units: usize) -> Option<Incoming> {
         let header = self.held.take()?;
         let has_credential = header.flags.has(Flags::AUTH_CREDENTIAL_PROVIDED);
         let (payload, credential) = match bytes.split_last_chunk::<CREDENTIAL_LEN>() {
             Some((payload, credential)) if has_credential => (payload, &credential[..]),
-            _ => (bytes, &[][..]),
+            _ => (&bytes[..], &[][..]),
         };
         let stripped = Header {
             flags: Flags(header.flags.0 & !Flags::AUTH_CREDENTIAL_PROVIDED.0),
             payload_len: payload.len() as u32,
             ..header
         };
-        let units = |most: usize| -> Vec<Unit> {
-            let chunks = payload.as_chunks::<UNIT_LEN>().0.iter().filter(|_| stripped.units().is_some());
-            chunks.take(most).map(Unit::decode).collect()
-        };
         Some(match self.judge(&header, payload, credential) {
-            Err(cause) => Incoming::Rejected(Rejected { header, cause, units: units(max_units) }),
+            Err(cause) => {
+                let chunks = payload.as_chunks::<UNIT_LEN>().0.iter().filter(|_| stripped.units().is_some());
+                let units = chunks.take(max_units).map(Unit::decode).collect();
+                Incoming::Rejected(Rejected { header, cause, units })
+            }
             Ok(restarted) => {
                 // INIT may be a recorded one: it proves nothing.
                 if header.opcode != Opcode::INIT {
                     self.rejected_in_a_row = 0;
                 }
-                self.message = Some(units(usize::MAX).into_iter());
+                bytes.truncate(stripped.payload_len as usize);
+                self.message = Some(Message { decoder: Decoder::behind(&stripped), payload: bytes, at: 0 });
                 Incoming::Verified { header: stripped, restarted }
             }
         })
@@ -198,16 +207,32 @@ impl Secure {
     /// The next unit of a verified message, or its end; `None` if there is no such message.
     pub(super) fn next_of_message(&mut self) -> Option<Incoming> {
         let message = self.message.as_mut()?;
-        let unit = message.next();
-        if unit.is_none() {
-            self.message = None;
-        }
-        Some(unit.map_or(Incoming::End, Incoming::Unit))
+        let mut rest = &message.payload[message.at..];
+        let before = rest.len();
+        let item = message.decoder.next(&mut rest);
+        message.at += before - rest.len();
+        Some(match item {
+            Ok(Some(Item::Unit(unit))) => Incoming::Unit(AnyUnit::Basic(unit)),
+            Ok(Some(Item::Wide(unit))) => Incoming::Unit(AnyUnit::Wide(unit)),
+            Ok(Some(Item::Preamble(preamble))) => Incoming::Preamble(preamble),
+            // Its payload is all there: nothing else can come of it but its end.
+            _ => {
+                self.message = None;
+                Incoming::End
+            }
+        })
     }
 
     pub(super) fn skip_message(&mut self) {
         if let Some(message) = &mut self.message {
-            *message = Vec::new().into_iter();
+            message.decoder.skip_payload();
+        }
+    }
+
+    /// The verified message is read as wide units, right after its header, which is shown without the credential.
+    pub(super) fn read_wide(&mut self, header: &Header) {
+        if let Some(message) = &mut self.message {
+            message.decoder.read_wide(header);
         }
     }
 
@@ -252,6 +277,6 @@ impl Secure {
 
     /// Bytes held.
     pub(super) fn held_bytes(&self) -> usize {
-        self.message.as_ref().map_or(0, |message| message.as_slice().len() * UNIT_LEN)
+        self.message.as_ref().map_or(0, |message| message.payload.capacity())
     }
 }

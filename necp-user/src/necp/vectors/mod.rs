@@ -1,12 +1,14 @@
 //! The messages in `messages.txt` against the codec; the sessions' tests read them too.
 
-use std::net::Ipv4Addr;
+use std::net::IpAddr;
 
 use super::auth::Key;
 use super::message::{
-    Exception, Filter, HealthAnswer, Init, InitAck, Listed, Operation, Query, ServiceUnit, UnitError,
+    Exception, Filter, HealthAnswer, Init, InitAck, Listed, Operation, Query, ServiceUnit, UnitError, extension,
 };
-use super::wire::{Decoder, Flags, HEADER_LEN, Header, Item, Opcode, UNIT_LEN, Unit};
+use super::wire::{
+    Decoder, Flags, HEADER_LEN, Header, Item, Opcode, PREAMBLE_LEN, Preamble, UNIT_LEN, Unit, WIDE_UNIT_LEN, WideUnit,
+};
 
 /// The key of the authenticated messages.
 const KEY: &[u8] = b"0123456789abcdef";
@@ -25,6 +27,11 @@ pub(super) struct Vector {
 impl Vector {
     pub(super) fn bytes(&self) -> Vec<u8> {
         self.lines.iter().flat_map(|(bytes, _)| bytes).copied().collect()
+    }
+
+    /// Whether it is of a session in which the extension was asked for.
+    pub(super) fn is_wide(&self) -> bool {
+        self.name.starts_with("wide-")
     }
 
     pub(super) fn is_authenticated(&self) -> bool {
@@ -83,16 +90,15 @@ fn header_says(header: &Header) -> String {
     says
 }
 
+/// A failed answer repeats units of the request.
+fn layout(header: &Header) -> Opcode {
+    let error = header.flags.has(Flags::ERROR);
+    if error && header.opcode.0 & 1 == header.opcode.0 >> 5 & 1 { Opcode(header.opcode.0 - 1) } else { header.opcode }
+}
+
 /// What a unit means, and how it is written.
 fn unit_means(header: &Header, unit: &Unit) -> Result<(String, Unit), UnitError> {
-    let error = header.flags.has(Flags::ERROR);
-    // A failed answer repeats units of the request.
-    let layout = if error && header.opcode.0 & 1 == header.opcode.0 >> 5 & 1 {
-        Opcode(header.opcode.0 - 1)
-    } else {
-        header.opcode
-    };
-    Ok(match layout {
+    Ok(match layout(header) {
         Opcode::INIT => {
             let init = Init::parse(unit)?;
             let from = |number| format!("authenticate from {number:#018x}");
@@ -101,6 +107,10 @@ fn unit_means(header: &Header, unit: &Unit) -> Result<(String, Unit), UnitError>
         Opcode::INIT_ACK => {
             let ack = InitAck::parse(unit);
             (format!("first number {:#018x}", ack.first_seq_num), ack.unit())
+        }
+        Opcode::KEEPALIVE if extension::is_query(unit) => ("extension".into(), extension::query()),
+        Opcode::KEEPALIVE_ACK if extension::is_query(unit) => {
+            (format!("extension version {}", unit.0[3]), extension::answer(&extension::query()))
         }
         Opcode::KEEPALIVE => {
             let query = Query::parse(unit)?;
@@ -138,8 +148,63 @@ fn unit_means(header: &Header, unit: &Unit) -> Result<(String, Unit), UnitError>
     })
 }
 
+/// The same of a wide unit.
+fn wide_unit_means(header: &Header, unit: &WideUnit) -> Result<(String, WideUnit), UnitError> {
+    Ok(match layout(header) {
+        Opcode::EXCEPTION_ADD => {
+            let exception = Exception::parse_wide(unit)?;
+            (format!("{} ttl {} {}", exception.scope, exception.ttl, exception.flows), exception.wide_unit())
+        }
+        Opcode::EXCEPTION_DEL => {
+            let flows = Exception::parse_wide_del(unit)?;
+            (flows.to_string(), Exception::wide_del_unit(&flows))
+        }
+        Opcode::EXCEPTION_QUERY => {
+            let filter = Filter::parse_wide(unit)?;
+            let family = filter.family.map(|family| family.to_string());
+            let rest = filter_says(&filter);
+            (family.map_or(rest.clone(), |family| format!("{family} {rest}")), filter.wide_unit())
+        }
+        Opcode::EXCEPTION_RESP => {
+            let entry = Listed::parse_wide(unit)?;
+            (format!("{} by {} {}", entry.scope, entry.installer, entry.flows), entry.wide_unit())
+        }
+        other => panic!("{other} has no wide units"),
+    })
+}
+
+fn preamble_says(bytes: &[u8; PREAMBLE_LEN]) -> String {
+    let preamble = Preamble::decode(bytes);
+    assert_eq!(preamble.encode(), *bytes);
+    let Preamble { magic, version, unit_len, .. } = preamble;
+    if preamble == Preamble::SPOKEN {
+        "= preamble EXC6 version 1".into()
+    } else {
+        format!("! preamble {magic:#010x} version {version} units of {unit_len} is not spoken")
+    }
+}
+
+/// A unit, of either form, against what the file says of it.
+fn reads_as_it_says<U: Copy + PartialEq + std::fmt::Debug>(
+    name: &str,
+    unit: U,
+    means: impl Fn(&U) -> Result<(String, U), UnitError>,
+    says: &str,
+) {
+    match (means(&unit), says.split_at(2)) {
+        (Ok((means, written)), ("= ", expected)) => assert_eq!((&*means, written), (expected, unit), "{name}"),
+        (Ok((meaning, written)), ("~ ", expected)) => {
+            assert_eq!(meaning, expected, "{name}");
+            assert_ne!(written, unit, "{name}");
+            assert_eq!(means(&written), Ok((meaning, written)), "{name}");
+        }
+        (Err(error), ("! ", expected)) => assert_eq!(error.to_string(), expected, "{name}"),
+        (means, says) => panic!("{name}: {means:?}, and the file says {says:?}"),
+    }
+}
+
 fn filter_says(filter: &Filter) -> String {
-    let address = |(address, length): (Ipv4Addr, Option<u8>)| {
+    let address = |(address, length): (IpAddr, Option<u8>)| {
         length.map_or_else(|| address.to_string(), |length| format!("{address}/{length}"))
     };
     let parts = [
@@ -183,18 +248,18 @@ fn every_vector_reads_as_it_says() {
         let payload: usize = vector.lines[1..].iter().map(|(bytes, _)| bytes.len()).sum();
         assert_eq!(header.payload_len as usize, payload, "{}", vector.name);
         for (bytes, says) in vector.lines[1..].iter().filter(|(_, says)| !says.is_empty() && *says != "= credential") {
-            let bytes: &[u8; UNIT_LEN] = bytes[..].try_into().expect("a unit has 32 bytes");
-            let unit = Unit::decode(bytes);
-            assert_eq!(unit.encode(), *bytes, "{}", vector.name);
-            match (unit_means(&header, &unit), says.split_at(2)) {
-                (Ok((means, written)), ("= ", expected)) => assert_eq!((&*means, written), (expected, unit)),
-                (Ok((means, written)), ("~ ", expected)) => {
-                    assert_eq!(means, expected, "{}", vector.name);
-                    assert_ne!(written, unit, "{}", vector.name);
-                    assert_eq!(unit_means(&header, &written), Ok((means, written)));
+            match bytes.len() {
+                PREAMBLE_LEN => assert_eq!(preamble_says(bytes[..].try_into().unwrap()), *says, "{}", vector.name),
+                WIDE_UNIT_LEN => {
+                    let unit = WideUnit(bytes[..].try_into().unwrap());
+                    reads_as_it_says(vector.name, unit, |unit| wide_unit_means(&header, unit), says);
                 }
-                (Err(error), ("! ", expected)) => assert_eq!(error.to_string(), expected, "{}", vector.name),
-                (means, says) => panic!("{}: {means:?}, and the file says {says:?}", vector.name),
+                _ => {
+                    let bytes: &[u8; UNIT_LEN] = bytes[..].try_into().expect("a unit has 32 bytes");
+                    let unit = Unit::decode(bytes);
+                    assert_eq!(unit.encode(), *bytes, "{}", vector.name);
+                    reads_as_it_says(vector.name, unit, |unit| unit_means(&header, unit), says);
+                }
             }
         }
     }
@@ -232,6 +297,9 @@ fn the_file_cut_at_every_byte_gives_the_same_items() {
         let mut items = Vec::new();
         for mut piece in pieces.iter().copied() {
             while let Some(item) = decoder.next(&mut piece).unwrap() {
+                if let Item::Header(header) = item {
+                    decoder.read_wide(&header);
+                }
                 items.push(item);
             }
         }
@@ -240,6 +308,7 @@ fn the_file_cut_at_every_byte_gives_the_same_items() {
     };
     let whole = decode(&[&stream]);
     assert_eq!(whole.iter().filter(|item| matches!(item, Item::Header(_))).count(), all().len());
+    assert!(whole.iter().filter(|item| matches!(item, Item::Wide(_))).count() > 30);
     for at in 0..=stream.len() {
         assert_eq!(decode(&[&stream[..at], &stream[at..]]), whole, "cut at {at}");
     }

@@ -2,7 +2,7 @@
 
 use std::mem;
 
-use super::{HEADER_LEN, Header, UNIT_LEN, Unit};
+use super::{HEADER_LEN, Header, PREAMBLE_LEN, Preamble, UNIT_LEN, Unit, WIDE_UNIT_LEN, WideUnit};
 
 /// The bytes where a header must stand do not begin with 0x414A (§5.2.2): close the connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -19,6 +19,10 @@ pub enum Item {
     Header(Header),
     /// The next unit of the payload.
     Unit(Unit),
+    /// A payload of wide units begins; only after [`Decoder::read_wide`]. Who does not speak what it says skips it.
+    Preamble(Preamble),
+    /// The next unit of such a payload.
+    Wide(WideUnit),
     /// The payload of a message that is held back ([`Decoder::hold_payload`]) is complete: [`Decoder::take_payload`]. It
     /// ends the message, no [`Item::End`] follows.
     Payload,
@@ -30,6 +34,8 @@ pub enum Item {
 enum State {
     Header,
     Units { left: u32 },
+    Preamble { units: u32 },
+    Wide { left: u32 },
     Skip { left: u32 },
     Hold { left: u32 },
     End,
@@ -41,18 +47,34 @@ enum State {
 #[derive(Debug, Clone)]
 pub struct Decoder {
     state: State,
-    partial: [u8; UNIT_LEN],
+    partial: [u8; WIDE_UNIT_LEN],
     filled: usize,
     held: Vec<u8>,
 }
 
 impl Default for Decoder {
     fn default() -> Self {
-        Self { state: State::Header, partial: [0; UNIT_LEN], filled: 0, held: Vec::new() }
+        Self { state: State::Header, partial: [0; WIDE_UNIT_LEN], filled: 0, held: Vec::new() }
+    }
+}
+
+impl State {
+    /// What follows a header.
+    fn behind(header: &Header) -> Self {
+        match header.units() {
+            Some(left) if header.version == super::VERSION => Self::Units { left },
+            _ => Self::Skip { left: header.payload_len },
+        }
     }
 }
 
 impl Decoder {
+    /// One that has just told of this header: for a payload that was held back.
+    #[must_use]
+    pub fn behind(header: &Header) -> Self {
+        Self { state: State::behind(header), ..Self::default() }
+    }
+
     /// Takes bytes off the front of `bytes` until an item is complete, or none is left (`Ok(None)`).
     ///
     /// Fails for good when the framing is lost; two wrong bytes are enough to see it.
@@ -61,11 +83,21 @@ impl Decoder {
             match self.state {
                 State::Lost(lost) => return Err(lost),
                 State::Header => return self.header(bytes),
-                State::Units { left: 0 } | State::Skip { left: 0 } => self.state = State::End,
+                State::Units { left: 0 } | State::Wide { left: 0 } | State::Skip { left: 0 } => self.state = State::End,
                 State::Units { left } => {
                     let Some(unit) = self.fill::<UNIT_LEN>(bytes) else { return Ok(None) };
                     self.state = State::Units { left: left - 1 };
                     return Ok(Some(Item::Unit(Unit::decode(&unit))));
+                }
+                State::Preamble { units } => {
+                    let Some(preamble) = self.fill::<PREAMBLE_LEN>(bytes) else { return Ok(None) };
+                    self.state = State::Wide { left: units };
+                    return Ok(Some(Item::Preamble(Preamble::decode(&preamble))));
+                }
+                State::Wide { left } => {
+                    let Some(unit) = self.fill::<WIDE_UNIT_LEN>(bytes) else { return Ok(None) };
+                    self.state = State::Wide { left: left - 1 };
+                    return Ok(Some(Item::Wide(WideUnit(unit))));
                 }
                 State::Skip { left } => {
                     let taken = bytes.len().min(left as usize);
@@ -96,10 +128,24 @@ impl Decoder {
 
     /// Drops what is left of the current message's payload: after its header, only [`Item::End`] follows.
     pub fn skip_payload(&mut self) {
-        if let State::Units { left } = self.state {
-            // Lengths that are made of units are multiples of 32, so this cannot exceed a u32.
-            self.state = State::Skip { left: left * UNIT_LEN as u32 - self.filled as u32 };
-            self.filled = 0;
+        // What is left of a length cannot exceed a u32, as the length itself cannot.
+        let left = match self.state {
+            State::Units { left } => left * UNIT_LEN as u32,
+            State::Preamble { units } => PREAMBLE_LEN as u32 + units * WIDE_UNIT_LEN as u32,
+            State::Wide { left } => left * WIDE_UNIT_LEN as u32,
+            _ => return,
+        };
+        self.state = State::Skip { left: left - self.filled as u32 };
+        self.filled = 0;
+    }
+
+    /// Reads the payload as wide units, right after its header, instead of skipping it: [`Item::Preamble`] follows, and then
+    /// the units. Nothing happens if it cannot be made of them.
+    pub fn read_wide(&mut self, header: &Header) {
+        if let Some(units) = header.wide_units()
+            && self.state == State::behind(header)
+        {
+            self.state = State::Preamble { units };
         }
     }
 
@@ -130,7 +176,11 @@ impl Decoder {
     /// Whether the end of a message is next, without a further byte.
     #[must_use]
     pub fn at_end(&self) -> bool {
-        matches!(self.state, State::End | State::Units { left: 0 } | State::Skip { left: 0 } | State::Hold { left: 0 })
+        match self.state {
+            State::End => true,
+            State::Units { left } | State::Wide { left } | State::Skip { left } | State::Hold { left } => left == 0,
+            State::Header | State::Preamble { .. } | State::Lost(_) => false,
+        }
     }
 
     fn header(&mut self, bytes: &mut &[u8]) -> Result<Option<Item>, FramingLost> {
@@ -146,10 +196,7 @@ impl Decoder {
         }
         let Some(header) = header else { return Ok(None) };
         let header = Header::decode(&header)?;
-        self.state = match header.units() {
-            Some(left) if header.version == super::VERSION => State::Units { left },
-            _ => State::Skip { left: header.payload_len },
-        };
+        self.state = State::behind(&header);
         Ok(Some(Item::Header(header)))
     }
 

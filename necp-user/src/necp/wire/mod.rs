@@ -1,10 +1,12 @@
 //! The bytes: header, flags, opcodes, units (§5.2, §5.3), and the streaming decoder.
 
 mod decoder;
+mod wide;
 
 use std::fmt;
 
 pub use decoder::{Decoder, FramingLost, Item};
+pub use wide::{PREAMBLE_LEN, Preamble, WIDE_UNIT_LEN, WideUnit};
 
 /// TCP port that the NE listens on (§5.1).
 pub const PORT: u16 = 3262;
@@ -189,6 +191,14 @@ impl Header {
         Self { flags, version: VERSION, opcode, request_id, seq_num: 0, payload_len }
     }
 
+    /// As [`Self::new`], for wide units, which the peer must have said that it speaks; without any, it is the same.
+    #[must_use]
+    pub fn wide(opcode: Opcode, flags: Flags, request_id: u16, units: usize) -> Self {
+        let bytes = if units == 0 { 0 } else { PREAMBLE_LEN + units * WIDE_UNIT_LEN };
+        let payload_len = u32::try_from(bytes).expect("no message that we build comes near 4 GiB");
+        Self { flags, version: VERSION, opcode, request_id, seq_num: 0, payload_len }
+    }
+
     /// The 20 bytes on the wire.
     #[must_use]
     pub fn encode(&self) -> [u8; HEADER_LEN] {
@@ -231,6 +241,17 @@ impl Header {
         let basic = self.flags.has(Flags::BASIC_PAYLOAD) && !self.flags.has(Flags::AUTH_CREDENTIAL_PROVIDED);
         let whole = self.payload_len.is_multiple_of(UNIT_LEN as u32);
         (basic && whole).then_some(self.payload_len / UNIT_LEN as u32)
+    }
+
+    /// How many wide units the payload holds on an unauthenticated connection, 1 at least, if it is a variable-length one
+    /// (§5.2.3.2) and [`Preamble::SPOKEN`] is what it begins with; `None` if it cannot be made of them.
+    #[must_use]
+    pub fn wide_units(&self) -> Option<u32> {
+        if self.flags.has(Flags::BASIC_PAYLOAD) || self.flags.has(Flags::AUTH_CREDENTIAL_PROVIDED) {
+            return None;
+        }
+        let units = self.payload_len.checked_sub(PREAMBLE_LEN as u32)?;
+        (units > 0 && units.is_multiple_of(WIDE_UNIT_LEN as u32)).then_some(units / WIDE_UNIT_LEN as u32)
     }
 }
 

@@ -20,8 +20,8 @@ fn bed() -> Bed {
     Bed::with(configuration)
 }
 
-fn address(number: u32) -> Ipv4Addr {
-    Ipv4Addr::from(0x0a00_0100 + number)
+fn address(number: u32) -> IpAddr {
+    std::net::Ipv4Addr::from(0x0a00_0100 + number).into()
 }
 
 fn start_all(bed: &mut Bed, number: u32) {

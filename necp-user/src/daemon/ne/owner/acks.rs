@@ -1,7 +1,7 @@
 //! Answers that wait for the maps: an ACK follows the write, never precedes it (draft §3).
 
 use std::collections::BTreeSet;
-use std::net::Ipv4Addr;
+use std::net::IpAddr;
 use std::time::Instant;
 
 use tokio::sync::oneshot;
@@ -11,7 +11,7 @@ use crate::control::plan::Applied;
 
 /// One answer.
 pub(super) struct Ack {
-    server: Ipv4Addr,
+    server: IpAddr,
     done: oneshot::Sender<Vec<usize>>,
     failed: BTreeSet<usize>,
     /// Not in the maps yet: (the operation's index, its change). INIT's index has no meaning.
@@ -24,7 +24,7 @@ pub(super) struct Ack {
 
 impl Ack {
     /// For INIT, which cannot fail: it waits until all is written.
-    pub(super) fn init(server: Ipv4Addr, change: Change, done: oneshot::Sender<Vec<usize>>) -> Self {
+    pub(super) fn init(server: IpAddr, change: Change, done: oneshot::Sender<Vec<usize>>) -> Self {
         let now = Instant::now();
         Self {
             server,
@@ -38,7 +38,7 @@ impl Ack {
     }
 
     /// For START and STOP units, added one by one.
-    pub(super) fn operations(server: Ipv4Addr, until: Instant, done: oneshot::Sender<Vec<usize>>) -> Self {
+    pub(super) fn operations(server: IpAddr, until: Instant, done: oneshot::Sender<Vec<usize>>) -> Self {
         Self { server, done, failed: BTreeSet::new(), waits: Vec::new(), is_init: false, next_hop_until: None, until }
     }
 
@@ -91,7 +91,7 @@ impl Acks {
     }
 
     /// Gives the answers that need not wait any more; `located` says whether a server's next hop is known.
-    pub(super) fn release(&mut self, now: Instant, located: impl Fn(Ipv4Addr) -> bool) {
+    pub(super) fn release(&mut self, now: Instant, located: impl Fn(IpAddr) -> bool) {
         let is_ready = |ack: &mut Ack| {
             ack.waits.is_empty() && (ack.next_hop_until.is_none_or(|until| now >= until) || located(ack.server))
         };
@@ -113,7 +113,7 @@ mod tests {
 
     use super::*;
 
-    const SERVER: Ipv4Addr = Ipv4Addr::new(10, 0, 0, 11);
+    const SERVER: IpAddr = IpAddr::V4(std::net::Ipv4Addr::new(10, 0, 0, 11));
 
     fn written(through: u64, failed: &[u64]) -> Applied {
         let mut applied = Applied::default();

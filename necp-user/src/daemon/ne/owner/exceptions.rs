@@ -2,7 +2,7 @@
 
 use std::collections::VecDeque;
 use std::fmt;
-use std::net::Ipv4Addr;
+use std::net::IpAddr;
 use std::time::Instant;
 
 use tokio::sync::oneshot;
@@ -98,7 +98,7 @@ impl Owner {
     /// A unit of EXCEPTION_ADD or EXCEPTION_DEL.
     pub(super) fn except(
         &mut self,
-        server: Ipv4Addr,
+        server: IpAddr,
         index: usize,
         operation: &Operation,
         now: Instant,
@@ -118,15 +118,22 @@ impl Owner {
                     tally.first_refusal.get_or_insert(error);
                 }
             },
-            Operation::Unexcept(flows) => {
-                ack.wait(index, self.cluster.except_del(server, flows, now));
-                tally.deleted += 1;
-            }
+            Operation::Unexcept(flows) => match self.cluster.except_del(server, flows, now) {
+                Ok(change) => {
+                    ack.wait(index, change);
+                    tally.deleted += 1;
+                }
+                Err(error) => {
+                    ack.fail(index);
+                    tally.refused += 1;
+                    tally.first_refusal.get_or_insert(error);
+                }
+            },
             Operation::Start(_) | Operation::Stop(_) => {}
         }
     }
 
-    pub(super) fn reset_exceptions(&mut self, server: Ipv4Addr, done: oneshot::Sender<Vec<usize>>) {
+    pub(super) fn reset_exceptions(&mut self, server: IpAddr, done: oneshot::Sender<Vec<usize>>) {
         let now = Instant::now();
         let mut ack = Ack::operations(server, now, done);
         ack.wait(0, self.cluster.except_reset(server, now));
@@ -139,12 +146,12 @@ impl Owner {
 
     pub(super) fn tell_all_exceptions(&mut self) {
         let talked = self.sessions.iter().filter(|(_, session)| !session.tally.is_empty());
-        let servers: Vec<Ipv4Addr> = talked.map(|(server, _)| *server).collect();
+        let servers: Vec<IpAddr> = talked.map(|(server, _)| *server).collect();
         servers.into_iter().for_each(|server| self.tell_exceptions(server));
     }
 
     /// Logs what became of this server's exceptions since that was logged.
-    pub(super) fn tell_exceptions(&mut self, server: Ipv4Addr) {
+    pub(super) fn tell_exceptions(&mut self, server: IpAddr) {
         let Some(session) = self.sessions.get_mut(&server) else { return };
         let tally = std::mem::take(&mut session.tally);
         if tally.is_empty() || !self.limits.voices().may_speak(server) {

@@ -156,6 +156,7 @@ impl Owner {
         let records = &self.collector.last().by_server;
         let service = |service: &ServiceStatus| Service {
             service: service.key.to_string(),
+            family: service.family.name().into(),
             slots: service.slots,
             servers: service.servers.iter().map(|one| self.sampler.server(one, service.slots, records)).collect(),
         };

@@ -1,6 +1,6 @@
 //! `necp except`: flows that this server does not want.
 
-use std::net::Ipv4Addr;
+use std::net::IpAddr;
 use std::process::ExitCode;
 
 use super::{Common, fail, fetch, judge, print, render, tell};
@@ -17,9 +17,13 @@ Examples:
   necp except add --src 203.0.113.0/24                         no clients of that network here
   necp except add --dst 198.51.100.7 --port tcp/80 --ttl 300 --scope global
                                                                that origin is reached directly for 5 minutes
+  necp except add --src 2001:db8:7::/48 --dst 2001:db8::7      of an agent that has joined over IPv6
   necp except list --scope global
   necp except del --dst 198.51.100.7 --port tcp/80
   necp except reset
+
+An agent that has joined over IPv6 is asked about IPv6 flows, one that has joined over IPv4 about IPv4 flows: a server with
+both has two agents (see --socket). A network element that knows nothing of IPv6 refuses them.
 
 Exceptions are the agent's: they are installed again when a network element comes back, and are gone when the agent ends
 or is restarted.
@@ -46,7 +50,7 @@ enum Command {
 #[derive(Debug, Clone, clap::Args)]
 #[group(required = true, multiple = true)]
 struct Selector {
-    /// Source addresses: 203.0.113.0/24, 198.51.100.7 or any [default: any]
+    /// Source addresses: 203.0.113.0/24, 198.51.100.7, 2001:db8::/32 or any [default: any]
     #[arg(long, value_name = "PREFIX")]
     src: Option<Prefix>,
     /// Destination addresses, likewise [default: any]
@@ -116,7 +120,7 @@ struct List {
     scope: Option<ScopeName>,
     /// Only of the server with this address
     #[arg(long, value_name = "ADDR")]
-    installer: Option<Ipv4Addr>,
+    installer: Option<IpAddr>,
     #[command(flatten)]
     common: Common,
 }

@@ -104,11 +104,22 @@ fn what_makes_no_sense_together_is_refused() {
         ("--ne 10.0.0.1 --source ::1", "one is IPv4, the other IPv6"),
         ("--ne 10.0.0.1 --vip 127.0.0.2", "127.0.0.2 cannot be a virtual address"),
         ("--ne 10.0.0.1 --vip 255.255.255.255", "cannot be a virtual address"),
+        ("--ne [2001:db8::1] --vip fe80::1", "fe80::1 cannot be a virtual address"),
+        ("--ne [2001:db8::1] --vip ::1", "::1 cannot be a virtual address"),
+        ("--ne [2001:db8::1] --vip ff02::1", "ff02::1 cannot be a virtual address"),
+        ("--ne [2001:db8::1] --source 10.0.0.11", "one is IPv4, the other IPv6"),
+        ("--ne [fe80::1]", "fe80::1 is link-local"),
+        ("--ne [2001:db8::1] --source fe80::2", "fe80::2 is link-local"),
     ] {
         let found = Settings::load(args(line)).expect_err(line).to_string();
         assert!(found.contains(error), "{line}: {found}");
     }
     Settings::load(args("--ne 10.0.0.1")).expect("a session that serves nothing is legal");
+    let six = "--ne [2001:db8::1]:99 --ne ne.example --source 2001:db8::11 --vip 2001:db8:1::10 --decap-from 2001:db8::2";
+    let six = Settings::load(args(six)).expect("IPv6 throughout");
+    assert_eq!((six.nes[0].to_string().as_str(), six.vips.len(), six.decap_from.len()), ("[2001:db8::1]:99", 1, 1));
+    let mapped = Settings::load(args("--ne [::ffff:10.0.0.1] --source ::ffff:10.0.0.11")).expect("it is IPv4");
+    assert_eq!(mapped.source, Some([10, 0, 0, 11].into()));
 }
 
 #[test]

@@ -6,15 +6,18 @@
 use std::collections::VecDeque;
 
 use super::NeEvent;
-use crate::necp::message::Listed;
+use crate::necp::message::{Family, Listed};
 use crate::necp::session::link::Link;
+use crate::necp::session::units::{AnyUnit, Form};
 use crate::necp::session::{MAX_BATCH, Token};
-use crate::necp::wire::{Header, Opcode, Unit};
+use crate::necp::wire::{Header, Opcode};
 
 /// Queries that are not answered, before no more input is looked at.
 const MAX_OPEN: usize = 16;
-/// The most units that a header can announce, with room for a credential.
-const MAX_UNITS: u32 = u32::MAX / 32 - 1;
+/// The most units that a header can announce, with room for a preamble and a credential.
+const fn max_units(form: Form) -> u32 {
+    u32::MAX / form.unit_len() as u32 - 1
+}
 
 /// The queries that are not answered to the end, in the order of their arrival, which is that of their answers.
 #[derive(Debug, Default)]
@@ -26,6 +29,7 @@ pub(super) struct Listings {
 struct Open {
     token: Token,
     request_id: u16,
+    form: Form,
     state: State,
 }
 
@@ -56,24 +60,24 @@ impl Listings {
     }
 
     /// A query that came.
-    pub(super) fn add(&mut self, token: Token, request_id: u16) {
-        self.open.push_back(Open { token, request_id, state: State::Counting });
+    pub(super) fn add(&mut self, token: Token, request_id: u16, form: Form) {
+        self.open.push_back(Open { token, request_id, form, state: State::Counting });
     }
 
     /// Says whether it was awaited.
     pub(super) fn list(&mut self, token: Token, count: u32, link: &mut Link, events: &mut VecDeque<NeEvent>) -> bool {
         let counting = |open: &&mut Open| open.token == token && matches!(open.state, State::Counting);
         let Some(open) = self.open.iter_mut().find(counting) else { return false };
-        open.state = State::Counted(count.min(MAX_UNITS));
+        open.state = State::Counted(count.min(max_units(open.form)));
         self.pump(link, events);
         true
     }
 
     pub(super) fn more(&mut self, token: Token, entries: &[Listed], link: &mut Link, events: &mut VecDeque<NeEvent>) {
         let open = self.open.front_mut().filter(|open| open.token == token);
-        let Some(Open { state: State::Listing { left, asked: asked @ true }, .. }) = open else { return };
-        for entry in entries.iter().take(*left as usize) {
-            link.stream_unit(&entry.unit());
+        let Some(Open { form, state: State::Listing { left, asked: asked @ true }, .. }) = open else { return };
+        for unit in entries.iter().filter_map(|entry| unit(*form, entry)).take(*left as usize) {
+            link.stream_unit(&unit);
             *left -= 1;
         }
         *asked = false;
@@ -83,15 +87,15 @@ impl Listings {
     /// Goes on with the answers as far as the peer has read: to be called whenever output was taken.
     pub(super) fn pump(&mut self, link: &mut Link, events: &mut VecDeque<NeEvent>) {
         while link.closed().is_none()
-            && let Some(Open { token, request_id, state }) = self.open.front_mut()
+            && let Some(Open { token, request_id, form, state }) = self.open.front_mut()
         {
-            let room = link.stream_room();
+            let room = link.stream_room() / form.unit_len();
             match state {
                 State::Counting => return,
                 // There is room for the header, and a unit to be asked for.
                 State::Counted(_) if room < 2 => return,
                 State::Counted(count) => {
-                    link.begin_stream(Opcode::EXCEPTION_RESP, *request_id, *count as usize);
+                    link.begin_stream(Opcode::EXCEPTION_RESP, *request_id, *form, *count as usize);
                     *state = State::Listing { left: *count, asked: false };
                 }
                 State::Listing { left: 0, .. } => {
@@ -115,5 +119,14 @@ impl Listings {
 #[derive(Debug)]
 pub(super) struct Query {
     pub(super) header: Header,
-    pub(super) unit: Option<Unit>,
+    pub(super) form: Form,
+    pub(super) unit: Option<AnyUnit>,
+}
+
+/// An entry in this form; `None` if it has no room for it.
+fn unit(form: Form, entry: &Listed) -> Option<AnyUnit> {
+    match form {
+        Form::Basic => (entry.flows.family() == Family::V4).then(|| AnyUnit::Basic(entry.unit())),
+        Form::Wide => Some(AnyUnit::Wide(entry.wide_unit())),
+    }
 }

@@ -31,12 +31,13 @@ use super::health::{Queries, Reply};
 use super::keepalive::Tick;
 use super::link::{Incoming, Link};
 use super::secure::{Rejected, Secure};
+use super::units::{AnyUnit, Form, Units};
 use super::{Counters, MAX_MISSED, SessionConfig, Token};
 use crate::necp::auth::{Access, Rejection};
 use crate::necp::error::CloseReason;
 use crate::necp::message::{Filter, HEALTH_MAX, Init, InitAck, Listed};
 use crate::necp::service::ServiceKey;
-use crate::necp::wire::{Flags, Header, Opcode, Unit, VERSION};
+use crate::necp::wire::{Flags, Header, Opcode, Preamble, Unit, VERSION};
 
 /// Events that may wait for the caller before no more input is looked at.
 const MAX_EVENTS: usize = 256;
@@ -66,6 +67,8 @@ enum Body {
     /// There are none, or they are of no interest.
     Skip,
     Init(Header, Option<Init>),
+    /// A request in the extension, whose preamble comes next.
+    Wide(Header),
     /// START, STOP, EXCEPTION_ADD or EXCEPTION_DEL; the units are with [`Requests`].
     Operations,
     Query(Query),
@@ -82,6 +85,8 @@ pub struct NeSession {
     requests: Requests,
     /// Whether the peer must authenticate.
     required: bool,
+    /// Whether the peer has asked for the extension, and was told that it is spoken.
+    extended: bool,
     /// The number that an INIT in place demanded, until a fresh message shows that it was none of a recording.
     restart: Option<u64>,
     listings: Listings,
@@ -106,6 +111,7 @@ impl NeSession {
         };
         Self {
             required,
+            extended: false,
             restart: None,
             state: State::AwaitInit { deadline: now + config.init_deadline },
             requests: Requests::new(config.max_services, config.max_failed_units),
@@ -261,7 +267,8 @@ impl NeSession {
                 Incoming::Header(header) => self.on_header(header),
                 Incoming::Verified { header, restarted } => self.on_verified(header, restarted),
                 Incoming::Rejected(rejected) => self.on_rejected(&rejected),
-                Incoming::Unit(unit) => self.on_unit(unit),
+                Incoming::Preamble(preamble) => self.on_preamble(&preamble),
+                Incoming::Unit(unit) => self.on_unit(&unit),
                 Incoming::End => self.on_end(),
             }
         }
@@ -343,10 +350,14 @@ impl NeSession {
                 Some(_) => self.body = Body::Queries(Queries { request_id: header.request_id, units: Vec::new() }),
             },
             Opcode::KEEPALIVE_ACK => self.on_keepalive_ack(&header),
+            Opcode::EXCEPTION_ADD | Opcode::EXCEPTION_DEL | Opcode::EXCEPTION_QUERY if self.is_wide(&header) => {
+                self.link.read_wide(&header);
+                self.body = Body::Wide(header);
+            }
             Opcode::START | Opcode::STOP | Opcode::EXCEPTION_ADD | Opcode::EXCEPTION_DEL => match units {
                 None | Some(0) => self.malformed(&header),
                 Some(_) => {
-                    self.requests.begin(&header);
+                    self.requests.begin(&header, Form::Basic);
                     self.body = Body::Operations;
                 }
             },
@@ -360,10 +371,27 @@ impl NeSession {
                 }
             },
             Opcode::EXCEPTION_QUERY => match units {
-                Some(1) => self.body = Body::Query(Query { header, unit: None }),
+                Some(1) => self.body = Body::Query(Query { header, form: Form::Basic, unit: None }),
                 _ => self.malformed(&header),
             },
             other => self.link.skip_foreign(other),
+        }
+    }
+
+    /// Whether a request is in the extension, and the peer may use it.
+    fn is_wide(&self, header: &Header) -> bool {
+        self.extended && header.wide_units().is_some_and(|units| header.opcode != Opcode::EXCEPTION_QUERY || units == 1)
+    }
+
+    fn on_preamble(&mut self, preamble: &Preamble) {
+        let Body::Wide(header) = std::mem::replace(&mut self.body, Body::Skip) else { return };
+        if *preamble != Preamble::SPOKEN {
+            self.malformed(&header);
+        } else if header.opcode == Opcode::EXCEPTION_QUERY {
+            self.body = Body::Query(Query { header, form: Form::Wide, unit: None });
+        } else {
+            self.requests.begin(&header, Form::Wide);
+            self.body = Body::Operations;
         }
     }
 
@@ -386,31 +414,32 @@ impl NeSession {
         self.link.refuse(header, Flags::NONE, &[]);
     }
 
-    fn on_unit(&mut self, unit: Unit) {
-        match &mut self.body {
-            Body::Skip => {}
-            Body::Init(header, init) => match Init::parse(&unit) {
+    fn on_unit(&mut self, unit: &AnyUnit) {
+        match (&mut self.body, unit) {
+            (Body::Init(header, init), AnyUnit::Basic(unit)) => match Init::parse(unit) {
                 Ok(parsed) => *init = Some(parsed),
                 Err(_) => {
                     self.link.counters.failed_units += 1;
-                    self.link.refuse(header, Flags::NONE, &[unit]);
+                    self.link.refuse(header, Flags::NONE, &[*unit]);
                 }
             },
-            Body::Operations => {
+            (Body::Operations, unit) => {
                 let full = self.requests.unit(unit, &mut self.link);
                 if full {
                     self.flush();
                 }
             }
-            Body::Query(query) => query.unit = Some(unit),
-            Body::Queries(queries) => queries.units.push(unit),
-            Body::Reply(reply) => reply.unit(&unit, &mut self.link),
+            (Body::Query(query), unit) => query.unit = Some(*unit),
+            (Body::Queries(queries), AnyUnit::Basic(unit)) => queries.units.push(*unit),
+            (Body::Reply(reply), unit) => reply.unit(unit, &mut self.link),
+            // Wide units come of requests only.
+            (Body::Skip | Body::Wide(_) | Body::Init(..) | Body::Queries(_), _) => {}
         }
     }
 
     fn on_end(&mut self) {
         match std::mem::replace(&mut self.body, Body::Skip) {
-            Body::Skip | Body::Init(_, None) => {}
+            Body::Skip | Body::Wide(_) | Body::Init(_, None) => {}
             Body::Init(header, Some(init)) => self.on_init_end(&header, init),
             Body::Operations => {
                 self.flush();
@@ -419,24 +448,30 @@ impl NeSession {
             Body::Query(query) => self.on_query(&query),
             Body::Queries(queries) => {
                 let health = self.health;
-                queries.answer(&mut self.link, |_| Some(health));
+                self.extended |= queries.answer(&mut self.link, true, |_| Some(health));
             }
             Body::Reply(reply) => self.on_reply(reply),
         }
     }
 
     fn on_query(&mut self, query: &Query) {
-        let Query { header, unit: Some(unit) } = query else { return };
-        match Filter::parse(unit) {
+        let Query { header, form, unit: Some(unit) } = query else { return };
+        let filter = match unit {
+            AnyUnit::Basic(unit) => Filter::parse(unit),
+            AnyUnit::Wide(unit) => Filter::parse_wide(unit),
+        };
+        match filter {
             Ok(filter) => {
                 let token = self.requests.next_token();
-                self.listings.add(token, header.request_id);
+                self.listings.add(token, header.request_id, *form);
                 // Operations that came before it come before it here too.
                 self.events.push_back(NeEvent::Query { token, filter });
             }
             Err(_) => {
+                let mut failed = Units::new(*form);
+                failed.push(unit);
                 self.link.counters.failed_units += 1;
-                self.link.refuse(header, Flags::NONE, &[*unit]);
+                self.link.refuse_units(header, Flags::NONE, &failed);
             }
         }
     }

@@ -61,6 +61,7 @@ impl NeSession {
     pub(super) fn begin(&mut self, unanswered: Option<u16>) {
         self.requests.clear();
         self.listings.clear();
+        self.extended = false;
         if unanswered.is_some() {
             self.link.keepalive.stop();
         }
@@ -91,7 +92,7 @@ impl NeSession {
         };
         let units = [InitAck { first_seq_num }.unit()];
         match stamp {
-            Some(stamp) => self.link.send_as(stamp, Opcode::INIT_ACK, Flags::NONE, request_id, &units),
+            Some(stamp) => self.link.send_as(stamp, Opcode::INIT_ACK, Flags::NONE, request_id, &units[..].into()),
             None => self.link.send(Opcode::INIT_ACK, Flags::NONE, request_id, &units),
         }
         self.state = match self.state {

@@ -9,8 +9,9 @@ use crate::necp::error::CloseReason;
 use crate::necp::message::Operation;
 use crate::necp::service::ServiceKey;
 use crate::necp::session::link::Link;
+use crate::necp::session::units::{AnyUnit, Form, Units};
 use crate::necp::session::{MAX_BATCH, Token};
-use crate::necp::wire::{Flags, Header, Opcode, Unit};
+use crate::necp::wire::{Flags, Header, Opcode, UNIT_LEN};
 
 /// Units that may wait for the caller, or to be repeated by complete messages, before no more input is looked at.
 const MAX_HELD: usize = 4 * MAX_BATCH;
@@ -26,7 +27,7 @@ struct Request {
     request_id: u16,
     complete: bool,
     open_batches: usize,
-    failed: Vec<Unit>,
+    failed: Units,
 }
 
 /// Units of one message that are handed over together.
@@ -34,7 +35,7 @@ struct Request {
 struct Batch {
     /// Number of the message.
     request: u64,
-    units: Vec<Unit>,
+    units: Units,
     /// Indices of those units that failed here already.
     bad: Vec<usize>,
     operations: Vec<Operation>,
@@ -91,18 +92,20 @@ impl Requests {
             || self.requests.len() >= MAX_WAITING
     }
 
-    pub(super) fn begin(&mut self, header: &Header) {
+    pub(super) fn begin(&mut self, header: &Header, form: Form) {
         self.last_number += 1;
         self.current = self.last_number;
         let Header { opcode, request_id, .. } = *header;
-        let request = Request { opcode, request_id, complete: false, open_batches: 0, failed: Vec::new() };
-        self.requests.insert(self.current, request);
+        let failed = Units::new(form);
+        self.building.units = Units::new(form);
+        self.requests.insert(self.current, Request { opcode, request_id, complete: false, open_batches: 0, failed });
     }
 
     /// A unit of the message that is coming in; says whether a batch is full.
-    pub(super) fn unit(&mut self, unit: Unit, link: &mut Link) -> bool {
+    pub(super) fn unit(&mut self, unit: &AnyUnit, link: &mut Link) -> bool {
         let Some(request) = self.requests.get(&self.current) else { return false };
-        let operation = Operation::parse(request.opcode, &unit);
+        let operation = unit.operation(request.opcode);
+        let form = request.failed.form();
         let batch = &mut self.building;
         batch.request = self.current;
         match operation {
@@ -112,7 +115,11 @@ impl Requests {
                 batch.units.push(unit);
             }
             // With no operation before it in this batch, it needs no batch to keep the units in order.
-            _ if batch.operations.is_empty() => self.fail(self.current, &[unit], link),
+            _ if batch.operations.is_empty() => {
+                let mut failed = Units::new(form);
+                failed.push(unit);
+                self.fail(self.current, &failed, link);
+            }
             _ => {
                 batch.bad.push(batch.units.len());
                 batch.units.push(unit);
@@ -134,6 +141,7 @@ impl Requests {
             return None;
         }
         let mut batch = mem::take(&mut self.building);
+        self.building.units = Units::new(batch.units.form());
         let operations = mem::take(&mut batch.operations);
         let token = self.next_token();
         self.held += batch.units.len();
@@ -174,8 +182,7 @@ impl Requests {
         for (operation, origin) in batch.operations.iter().zip(batch.origin) {
             self.services.settle(operation, !unit_failed[origin]);
         }
-        let units = batch.units.iter().zip(unit_failed);
-        let failed: Vec<Unit> = units.filter(|(_, failed)| *failed).map(|(unit, _)| *unit).collect();
+        let failed = batch.units.filtered(&unit_failed);
         if let Some(request) = self.requests.get_mut(&batch.request) {
             request.open_batches -= 1;
         }
@@ -184,18 +191,20 @@ impl Requests {
     }
 
     /// Notes failed units; with more than may be repeated, the answer goes out as it is and the session ends.
-    fn fail(&mut self, number: u64, units: &[Unit], link: &mut Link) {
+    fn fail(&mut self, number: u64, units: &Units, link: &mut Link) {
         let Some(request) = self.requests.get_mut(&number) else { return };
         link.counters.failed_units += units.len() as u64;
-        let room = self.max_failed - request.failed.len();
+        // As many bytes of either form.
+        let max = self.max_failed * UNIT_LEN / request.failed.form().unit_len();
+        let room = max.saturating_sub(request.failed.len());
         let kept = units.len().min(room);
-        request.failed.extend_from_slice(&units[..kept]);
+        request.failed.extend(units, kept);
         if request.complete {
             self.held += kept;
         }
         if units.len() > room {
             request.answer(link);
-            link.close(CloseReason::TooManyUnits(self.max_failed));
+            link.close(CloseReason::TooManyUnits(max));
         }
     }
 
@@ -209,10 +218,13 @@ impl Requests {
     }
 
     pub(super) fn held_bytes(&self) -> usize {
-        let failed: usize = self.requests.values().map(|request| request.failed.capacity()).sum();
-        let units: usize = self.batches.values().chain([&self.building]).map(|batch| batch.units.capacity()).sum();
-        // A unit in a batch comes with its operation and an index.
-        failed * size_of::<Unit>() + units * (size_of::<Unit>() + size_of::<Operation>() + size_of::<usize>())
+        let failed: usize = self.requests.values().map(|request| request.failed.held_bytes()).sum();
+        let batch = |batch: &Batch| {
+            batch.units.held_bytes()
+                + batch.operations.capacity() * size_of::<Operation>()
+                + (batch.origin.capacity() + batch.bad.capacity()) * size_of::<usize>()
+        };
+        failed + self.batches.values().chain([&self.building]).map(batch).sum::<usize>()
     }
 }
 
@@ -221,7 +233,7 @@ impl Request {
     fn answer(&self, link: &mut Link) {
         let flags = if self.failed.is_empty() { Flags::NONE } else { Flags::ERROR };
         let opcode = self.opcode.answer().expect("what is made of operations has an answer");
-        link.send(opcode, flags, self.request_id, &self.failed);
+        link.send_units(opcode, flags, self.request_id, &self.failed);
     }
 }
 

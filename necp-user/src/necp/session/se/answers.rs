@@ -3,11 +3,13 @@
 use std::collections::BTreeSet;
 
 use super::requests::{self, Answer, Request};
+use super::extension::Extension;
 use super::{Body, RequestId, SeEvent, SeSession};
 use crate::necp::error::CloseReason;
 use crate::necp::service::ServiceKey;
 use crate::necp::session::Notice;
 use crate::necp::session::secure::Rejected;
+use crate::necp::session::units::Form;
 use crate::necp::wire::{Flags, Header, Opcode};
 
 impl SeSession {
@@ -51,6 +53,10 @@ impl SeSession {
         }
         match header.units() {
             Some(1..) if failed => self.body = Body::Answer(answer),
+            None if failed && answer.request.units.form() == Form::Wide && header.wide_units().is_some() => {
+                self.link.read_wide(header);
+                self.body = Body::Answer(answer);
+            }
             units => {
                 // Success repeats nothing; a failure that names no unit is one of all units.
                 self.link.skip_payload();
@@ -94,6 +100,7 @@ impl SeSession {
     /// A request that failed as a whole, without an answer of its own.
     pub(super) fn refused(&mut self, request: Request) {
         match request.opcode {
+            Opcode::KEEPALIVE => self.extension = Extension::Missing,
             Opcode::EXCEPTION_RESET => self.events.push_back(SeEvent::Reset { id: request.id, done: false }),
             Opcode::EXCEPTION_QUERY => self.events.push_back(SeEvent::ListFailed { id: request.id }),
             _ => self.acked(Answer::new(request), true),

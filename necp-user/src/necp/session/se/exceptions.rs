@@ -4,9 +4,10 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use super::requests::{self, Answer, Request};
 use super::{Body, RequestId, SeEvent, SeSession};
-use crate::necp::message::{Exception, Filter, Flows, Listed};
+use crate::necp::message::{Exception, Family, Filter, Flows, Listed};
 use crate::necp::session::MAX_BATCH;
-use crate::necp::wire::{Flags, Header, Opcode, Unit};
+use crate::necp::session::units::{AnyUnit, Form, Units};
+use crate::necp::wire::{Flags, Header, Opcode};
 
 /// Units in one message: an NE stages, or repeats, no more than so many.
 const MAX_UNITS: usize = 4 * MAX_BATCH;
@@ -56,51 +57,72 @@ impl Exceptions {
 }
 
 impl SeSession {
-    /// Adds exceptions, or overwrites them (§5.7.1): flows that shall not come here. [`SeEvent::Excepted`] follows. Many are
-    /// sent as several messages.
+    /// Adds exceptions, or overwrites them (§5.7.1): flows that shall not come here. [`SeEvent::Excepted`] follows; those of
+    /// flows that are not [normal](Flows::normal) have failed. Many are sent as several messages.
     pub fn except_add(&mut self, exceptions: &[Exception]) -> RequestId {
-        self.except(Opcode::EXCEPTION_ADD, exceptions.chunks(MAX_UNITS), Exception::unit)
+        let flows = exceptions.iter().map(|exception| exception.flows);
+        let unit = |at: usize, flows: Flows, form| {
+            let exception = Exception { flows, ..exceptions[at] };
+            match form {
+                Form::Basic => AnyUnit::Basic(exception.unit()),
+                Form::Wide => AnyUnit::Wide(exception.wide_unit()),
+            }
+        };
+        self.except(Opcode::EXCEPTION_ADD, flows, unit)
     }
 
     /// Deletes exceptions of our own; those that do not exist count as deleted (§5.7.3). [`SeEvent::Excepted`] follows.
     pub fn except_del(&mut self, flows: &[Flows]) -> RequestId {
-        self.except(Opcode::EXCEPTION_DEL, flows.chunks(MAX_UNITS), Exception::del_unit)
+        let unit = |_, flows: Flows, form| match form {
+            Form::Basic => AnyUnit::Basic(Exception::del_unit(&flows)),
+            Form::Wide => AnyUnit::Wide(Exception::wide_del_unit(&flows)),
+        };
+        self.except(Opcode::EXCEPTION_DEL, flows.iter().copied(), unit)
     }
 
     /// Deletes all exceptions of our own (§5.7.5). [`SeEvent::Reset`] follows.
     pub fn except_reset(&mut self) -> RequestId {
         let id = self.next_id();
-        self.enqueue(id, Opcode::EXCEPTION_RESET, Vec::new());
+        self.enqueue(Request::new(id, Opcode::EXCEPTION_RESET, Units::default()));
         id
     }
 
     /// Asks for the NE's exceptions of all SEs that match (§5.7.7). [`SeEvent::Listed`] follows, once or more, or
-    /// [`SeEvent::ListFailed`].
+    /// [`SeEvent::ListFailed`]. An NE that does not speak the extension has none of IPv6 to list.
     pub fn except_query(&mut self, filter: Filter) -> RequestId {
         let id = self.next_id();
-        self.enqueue(id, Opcode::EXCEPTION_QUERY, vec![filter.unit()]);
+        let request = Request::new(id, Opcode::EXCEPTION_QUERY, Units::default());
+        self.enqueue(Request { filter: Some(filter), ..request });
         id
     }
 
-    fn except<'a, T: 'a>(
+    fn except(
         &mut self,
         opcode: Opcode,
-        parts: impl ExactSizeIterator<Item = &'a [T]>,
-        unit: impl Fn(&T) -> Unit,
+        flows: impl ExactSizeIterator<Item = Flows>,
+        unit: impl Fn(usize, Flows, Form) -> AnyUnit,
     ) -> RequestId {
         let id = self.next_id();
         if self.link.closed().is_some() {
             // Nothing follows `Closed`.
             return id;
         }
-        if parts.len() == 0 {
+        let mut messages = Messages::default();
+        let mut failed = BTreeSet::new();
+        for (at, flows) in flows.enumerate() {
+            match flows.normal() {
+                Ok(flows) => messages.add(&unit(at, flows, form(&flows))),
+                Err(_) => _ = failed.insert(flows),
+            }
+        }
+        if messages.done.is_empty() {
             // A request must have units (§5.7.1); this one asks for nothing, and nothing is done.
-            self.events.push_back(SeEvent::Excepted { id, failed: Vec::new() });
+            self.events.push_back(SeEvent::Excepted { id, failed: failed.into_iter().collect() });
             return id;
         }
-        self.exceptions.cut.insert(id, Cut { open: parts.len(), failed: BTreeSet::new() });
-        for part in parts {
-            self.enqueue(id, opcode, part.iter().map(&unit).collect());
+        self.exceptions.cut.insert(id, Cut { open: messages.done.len(), failed });
+        for units in messages.done {
+            self.enqueue(Request::new(id, opcode, units));
         }
         id
     }
@@ -133,20 +155,33 @@ impl SeSession {
             self.link.skip_payload();
             return self.link.unexpected(header.opcode);
         };
-        if header.units().is_none() {
+        let is_wide = request.units.form() == Form::Wide && header.wide_units().is_some();
+        let has_units = is_wide || header.units().is_some();
+        if !has_units {
             self.link.malformed(header.opcode);
         }
-        if header.units().is_none() || header.flags.has(Flags::ERROR) {
+        if !has_units || header.flags.has(Flags::ERROR) {
             self.link.skip_payload();
             return self.events.push_back(SeEvent::ListFailed { id: request.id });
+        }
+        if is_wide {
+            self.link.read_wide(header);
         }
         self.body = Body::Listing(Listing::new(&request));
     }
 
+    pub(super) fn list_failed(&mut self, listing: &Listing) {
+        self.events.push_back(SeEvent::ListFailed { id: listing.id });
+    }
+
     /// A unit of an EXCEPTION_RESP.
-    pub(super) fn on_listed(&mut self, unit: &Unit) {
+    pub(super) fn on_listed(&mut self, unit: &AnyUnit) {
         let Body::Listing(listing) = &mut self.body else { return };
-        match Listed::parse(unit) {
+        let entry = match unit {
+            AnyUnit::Basic(unit) => Listed::parse(unit),
+            AnyUnit::Wide(unit) => Listed::parse_wide(unit),
+        };
+        match entry {
             Ok(entry) if listing.filter.matches(&entry) => listing.piece.push(entry),
             _ => self.link.bad_entry(),
         }
@@ -172,7 +207,29 @@ impl SeSession {
 
 impl Listing {
     fn new(request: &Request) -> Self {
-        let filter = request.units.first().and_then(|unit| Filter::parse(unit).ok()).unwrap_or_default();
-        Self { id: request.id, filter, piece: Vec::new() }
+        Self { id: request.id, filter: request.filter.unwrap_or_default(), piece: Vec::new() }
     }
+}
+
+/// Units on their way into messages: of IPv4 and of IPv6, as few messages as may be.
+#[derive(Debug, Default)]
+struct Messages {
+    done: Vec<Units>,
+}
+
+impl Messages {
+    fn add(&mut self, unit: &AnyUnit) {
+        let form = if matches!(unit, AnyUnit::Wide(_)) { Form::Wide } else { Form::Basic };
+        let open = self.done.iter_mut().rev().find(|units| units.form() == form).filter(|units| units.len() < MAX_UNITS);
+        let open = match open {
+            Some(open) => open,
+            None => self.done.push_mut(Units::new(form)),
+        };
+        open.push(unit);
+    }
+}
+
+/// How normal flows are written.
+fn form(flows: &Flows) -> Form {
+    if flows.family() == Family::V6 { Form::Wide } else { Form::Basic }
 }

@@ -9,6 +9,7 @@
 mod answers;
 mod event;
 mod exceptions;
+mod extension;
 mod opening;
 mod requests;
 
@@ -17,11 +18,13 @@ use std::time::Instant;
 
 pub use self::event::{RequestId, SeEvent};
 use self::exceptions::{Exceptions, Listing};
+use self::extension::{Extension, Way};
 use self::requests::{Answer, Request};
 use super::health::{Queries, Reply};
 use super::keepalive::Tick;
 use super::link::{Incoming, Link};
 use super::secure::Secure;
+use super::units::{AnyUnit, Units};
 use super::{Counters, MAX_MISSED, SessionConfig, Token};
 use crate::necp::auth::Credentials;
 use crate::necp::backoff::Backoff;
@@ -52,6 +55,10 @@ enum Body {
     Listing(Listing),
     Queries(Queries),
     Reply(Reply),
+    /// Of the NE's answer whether it speaks the extension.
+    Extension {
+        spoken: bool,
+    },
 }
 
 /// The server element's side of its TCP connection to one NE.
@@ -66,6 +73,7 @@ pub struct SeSession {
     questions: BTreeMap<Token, Queries>,
     started: BTreeSet<ServiceKey>,
     ask_health: bool,
+    extension: Extension,
     events: VecDeque<SeEvent>,
     last_number: u64,
     told_closed: bool,
@@ -84,6 +92,7 @@ impl SeSession {
     pub fn with_credentials(config: SessionConfig, credentials: Option<Credentials>, now: Instant, seed: u64) -> Self {
         let mut link = Link::new(config, credentials.map(Secure::se), now, seed);
         let request_id = link.fresh_id(|_| false);
+        let extension = if link.config.extension { Extension::Unknown } else { Extension::Off };
         let mut session = Self {
             link,
             state: State::Opening { request_id, attempts: 0, next: now, backoff: Backoff::default() },
@@ -94,6 +103,7 @@ impl SeSession {
             questions: BTreeMap::new(),
             started: BTreeSet::new(),
             ask_health: true,
+            extension,
             events: VecDeque::new(),
             last_number: 0,
             told_closed: false,
@@ -117,7 +127,7 @@ impl SeSession {
         }
         self.link.check_progress();
         if self.reads() && self.answer_deadline().is_some_and(|deadline| self.link.now >= deadline) {
-            self.link.close(CloseReason::AnswerDeadline(self.link.config.answer_deadline));
+            self.on_late_answer();
         }
         self.tick();
     }
@@ -167,14 +177,14 @@ impl SeSession {
     /// Offers services (§5.6.1), or changes their forwarding type for future flows; before [`SeEvent::Ready`] the
     /// request waits. [`SeEvent::Acked`] follows, unless [`SeEvent::Closed`] does.
     pub fn start(&mut self, services: &[ServiceUnit]) -> RequestId {
-        let units = services.iter().map(ServiceUnit::unit).collect();
-        self.request(Opcode::START, units)
+        let units: Vec<Unit> = services.iter().map(ServiceUnit::unit).collect();
+        self.request(Opcode::START, &units)
     }
 
     /// Takes services back for future flows (§5.6.3). [`SeEvent::Acked`] follows, unless [`SeEvent::Closed`] does.
     pub fn stop(&mut self, services: &[ServiceKey]) -> RequestId {
-        let units = services.iter().map(|service| Operation::stop_unit(*service)).collect();
-        self.request(Opcode::STOP, units)
+        let units: Vec<Unit> = services.iter().map(|service| Operation::stop_unit(*service)).collect();
+        self.request(Opcode::STOP, &units)
     }
 
     /// Answers a [`SeEvent::HealthQuery`], in its order: 0 to 100 (more counts as 100), or `None` for "cannot tell",
@@ -188,7 +198,7 @@ impl SeSession {
             .iter()
             .map(|unit| Query::parse(unit).ok().and_then(|_| rest.next().copied().flatten()))
             .collect();
-        queries.answer(&mut self.link, |index| health[index]);
+        queries.answer(&mut self.link, false, |index| health[index]);
     }
 
     /// Ends the session. No further message is made; the first reason stays.
@@ -219,7 +229,7 @@ impl SeSession {
         &self.link.counters
     }
 
-    fn request(&mut self, opcode: Opcode, units: Vec<Unit>) -> RequestId {
+    fn request(&mut self, opcode: Opcode, units: &[Unit]) -> RequestId {
         let id = self.next_id();
         if self.link.closed().is_some() {
             // Nothing follows `Closed`.
@@ -227,7 +237,7 @@ impl SeSession {
             // A request must have units (§5.6.1); this one asks for nothing, and nothing is done.
             self.events.push_back(SeEvent::Acked { id, failed: Vec::new() });
         } else {
-            self.enqueue(id, opcode, units);
+            self.enqueue(Request::new(id, opcode, Units::from(units)));
         }
         id
     }
@@ -237,24 +247,36 @@ impl SeSession {
         RequestId(self.last_number)
     }
 
-    fn enqueue(&mut self, id: RequestId, opcode: Opcode, units: Vec<Unit>) {
+    fn enqueue(&mut self, request: Request) {
         if self.link.closed().is_some() {
             return;
         }
-        self.queue.push_back(Request { id, opcode, units, deadline: None, doubts: 0 });
+        self.queue.push_back(request);
         self.send_queued();
     }
 
     fn send_queued(&mut self) {
-        if !self.is_ready() {
-            return;
-        }
-        while self.outstanding.len() < MAX_OUTSTANDING
+        while self.is_ready()
+            && self.outstanding.len() < MAX_OUTSTANDING
             && self.link.output_has_room()
             && let Some(mut request) = self.queue.pop_front()
         {
+            match Extension::of(&request, self.extension) {
+                Way::Go => {}
+                Way::Ask => {
+                    self.queue.push_front(request);
+                    self.ask_extension();
+                    continue;
+                }
+                Way::Wait => return self.queue.push_front(request),
+                Way::Fail => {
+                    self.refused(request);
+                    continue;
+                }
+            }
+            self.make_units(&mut request);
             let request_id = self.link.fresh_id(|id| self.outstanding.contains_key(&id));
-            self.link.send(request.opcode, Flags::NONE, request_id, &request.units);
+            self.link.send_units(request.opcode, Flags::NONE, request_id, &request.units);
             request.deadline = Some(self.link.now + self.link.config.answer_deadline);
             self.outstanding.insert(request_id, request);
         }
@@ -273,7 +295,8 @@ impl SeSession {
                 Incoming::Header(header) => self.on_header(header),
                 Incoming::Verified { header, .. } => self.on_verified(header),
                 Incoming::Rejected(rejected) => self.on_rejected(&rejected),
-                Incoming::Unit(unit) => self.on_unit(unit),
+                Incoming::Preamble(preamble) => self.on_preamble(&preamble),
+                Incoming::Unit(unit) => self.on_unit(&unit),
                 Incoming::End => self.on_end(),
             }
         }
@@ -302,7 +325,7 @@ impl SeSession {
     fn on_other_version(&mut self, header: &Header) {
         if header.flags.has(Flags::PROTOCOL_VERSION_MISMATCH) {
             match header.opcode {
-                Opcode::KEEPALIVE_ACK => {
+                Opcode::KEEPALIVE_ACK if !self.outstanding.contains_key(&header.request_id) => {
                     self.link.keepalive.answered(header.request_id);
                 }
                 // INIT is repeated on the same connection until its limit (§5.4).
@@ -355,6 +378,9 @@ impl SeSession {
     }
 
     fn on_keepalive_ack(&mut self, header: &Header) {
+        if self.take_outstanding(header).is_some() {
+            return self.on_extension_ack(header);
+        }
         let Some(asked) = self.link.keepalive.answered(header.request_id) else {
             self.link.skip_payload();
             return self.link.unexpected(header.opcode);
@@ -366,18 +392,20 @@ impl SeSession {
         }
     }
 
-    fn on_unit(&mut self, unit: Unit) {
-        match &mut self.body {
-            Body::Skip => {}
-            Body::InitAck(ack) => *ack = InitAck::parse(&unit),
-            Body::Answer(answer) => {
-                if !answer.unit(&unit) {
+    fn on_unit(&mut self, unit: &AnyUnit) {
+        match (&mut self.body, unit) {
+            (Body::InitAck(ack), AnyUnit::Basic(unit)) => *ack = InitAck::parse(unit),
+            (Body::Answer(answer), unit) => {
+                if !answer.unit(unit) {
                     self.link.counters.unexpected_answers += 1;
                 }
             }
-            Body::Listing(_) => self.on_listed(&unit),
-            Body::Queries(queries) => queries.units.push(unit),
-            Body::Reply(reply) => reply.unit(&unit, &mut self.link),
+            (Body::Listing(_), unit) => self.on_listed(unit),
+            (Body::Queries(queries), AnyUnit::Basic(unit)) => queries.units.push(*unit),
+            (Body::Reply(reply), unit) => reply.unit(unit, &mut self.link),
+            (Body::Extension { spoken }, unit) => Self::on_extension_unit(spoken, unit),
+            // Wide units come of exceptions only.
+            (Body::Skip | Body::InitAck(_) | Body::Queries(_), _) => {}
         }
     }
 
@@ -390,6 +418,7 @@ impl SeSession {
                 self.acked(answer, all);
             }
             Body::Listing(listing) => self.on_listed_all(listing),
+            Body::Extension { spoken } => self.on_extension(spoken),
             Body::Queries(queries) => self.on_queries(queries),
             Body::Reply(reply) => {
                 if !reply.unsupported.is_empty() {
@@ -405,7 +434,8 @@ impl SeSession {
     fn on_queries(&mut self, queries: Queries) {
         let supported: Vec<Query> = queries.units.iter().filter_map(|unit| Query::parse(unit).ok()).collect();
         if supported.is_empty() {
-            return queries.answer(&mut self.link, |_| None);
+            queries.answer(&mut self.link, false, |_| None);
+            return;
         }
         self.last_number += 1;
         let token = Token(self.last_number);
@@ -417,6 +447,21 @@ impl SeSession {
     fn restart_deadlines(&mut self) {
         let deadline = self.link.now + self.link.config.answer_deadline;
         self.outstanding.values_mut().for_each(|request| request.deadline = Some(deadline));
+    }
+
+    /// An answer is late. Without one to the question for the extension, the NE does not speak it, and all else goes on.
+    fn on_late_answer(&mut self) {
+        let now = self.link.now;
+        let late = |request: &Request| request.deadline.is_some_and(|deadline| now >= deadline);
+        let mut questions = self.outstanding.extract_if(.., |_, one| one.opcode == Opcode::KEEPALIVE && late(one));
+        let question = questions.next().map(|(_, question)| question);
+        drop(questions);
+        if let Some(question) = question {
+            self.refused(question);
+        }
+        if self.outstanding.values().any(late) {
+            self.link.close(CloseReason::AnswerDeadline(self.link.config.answer_deadline));
+        }
     }
 
     fn answer_deadline(&self) -> Option<Instant> {

@@ -20,7 +20,8 @@ impl SeSession {
         *next = self.link.now + backoff.next_delay();
         let authenticate = self.link.secure().map(|secure| secure.first());
         let stamp = authenticate.map_or(Stamp::Bare, |_| Stamp::Number(0));
-        self.link.send_as(stamp, Opcode::INIT, Flags::NONE, *request_id, &[Init { authenticate }.unit()]);
+        let unit = Init { authenticate }.unit();
+        self.link.send_as(stamp, Opcode::INIT, Flags::NONE, *request_id, &[unit][..].into());
     }
 
     /// INIT_ACK is the only message that is held back before the session is open.

@@ -1,6 +1,7 @@
 //! Exceptions on the wire (§5.7), both roles.
 
 use std::collections::BTreeMap;
+use std::net::IpAddr;
 
 use super::pairs::{Pair, seconds};
 use super::*;
@@ -14,7 +15,7 @@ pub(super) struct List {
     at: u32,
 }
 
-const INSTALLER: std::net::Ipv4Addr = std::net::Ipv4Addr::new(10, 0, 0, 11);
+const INSTALLER: IpAddr = IpAddr::V4(std::net::Ipv4Addr::new(10, 0, 0, 11));
 
 impl List {
     pub(super) fn operate(&mut self, operation: &Operation) {
@@ -51,7 +52,7 @@ fn nth(index: u32) -> Listed {
 }
 
 fn flows(source: u32, port: u16) -> Flows {
-    Flows { source: ipnet::Ipv4Net::new(source.into(), 32).unwrap(), protocol: 6, port, ..Flows::ALL }
+    Flows { source: IpAddr::V4(source.into()).into(), protocol: 6, port, ..Flows::ALL }
 }
 
 fn exception(source: u32, ttl: u32) -> Exception {
