@@ -301,7 +301,10 @@ impl Bed {
                         let sent = |unit: &[u32; 8]| Listed::parse(&Unit(*unit)) == Ok(entry);
                         let wide = |unit: &WideUnit| Listed::parse_wide(unit) == Ok(entry);
                         let resp = Opcode::EXCEPTION_RESP;
-                        assert!(self.sent.take(resp, sent) || self.sent.take_wide(resp, wide), "{entry:?} was not sent");
+                        assert!(
+                            self.sent.take(resp, sent) || self.sent.take_wide(resp, wide),
+                            "{entry:?} was not sent"
+                        );
                     }
                     if last {
                         self.lists.remove(&id);
