@@ -34,6 +34,16 @@ struct Both {
 
 impl Both {
     fn start(servers: usize, forwarding: &[&str], more: &str) -> Result<Self> {
+        Self::start_with(servers, forwarding, "", |_| Ok(more.to_owned()))
+    }
+
+    /// `first` are lines for the top of the configuration; `more` makes those of the farm.
+    fn start_with(
+        servers: usize,
+        forwarding: &[&str],
+        first: &str,
+        more: impl FnOnce(&Topology) -> Result<String>,
+    ) -> Result<Self> {
         let bed = Topology::builder().servers(servers).ipv6().build()?;
         let content = Content::new(&bed, 6 << 20)?;
         let nginx = |server: &necp_tests::topology::Server| {
@@ -46,7 +56,9 @@ impl Both {
         if forwarding != ["l2"] {
             bed.ne().sysctl(&[("net/ipv4/ip_forward", "1"), ("net/ipv6/conf/all/forwarding", "1")])?;
         }
+        let more = more(&bed)?;
         let config = top(1.0)
+            + first
             + &format!(
                 "[[farm]]\nname = \"web\"\nvips = [\"{VIP}\", \"{VIP6}\"]\nservices = [\"tcp/80\"]\n\
                  forwarding = {forwarding:?}\nservers = [\"10.0.0.0/24\", \"2001:db8:a::/64\"]\n\
@@ -252,6 +264,41 @@ fn who_may_not_join_over_ipv6_is_told_why() -> Result<()> {
     let args = ["--ne", &ne, "--retry-max", "1", "--serve", "tcp/80=l2"];
     let _agent = ServerElement::start_unconnected(&both.bed, &server, "s1", &args)?;
     both.ne.process().wait_for_log("the farm has no IPv6 VIP", SOON)?;
+    Ok(())
+}
+
+#[test]
+fn hop_limits_and_signatures_protect_sessions_over_ipv6() -> Result<()> {
+    let key = |bed: &Topology, name: &str, content: &str| -> Result<String> {
+        let path = bed.dir().join(name);
+        std::fs::write(&path, content)?;
+        std::fs::set_permissions(&path, std::os::unix::fs::PermissionsExt::from_mode(0o600))?;
+        Ok(path.to_str().context("a path")?.to_owned())
+    };
+    let mut both = Both::start_with(3, &["l2"], "ttl_security = true\n", |bed| {
+        Ok(format!("tcp_md5 = {{ \"2001:db8:a::11\" = {:?} }}", key(bed, "right", "a shared secret\n")?))
+    })?;
+    let right = key(&both.bed, "again", "a shared secret\n")?;
+    let wrong = key(&both.bed, "wrong", "another secret\n")?;
+    let ne = SocketAddr::new(NE6.into(), 3262).to_string();
+    for (index, args) in [
+        (0, vec!["--ttl-security"]),
+        (0, vec!["--ttl-security", "--tcp-md5-file", &wrong]),
+        (0, vec!["--tcp-md5-file", &right]),
+        (1, vec![]),
+        (1, vec!["--ttl-security", "--tcp-md5-file", &right]),
+    ] {
+        let args: Vec<&str> =
+            ["--ne", &ne, "--keepalive", "0.3", "--serve", "tcp/80=l2"].into_iter().chain(args).collect();
+        let ns = both.bed.server(index).ns();
+        let mut agent = ServerElement::start_unconnected(&both.bed, ns, "turned-away", &args)?;
+        agent.process().wait_for_log("no connection within", SOON).with_context(|| format!("{args:?}"))?;
+        assert_eq!(both.ne.status()?["connections"], 0, "{args:?}");
+    }
+    both.join(0, NE6.into(), "tcp/80=l2", &["--ttl-security", "--tcp-md5-file", &right])?;
+    both.join(1, NE6.into(), "tcp/80=l2", &["--ttl-security"])?;
+    both.join(2, NE.into(), "tcp/80=l2", &["--ttl-security"])?;
+    assert_eq!(both.who(VIP6.into(), 40)?, names(&["s1", "s2"]));
     Ok(())
 }
 
