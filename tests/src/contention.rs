@@ -174,7 +174,7 @@ impl<'a> Bed<'a> {
 impl Control {
     fn new(now: Instant) -> Self {
         let mut farm = FarmConfig::new(FARM);
-        farm.vips = vec![Ipv4Addr::from(VIP)];
+        farm.vips = vec![Ipv4Addr::from(VIP).into()];
         farm.services = vec![ServiceKey::new(protocol::TCP, TCP_PORT)];
         farm.table_size = SLOTS;
         let config = ClusterConfig { farms: vec![farm], slots: SLOTS, servers: 16, ..ClusterConfig::default() };

@@ -55,7 +55,7 @@ pub fn flows(number: u8) -> Flows {
 
 /// Whether a packet is of these flows.
 pub fn is_of(packet: &Packet, flows: &Flows) -> bool {
-    let source = std::net::Ipv4Addr::from(packet.source.to_ne_bytes());
+    let source = std::net::IpAddr::from(packet.source.to_ne_bytes());
     flows.source.contains(&source)
         && (flows.protocol == 0 || flows.protocol == packet.protocol)
         && (flows.port == 0 || flows.port.to_be() == packet.destination_port)
