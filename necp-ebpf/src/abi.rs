@@ -162,6 +162,14 @@ pub struct Service {
     pub vip: u16,
 }
 
+impl Service {
+    /// The first eight bytes, by which the packet path finds the entry.
+    pub const fn key(&self) -> u64 {
+        let ([a, b, c, d], [e, f]) = (self.address, self.port);
+        u64::from_ne_bytes([a, b, c, d, e, f, self.protocol, self.state])
+    }
+}
+
 /// In [`Service::state`]: one of the VIPs whose servers' replies from this port may pass here (layer 3). `address` is its number
 /// among those of the port, from 0 on in the host's order; `slots_base` is the VIP, as it stands in a header; the rest is 0.
 pub const REPLY: u8 = 2;

@@ -14,7 +14,10 @@ mod bpf {
         macros::{btf_map, xdp},
         programs::XdpContext,
     };
-    use necp_ebpf::{frame::Frame, rewrite::gre::OVERHEAD};
+    use necp_ebpf::{
+        frame::Frame,
+        rewrite::{gre, six},
+    };
 
     /// Words of a frame's template: an Ethernet frame of 64 bytes, whose source address and port come from the flow's number.
     const WORDS: usize = 16;
@@ -22,11 +25,17 @@ mod bpf {
     const SOURCE: usize = 26;
     /// Where the source port stands, in bytes.
     const SOURCE_PORT: usize = 34;
+    /// The same of IPv6: a frame of 84 bytes, of whose source address the last four count.
+    const WORDS6: usize = 21;
+    const SOURCE6: usize = 34;
+    const SOURCE_PORT6: usize = 54;
 
     #[btf_map(name = "target")]
     static TARGET: ProgramArray<1> = ProgramArray::new();
     #[btf_map(name = "template")]
     static TEMPLATE: Array<[u32; WORDS], 1> = Array::new();
+    #[btf_map(name = "template6")]
+    static TEMPLATE6: Array<[u32; WORDS6], 1> = Array::new();
     /// Number of the last packet.
     #[btf_map(name = "position")]
     static POSITION: Array<u64, 1> = Array::new();
@@ -38,25 +47,36 @@ mod bpf {
     #[xdp(frags)]
     #[inline(always)]
     fn wrapper(ctx: XdpContext) -> u32 {
+        wrap(&ctx, TEMPLATE.get(0), SOURCE, SOURCE_PORT)
+    }
+
+    /// The same of IPv6.
+    #[xdp(frags)]
+    #[inline(always)]
+    fn wrapper6(ctx: XdpContext) -> u32 {
+        wrap(&ctx, TEMPLATE6.get(0), SOURCE6, SOURCE_PORT6)
+    }
+
+    #[inline(always)]
+    fn wrap<T: Copy>(ctx: &XdpContext, template: Option<&T>, source: usize, port: usize) -> u32 {
         // What the last run put in front of the frame.
-        let more = (ctx.data_end() - ctx.data()) as i32 - (4 * WORDS) as i32;
+        let more = (ctx.data_end() - ctx.data()) as i32 - size_of::<T>() as i32;
         // SAFETY: the context is valid; the frame is looked at afterwards.
         if more != 0 && unsafe { bpf_xdp_adjust_head(ctx.ctx, more) } != 0 {
             return XDP_ABORTED;
         }
         // SAFETY: the kernel's own bounds of the frame.
         let frame = unsafe { Frame::new(ctx.data(), ctx.data_end()) };
-        if write(&frame).is_none() {
+        if write(&frame, template, source, port).is_none() {
             return XDP_ABORTED;
         }
         // SAFETY: returns only if there is no target.
-        unsafe { TARGET.tail_call(&ctx, 0) };
+        unsafe { TARGET.tail_call(ctx, 0) };
         XDP_ABORTED
     }
 
     #[inline(always)]
-    fn write(frame: &Frame) -> Option<()> {
-        let template = TEMPLATE.get(0)?;
+    fn write<T: Copy>(frame: &Frame, template: Option<&T>, source: usize, source_port: usize) -> Option<()> {
         let position = POSITION.get_ptr_mut(0)?;
         // SAFETY: one run at a time.
         let number = unsafe {
@@ -68,7 +88,7 @@ mod bpf {
         // An odd step visits every flow once a round, never two neighbours one after the other.
         let flow = (number as u32).wrapping_mul(0x9e37_79b1) & numbers;
         let (address, port) = necp_ebpf::bench_flow(flow);
-        (frame.write(0, *template) && frame.write(SOURCE, address) && frame.write(SOURCE_PORT, port)).then_some(())
+        (frame.write(0, *template?) && frame.write(source, address) && frame.write(source_port, port)).then_some(())
     }
 
     /// The floor.
@@ -82,8 +102,20 @@ mod bpf {
     #[xdp(frags)]
     #[inline(always)]
     fn grow(ctx: XdpContext) -> u32 {
+        grow_by(&ctx, gre::OVERHEAD)
+    }
+
+    /// The same of GRE over IPv6.
+    #[xdp(frags)]
+    #[inline(always)]
+    fn grow6(ctx: XdpContext) -> u32 {
+        grow_by(&ctx, six::OVERHEAD)
+    }
+
+    #[inline(always)]
+    fn grow_by(ctx: &XdpContext, bytes: usize) -> u32 {
         // SAFETY: the context is valid, and the frame is not looked at any more.
-        let grown = unsafe { bpf_xdp_adjust_head(ctx.ctx, -(OVERHEAD as i32)) };
+        let grown = unsafe { bpf_xdp_adjust_head(ctx.ctx, -(bytes as i32)) };
         if grown == 0 { XDP_PASS } else { XDP_ABORTED }
     }
 

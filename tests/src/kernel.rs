@@ -69,14 +69,14 @@ impl Kernel {
     /// # Errors
     /// Without root or a BPF file system at /sys/fs/bpf.
     pub fn load(slots: u32, flow_buckets: u32) -> Result<Self> {
-        Self::load_with(slots, flow_buckets, exception_records(64))
+        Self::load_with(slots, flow_buckets, exception_records(64), true)
     }
 
-    /// The same with room for this many records of exceptions.
+    /// The same with room for this many records of exceptions; `all`: as if layer 3 and interception were in use.
     ///
     /// # Errors
     /// As [`Kernel::load`].
-    pub fn load_with(slots: u32, flow_buckets: u32, exceptions: u32) -> Result<Self> {
+    pub fn load_with(slots: u32, flow_buckets: u32, exceptions: u32, all: bool) -> Result<Self> {
         let instance = INSTANCES.fetch_add(1, Ordering::Relaxed);
         let pin = PathBuf::from(format!("/sys/fs/bpf/necp-test-{}-{instance}", std::process::id()));
         let config = PlaneConfig {
@@ -86,11 +86,11 @@ impl Kernel {
             slots,
             flow_buckets,
             exceptions,
-            replies: true,
-            intercepts: true,
+            replies: all,
+            intercepts: all,
         };
         let plane = Plane::open(&config)?;
-        let mut program = load_program(&pin, &plane.layout())?;
+        let mut program = load_program(&pin, &plane.layout(), all)?;
         enter_stages(&mut program, &pin, 0)?;
         let mut kernel = Self { plane: Some(plane), program, pin };
         kernel.enter_ports()?;
@@ -250,10 +250,11 @@ fn open(pin: &std::path::Path, name: &str) -> Result<aya::maps::Map> {
     Ok(aya::maps::Map::from_map_data(MapData::from_pin(pin.join(name))?)?)
 }
 
-fn load_program(pin: &std::path::Path, layout: &Layout) -> Result<Ebpf> {
+fn load_program(pin: &std::path::Path, layout: &Layout, all: bool) -> Result<Ebpf> {
     let [a, b, c, d, e, f] = OWN_MAC;
     let (index, mac, mask) = (0u32, u64::from_ne_bytes([a, b, c, d, e, f, 0, 0]), layout.flow_buckets - 1);
     let exception_mask = exception_buckets(layout.exceptions) - 1;
+    let all = u32::from(all);
     let mut loader = EbpfLoader::new();
     loader
         .override_global(names::PORT_INDEX, &index, true)
@@ -261,8 +262,8 @@ fn load_program(pin: &std::path::Path, layout: &Layout) -> Result<Ebpf> {
         .override_global(names::FLOW_MASK, &mask, true)
         .override_global(names::EXCEPTION_BUCKET_MASK, &exception_mask, true)
         .override_global(names::EXCEPTION_SEED, &layout.exception_seed, true)
-        .override_global(names::REPLIES, &1u32, true)
-        .override_global(names::INTERCEPTS, &1u32, true);
+        .override_global(names::REPLIES, &all, true)
+        .override_global(names::INTERCEPTS, &all, true);
     for name in names::PINNED {
         loader.map_pin_path(name, pin.join(name));
     }

@@ -12,8 +12,16 @@
 //!             └──────── switch ──────┘   198.18.255.254, 10.0.0.254
 //! ```
 //! Clients find a VIP on their link, by ARP, as an NE announces it. Client addresses are all of 198.18.0.0/17 at once.
+//!
+//! A bed of one interface may have IPv6 besides: the NE is [`NE6`], clients come from [`CLIENT6`] and look for [`VIP6`] by neighbour
+//! discovery.
 
-use std::{fmt::Write as _, net::Ipv4Addr, path::Path, time::Duration};
+use std::{
+    fmt::Write as _,
+    net::{Ipv4Addr, Ipv6Addr},
+    path::Path,
+    time::Duration,
+};
 
 use anyhow::{Context as _, Result, ensure};
 
@@ -30,6 +38,12 @@ pub const VIP: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 10);
 pub const NE: Ipv4Addr = Ipv4Addr::new(10, 0, 0, 1);
 /// The NE on the clients' link, in a bed with two interfaces.
 pub const NE_CLIENT_SIDE: Ipv4Addr = Ipv4Addr::new(198, 18, 128, 1);
+/// The IPv6 VIP of a bed with IPv6.
+pub const VIP6: Ipv6Addr = Ipv6Addr::new(0x2001, 0xdb8, 0xf, 0, 0, 0, 0, 0x10);
+/// The NE's IPv6 address.
+pub const NE6: Ipv6Addr = Ipv6Addr::new(0x2001, 0xdb8, 0xa, 0, 0, 0, 0, 1);
+/// The client's IPv6 address.
+pub const CLIENT6: Ipv6Addr = Ipv6Addr::new(0x2001, 0xdb8, 0xc, 0, 0, 0, 0, 2);
 /// Client addresses that can be used: [`client_address`] takes numbers below this.
 pub const CLIENT_ADDRESSES: usize = 32_000;
 
@@ -56,6 +70,12 @@ pub fn server_address(index: usize) -> Ipv4Addr {
     Ipv4Addr::new(10, 0, 0, index as u8 + 11)
 }
 
+/// The IPv6 address of the server with this index: 2001:db8:a::11, 2001:db8:a::12, …
+pub fn server_address6(index: usize) -> Ipv6Addr {
+    let last = format!("{}", index + 11);
+    Ipv6Addr::new(0x2001, 0xdb8, 0xa, 0, 0, 0, 0, u16::from_str_radix(&last, 16).expect("decimal digits"))
+}
+
 /// What to build.
 #[derive(Clone, Debug)]
 pub struct Builder {
@@ -63,6 +83,7 @@ pub struct Builder {
     vips: Vec<Ipv4Addr>,
     vip_on_servers: bool,
     two_interfaces: bool,
+    ipv6: bool,
 }
 
 impl Builder {
@@ -90,20 +111,30 @@ impl Builder {
         self
     }
 
+    /// Gives all hosts IPv6 too; with one interface only.
+    pub fn ipv6(mut self) -> Self {
+        self.ipv6 = true;
+        self
+    }
+
     /// Builds it.
     ///
     /// # Errors
     /// Without root or `ip`; what was built is gone then.
     pub fn build(self) -> Result<Topology> {
+        ensure!(!(self.ipv6 && self.two_interfaces), "a bed with IPv6 has one interface");
         ensure!((1..=MAX_SERVERS).contains(&self.servers), "a bed has 1 to {MAX_SERVERS} servers");
         let name = cleanup::fresh_name();
         let work_dir = WorkDir::new(&name).context("no directory for the bed's files")?;
         let create = |role: &str| {
             let namespace = Namespace::create(&name, role)?;
-            // The packet path is IPv4 so far, and tests count packets: no neighbour discovery among them.
+            // Tests count packets: no neighbour discovery among them, unless they are about it.
+            let off = if self.ipv6 { "0" } else { "1" };
             namespace.sysctl(&[
-                ("net/ipv6/conf/all/disable_ipv6", "1"),
-                ("net/ipv6/conf/default/disable_ipv6", "1"),
+                ("net/ipv6/conf/all/disable_ipv6", off),
+                ("net/ipv6/conf/default/disable_ipv6", off),
+                ("net/ipv6/conf/default/accept_dad", "0"),
+                ("net/ipv6/conf/default/accept_ra", "0"),
                 ("net/ipv4/conf/all/rp_filter", "0"),
                 ("net/ipv4/conf/default/rp_filter", "0"),
                 ("net/ipv4/conf/all/send_redirects", "0"),
@@ -138,6 +169,9 @@ impl Builder {
         };
         topology.plug()?;
         topology.address(&self)?;
+        if self.ipv6 {
+            topology.address6(self.vip_on_servers)?;
+        }
         Ok(topology)
     }
 }
@@ -161,7 +195,7 @@ pub struct Topology {
 impl Topology {
     /// One interface, three servers, one VIP, unless told otherwise.
     pub fn builder() -> Builder {
-        Builder { servers: 3, vips: vec![VIP], vip_on_servers: true, two_interfaces: false }
+        Builder { servers: 3, vips: vec![VIP], vip_on_servers: true, two_interfaces: false, ipv6: false }
     }
 
     /// The bed's name, which no other bed has.
@@ -279,6 +313,20 @@ impl Topology {
         self.client.sysctl(&[("net/ipv4/ip_local_port_range", "1024 65535"), ("net/ipv4/tcp_tw_reuse", "1")])?;
         self.ne.ip_batch(&ne)?;
         self.servers.iter().try_for_each(|server| server.address(builder, &server_route))
+    }
+
+    fn address6(&self, vip_on_servers: bool) -> Result<()> {
+        const CLIENTS: &str = "2001:db8:c::/64";
+        const SERVERS: &str = "2001:db8:a::/64";
+        let client = format!("addr add {CLIENT6}/64 dev eth0\nroute add {SERVERS} dev eth0\nroute add {VIP6} dev eth0\n");
+        self.client.ip_batch(&client)?;
+        self.ne.ip_batch(&format!("addr add {NE6}/64 dev eth0\nroute add {CLIENTS} dev eth0\n"))?;
+        for (index, server) in self.servers.iter().enumerate() {
+            let vip = if vip_on_servers { format!("addr add {VIP6}/128 dev lo\n") } else { String::new() };
+            let own = server_address6(index);
+            server.ns.ip_batch(&format!("addr add {own}/64 dev eth0\nroute add {CLIENTS} dev eth0\n{vip}"))?;
+        }
+        Ok(())
     }
 }
 

@@ -105,14 +105,12 @@ pub fn walk(datagram: &Frame) -> Walk {
         let Some(words) = extension.read::<[u32; 2]>(0) else { return Walk::ended(Reason::Malformed) };
         let [following, length, a, b] = words[0].to_ne_bytes();
         if next == FRAGMENT {
-            // The fragment offset, in eights of bytes, and whether more follow.
+            // The fragment offset, in eights of bytes, and whether more follow. Of one that is all (RFC 6946) nothing is kept.
             let field = u16::from_be_bytes([a, b]);
-            part = match (field & !7, field & 1) {
-                (0, 0) => part,
-                (0, _) => Part::First,
-                _ => Part::Later,
-            };
-            id = words[1];
+            if field & !6 != 0 {
+                part = if field & !7 == 0 { Part::First } else { Part::Later };
+                id = words[1];
+            }
             at += 8;
         } else if next == ROUTING && b != 0 {
             // Its last destination is another one.

@@ -407,7 +407,8 @@ mod tests {
             }
             // What was learnt of the address before, from somebody else.
             let (na, nb) = (interface_index("na").expect("na"), interface_index("nb").expect("nb"));
-            let old = handle.neighbours().add(nb, VIP6.addr()).link_layer_address(&[2, 0, 0, 0, 0, 6]);
+            let stale = netlink_packet_route::neighbour::NeighbourState::Stale;
+            let old = handle.neighbours().add(nb, VIP6.addr()).state(stale).link_layer_address(&[2, 0, 0, 0, 0, 6]);
             old.execute().await.expect("an entry");
             for _ in 0..100 {
                 announce(na, [2, 0, 0, 0, 0, 7], VIP6.addr()).expect("sent");

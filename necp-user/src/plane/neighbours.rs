@@ -318,15 +318,55 @@ mod tests {
         });
     }
 
-    /// The next change of THERE's entry that `wanted` accepts.
+    const HERE6: IpAddr = IpAddr::V6(Ipv6Addr::new(0xfd77, 0, 0, 0, 0, 0, 0, 1));
+    const THERE6: IpAddr = IpAddr::V6(Ipv6Addr::new(0xfd77, 0, 0, 0, 0, 0, 0, 2));
+    const ROUTER6: Ipv6Addr = Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 9);
+    const AWAY6: IpAddr = IpAddr::V6(Ipv6Addr::new(0xfd78, 0, 0, 0, 0, 0, 0, 9));
+
+    #[test]
+    fn ipv6_routes_and_entries_are_the_same() {
+        in_new_netns(async || {
+            let (neighbours, mut changes, driver) = Neighbours::open().expect("a netlink socket");
+            tokio::spawn(driver);
+            let handle = &neighbours.handle;
+            let ifindex = link(handle).await;
+            let mut add = handle.address().add(ifindex, HERE6, 64);
+            add.message_mut().header.flags = rtnetlink::packet_route::address::AddressHeaderFlags::Nodad;
+            add.execute().await.expect("an address");
+            let away = Ipv6Addr::new(0xfd78, 0, 0, 0, 0, 0, 0, 0);
+            let route = RouteMessageBuilder::<Ipv6Addr>::new().destination_prefix(away, 64).gateway(ROUTER6);
+            handle.route().add(route.output_interface(ifindex).build()).execute().await.expect("a route");
+
+            let route = neighbours.route(THERE6).await.expect("an answer").expect("a route");
+            assert_eq!((route.ifindex, route.on_link(), route.source), (ifindex, true, Some(HERE6)));
+            let route = neighbours.route(AWAY6).await.expect("an answer").expect("a route");
+            assert_eq!((route.on_link(), route.next_hop(AWAY6), route.source), (false, ROUTER6.into(), Some(HERE6)));
+            assert_eq!(neighbours.route(HERE6).await.expect("an answer"), None, "this host itself");
+            let nowhere = Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 1);
+            assert_eq!(neighbours.route(nowhere.into()).await.expect("an answer"), None, "no route");
+
+            let add = handle.neighbours().add(ifindex, THERE6).replace();
+            add.state(NeighbourState::Reachable).link_layer_address(&MAC).execute().await.expect("added");
+            until(&mut changes, THERE6, |reachability| reachability == Reachability::At(MAC)).await;
+            assert_eq!(neighbours.list().await.expect("a list").get(&(ifindex, THERE6)), Some(&Reachability::At(MAC)));
+            neighbours.probe(ifindex, THERE6).await.expect("asked");
+            let took = until(&mut changes, THERE6, |reachability| reachability == Reachability::Failed).await;
+            assert!(took < Duration::from_secs(5), "{took:?}");
+            neighbours.probe(ifindex, THERE6).await.expect("asked again, though there is no MAC address now");
+            until(&mut changes, THERE6, |reachability| reachability == Reachability::Failed).await;
+        });
+    }
+
+    /// The next change of an entry that `wanted` accepts.
     async fn until(
         changes: &mut (impl Stream<Item = Change> + Unpin),
+        whose: IpAddr,
         wanted: impl Fn(Reachability) -> bool,
     ) -> Duration {
         let begin = std::time::Instant::now();
         let found = async {
             while let Some(change) = changes.next().await {
-                if matches!(change, Change::Neighbour(n) if n.address == THERE && wanted(n.reachability)) {
+                if matches!(change, Change::Neighbour(n) if n.address == whose && wanted(n.reachability)) {
                     return;
                 }
             }
@@ -347,17 +387,17 @@ mod tests {
                 add.state(NeighbourState::Reachable).link_layer_address(&mac).execute()
             };
             add(MAC).await.expect("added");
-            until(&mut changes, |reachability| reachability == Reachability::At(MAC)).await;
+            until(&mut changes, THERE, |reachability| reachability == Reachability::At(MAC)).await;
             assert_eq!(neighbours.list().await.expect("a list").get(&(ifindex, THERE)), Some(&Reachability::At(MAC)));
             let other = [2, 0, 0, 0, 0, 8];
             add(other).await.expect("changed");
-            until(&mut changes, |reachability| reachability == Reachability::At(other)).await;
+            until(&mut changes, THERE, |reachability| reachability == Reachability::At(other)).await;
 
             neighbours.probe(ifindex, THERE).await.expect("asked");
-            let took = until(&mut changes, |reachability| reachability == Reachability::Failed).await;
+            let took = until(&mut changes, THERE, |reachability| reachability == Reachability::Failed).await;
             assert!(took < Duration::from_secs(5), "{took:?}");
             neighbours.probe(ifindex, THERE).await.expect("asked again, though there is no MAC address now");
-            until(&mut changes, |reachability| reachability == Reachability::Failed).await;
+            until(&mut changes, THERE, |reachability| reachability == Reachability::Failed).await;
         });
     }
 

@@ -14,6 +14,7 @@
 mod parts;
 mod quote;
 mod sent;
+mod six;
 
 use std::ops::Range;
 
@@ -27,7 +28,7 @@ use necp_ebpf::{
 
 pub use self::parts::Parts;
 use super::{
-    scene::{SERVICES, VIP, is_server},
+    scene::{SERVICES, VIP, is_server, is_server6},
     stack::{fold, sum},
 };
 use crate::kernel::{OWN_MAC, Verdict};
@@ -51,8 +52,10 @@ pub enum Class {
     NotOurs,
     /// TCP or UDP for a service, whole or the first part of it.
     Ours,
-    /// IPv6, which is for no service here.
-    Six,
+    /// IPv6 with more extension headers than are looked at, or one that leads elsewhere.
+    Extended,
+    /// IPv6 that ends within an extension header: whether that is one too many is not said.
+    Unread,
 }
 
 impl Class {
@@ -60,15 +63,14 @@ impl Class {
     pub const fn of(reason: Reason) -> &'static [Self] {
         match reason {
             Reason::NotIp => &[Self::NotIp],
-            Reason::Malformed => &[Self::Malformed, Self::Six],
-            Reason::Fragment => &[Self::FirstPart, Self::LaterPart, Self::Six],
+            Reason::Malformed => &[Self::Malformed, Self::Unread],
+            Reason::Fragment => &[Self::FirstPart, Self::LaterPart],
             Reason::Part | Reason::StrayPart => &[Self::LaterPart],
-            Reason::NotOurs => &[Self::NotOurs, Self::Six],
+            Reason::NotOurs => &[Self::NotOurs],
             Reason::Reply | Reason::ReplyRouted => &[Self::NotOurs, Self::FirstPart, Self::LaterPart, Self::Icmp],
-            Reason::Icmp => &[Self::Icmp, Self::Six],
-            Reason::Quoted | Reason::Echo => &[Self::Icmp],
-            Reason::Extended => &[Self::Six],
-            Reason::OtherHost => &[Self::OtherHost, Self::Six],
+            Reason::Icmp | Reason::Quoted | Reason::Echo => &[Self::Icmp],
+            Reason::Extended => &[Self::Extended, Self::Unread],
+            Reason::OtherHost => &[Self::OtherHost],
             // Of packets to a server, and of its replies.
             Reason::TooBig | Reason::Expired | Reason::Untold => {
                 &[Self::Ours, Self::NotOurs, Self::FirstPart, Self::LaterPart, Self::Icmp]
@@ -103,8 +105,6 @@ pub enum Difference {
     Tagged,
     /// A frame that ends in a tag: malformed for etherparse, and for us no IPv4 that we know of.
     CutTag,
-    /// IPv6: etherparse reads it, we do not yet.
-    Ipv6,
     /// A protocol that we do not look into: etherparse checks the headers of others, which only matters to who reads them.
     OtherProtocol,
     /// The first part of a UDP datagram, shorter than the datagram's length, which etherparse holds against it.
@@ -116,12 +116,11 @@ pub enum Difference {
 
 impl Difference {
     /// All of them, in the order of their numbers.
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 7] = [
         Self::UdpLengthZero,
         Self::Authentication,
         Self::Tagged,
         Self::CutTag,
-        Self::Ipv6,
         Self::OtherProtocol,
         Self::FirstOfUdp,
         Self::TinyPart,
@@ -132,8 +131,8 @@ impl Difference {
 pub fn class(frame: &[u8]) -> (Class, Option<Difference>) {
     let Ok(ethernet) = Ethernet2Slice::from_slice_without_fcs(frame) else { return (Class::Malformed, None) };
     let l3 = match datagram_at(frame) {
-        Ok(l3) => l3,
-        Err(Some(Difference::Ipv6)) => return (Class::Six, Some(Difference::Ipv6)),
+        Ok((l3, Family::Four)) => l3,
+        Ok((l3, Family::Six)) => return six::class(&frame[l3..], ethernet.destination() == OWN_MAC),
         Err(difference) => return (Class::NotIp, difference),
     };
     let Some((header, payload)) = ipv4(&frame[l3..]) else { return (Class::Malformed, None) };
@@ -182,14 +181,21 @@ fn is_service(address: [u8; 4], protocol: u8, port: u16) -> bool {
     address == VIP && SERVICES.contains(&(protocol, port))
 }
 
-/// Where an IPv4 datagram begins, behind at most two tags; or why there is none.
-fn datagram_at(frame: &[u8]) -> Result<usize, Option<Difference>> {
+/// Which IP.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Family {
+    Four,
+    Six,
+}
+
+/// Where a datagram begins, behind at most two tags; or why there is none.
+fn datagram_at(frame: &[u8]) -> Result<(usize, Family), Option<Difference>> {
     let ethernet = Ethernet2Slice::from_slice_without_fcs(frame).map_err(|_| None)?;
     let (mut at, mut kind) = (14, ethernet.ether_type());
     loop {
         match kind {
-            EtherType::IPV4 => return Ok(at),
-            EtherType::IPV6 => return Err(Some(Difference::Ipv6)),
+            EtherType::IPV4 => return Ok((at, Family::Four)),
+            EtherType::IPV6 => return Ok((at, Family::Six)),
             EtherType::VLAN_DOUBLE_TAGGED_FRAME => return Err(Some(Difference::Tagged)),
             EtherType::VLAN_TAGGED_FRAME | EtherType::PROVIDER_BRIDGING if at == 22 => {
                 return Err(Some(Difference::Tagged));
@@ -240,12 +246,15 @@ pub fn judge(frame: &[u8], deed: Deed<'_>, tables: View<'_>, parts: &mut Parts) 
     if !verdicts.contains(&deed.verdict) {
         return Err(format!("{:?} for {:?}", deed.verdict, deed.reason));
     }
-    let l3 = datagram_at(frame).unwrap_or(14);
-    let from_server = || frame.get(l3 + 12..l3 + 16).is_some_and(is_server);
+    let (l3, family) = datagram_at(frame).unwrap_or((14, Family::Four));
+    let from_server = || match family {
+        Family::Four => frame.get(l3 + 12..l3 + 16).is_some_and(is_server),
+        Family::Six => frame.get(l3 + 8..l3 + 24).is_some_and(is_server6),
+    };
     if class == Class::NotOurs && deed.reason != Reason::NotOurs && !from_server() {
         return Err(format!("{:?} for what is for no service and comes from no server", deed.reason));
     }
-    let sent = sent::Sent { l3, before: frame, deed, tables };
+    let sent = sent::Sent { l3, family, before: frame, deed, tables };
     match deed.reason.action() {
         Action::Pass if deed.frame != frame => return Err("passed on, but changed".into()),
         Action::Pass | Action::Drop => {}
@@ -256,7 +265,10 @@ pub fn judge(frame: &[u8], deed: Deed<'_>, tables: View<'_>, parts: &mut Parts) 
         Action::Route => sent.to_be_fragmented().map(|_| ())?,
     }
     if class == Class::Icmp {
-        quote::hold(&frame[l3..], deed.reason, tables)?;
+        match family {
+            Family::Four => quote::hold(&frame[l3..], deed.reason, tables)?,
+            Family::Six => six::hold(&frame[l3..], deed.reason)?,
+        }
     }
     if matches!(class, Class::Ours | Class::FirstPart | Class::LaterPart | Class::Icmp) {
         parts.hold(class, &sent)?;

@@ -6,12 +6,13 @@ use necp_ebpf::{
     abi::{
         ACCEPTS, ALIVE, ALWAYS_TRACKED, DIRECT, EXCEPTION_GLOBAL, EXCEPTION_LOCAL, Exception, ExceptionMask,
         ExceptionMasks, FIRST_SERVER, FORWARDING_SHIFT, GRE, LAYER_2, LAYER_3, NO_ECHO, OF_IPV4, REACHABLE, REPLY,
-        Server, Service, UDP_CLASS, UNTRACKED, VIP as VIP_STATE,
+        REPLY6, SERVICE6, Server, Service, UDP_CLASS, UNTRACKED, VIP as VIP_STATE, VIP6 as VIP6_STATE,
     },
-    hash::service_bucket,
+    hash::{fold6, service_bucket},
     host::View,
-    packet::{Packet, protocol, vip_key},
+    packet::protocol,
     slot::{COLLECTING, SlotWord, TRACKED},
+    tables::halves,
 };
 use rand::{RngExt as _, rngs::SmallRng};
 
@@ -19,6 +20,10 @@ use super::{once_in, pick};
 
 /// The address of all services.
 pub const VIP: [u8; 4] = [192, 0, 2, 10];
+/// The IPv6 address of all services.
+pub const VIP6: [u8; 16] = *b"\x20\x01\x0d\xb8\0\0\0\0\0\0\0\0\0\0\0\x10";
+/// Its index in the table of them.
+const VIP6_INDEX: u16 = 1;
 /// IP protocol and port of each service; the last one's slots are outside the slot table.
 pub const SERVICES: [(u8, u16); 7] = [
     (protocol::TCP, 80),
@@ -60,6 +65,20 @@ pub const fn server_address(id: u32) -> [u8; 4] {
 /// Whether an address is a server's.
 pub fn is_server(address: &[u8]) -> bool {
     (FIRST_SERVER..SERVERS).any(|id| server_address(id) == address)
+}
+
+/// A server's own IPv6 address: the other one, mapped.
+pub const fn server_address6(id: u32) -> [u8; 16] {
+    mapped(server_address(id))
+}
+
+/// Whether an IPv6 address is a server's.
+pub fn is_server6(address: &[u8]) -> bool {
+    (FIRST_SERVER..SERVERS).any(|id| server_address6(id) == address)
+}
+
+const fn mapped([a, b, c, d]: [u8; 4]) -> [u8; 16] {
+    [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, a, b, c, d]
 }
 
 /// The slots of a service by its place in [`SERVICES`]; the last one has none.
@@ -119,10 +138,13 @@ impl Scene {
             assert!(view.set_server(id, server));
         }
         let mut taken = std::collections::BTreeMap::new();
-        let services = (0..SERVICES.len()).flat_map(|index| [(key(index), service(index)), reply(index)]);
-        for (key, service) in services.chain([vip()]) {
-            let place = taken.entry(service_bucket(key)).or_insert(0);
-            assert!(view.set_service(service_bucket(key), *place, &service));
+        assert!(view.set_vip6(VIP6_INDEX.into(), VIP6));
+        let services =
+            (0..SERVICES.len()).flat_map(|index| [service(index), service6(index), reply(index), reply6(index)]);
+        for service in services.chain([vip(), vip6()]) {
+            let bucket = service_bucket(service.key());
+            let place = taken.entry(bucket).or_insert(0);
+            assert!(view.set_service(bucket, *place, &service));
             *place += 1;
         }
     }
@@ -204,24 +226,35 @@ fn service(index: usize) -> Service {
     }
 }
 
-/// What says that layer-3 servers of a service may reply through us, and its key.
-fn reply(index: usize) -> (u64, Service) {
+/// The same at the IPv6 VIP, on the same slots.
+fn service6(index: usize) -> Service {
+    let four = service(index);
+    let id = four.id + SERVICES.len() as u16;
+    Service { address: fold(), state: SERVICE6, id, vip: VIP6_INDEX, ..four }
+}
+
+/// What says that layer-3 servers of a service may reply through us.
+fn reply(index: usize) -> Service {
     let (protocol, port) = SERVICES[index];
     let (vip, port) = (u32::from_ne_bytes(VIP), port.to_be_bytes());
-    let service = Service { port, protocol, state: REPLY, slots_base: vip, ..Service::default() };
-    let packet = Packet { source_port: u16::from_ne_bytes(port), protocol, ..Packet::default() };
-    (packet.reply_key(0), service)
+    Service { port, protocol, state: REPLY, slots_base: vip, ..Service::default() }
 }
 
-/// What says that an address is a VIP, and its key.
-fn vip() -> (u64, Service) {
-    (vip_key(u32::from_ne_bytes(VIP)), Service { address: VIP, state: VIP_STATE, flags: NO_ECHO, ..Service::default() })
+fn reply6(index: usize) -> Service {
+    Service { state: REPLY6, slots_base: 0, vip: VIP6_INDEX, ..reply(index) }
 }
 
-fn key(index: usize) -> u64 {
-    let (protocol, port) = SERVICES[index];
-    let destination_port = port.to_be();
-    Packet { destination: u32::from_ne_bytes(VIP), destination_port, protocol, ..Packet::default() }.service_key()
+/// What says that an address is a VIP.
+fn vip() -> Service {
+    Service { address: VIP, state: VIP_STATE, flags: NO_ECHO, ..Service::default() }
+}
+
+fn vip6() -> Service {
+    Service { address: fold(), state: VIP6_STATE, vip: VIP6_INDEX, ..vip() }
+}
+
+fn fold() -> [u8; 4] {
+    fold6(halves(VIP6)).to_ne_bytes()
 }
 
 fn slot(random: &mut SmallRng) -> SlotWord {
@@ -238,7 +271,6 @@ fn slot(random: &mut SmallRng) -> SlotWord {
 fn server(id: u32, random: &mut SmallRng) -> Server {
     let flags = if once_in(random, 3) { random.random_range(0..8) } else { ALIVE | ACCEPTS | REACHABLE };
     let forwarding = pick(random, &[LAYER_2, LAYER_2, GRE, LAYER_3]);
-    let mapped = |[a, b, c, d]: [u8; 4]| [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, a, b, c, d];
     Server {
         mac: server_mac(id),
         flags: flags | forwarding << FORWARDING_SHIFT,

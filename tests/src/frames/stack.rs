@@ -6,7 +6,7 @@ use rand::{RngExt as _, rngs::SmallRng};
 
 use super::{
     once_in, pick,
-    scene::{self, VIP},
+    scene::{self, VIP, VIP6},
 };
 use crate::kernel::{OTHER_MAC, OWN_MAC};
 
@@ -59,7 +59,7 @@ impl Stack {
                 self.word(pick(random, &[0, 46, 0x0600, 0x8847, 0x8863, 0x8864, 0x88cc, 0xffff]));
                 self.noise(random, 64);
             }
-            2 | 3 => {
+            2..10 => {
                 self.word(0x86dd);
                 self.ip = Some(self.bytes.len());
                 self.ipv6(random, 0);
@@ -117,19 +117,25 @@ impl Stack {
     fn ipv6(&mut self, random: &mut SmallRng, depth: u32) {
         let start = self.bytes.len();
         let (protocol, port) = destination(random);
-        let protocol = if protocol == protocol::ICMP { 58 } else { protocol };
+        let icmp = protocol == protocol::ICMP || depth == 0 && once_in(random, 10);
+        let protocol = if icmp { 58 } else { protocol };
         let chain: Vec<u8> =
             (0..pick(random, &[0, 0, 0, 0, 1, 2, 3])).map(|_| pick(random, &[0, 43, 44, 60, AUTHENTICATION])).collect();
         let next = |at: usize| chain.get(at).copied().unwrap_or(protocol);
         self.bytes.extend([0x60, 0, 0, 0, 0, 0, next(0), pick(random, &[64, 255, 1])]);
-        for last in [random.random_range(1..4), 0x10] {
-            self.bytes.extend([0x20, 1, 0x0d, 0xb8, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, last]);
-        }
+        let client = [&VIP6[..15], &[random.random_range(1..4)]].concat();
+        let to = if once_in(random, 12) { [&VIP6[..15], &[0x11]].concat() } else { VIP6.to_vec() };
+        let (source, to) =
+            if self.reply { ([&[0; 10][..], &[0xff, 0xff], &self.server].concat(), client) } else { (client, to) };
+        let (source, to) = if self.quoting { (to, source) } else { (source, to) };
+        self.bytes.extend([source, to].concat());
         let addresses = sum(&self.bytes[start + 8..]);
         for (at, kind) in chain.iter().enumerate() {
             let length = if *kind == AUTHENTICATION { 2 } else { 0 };
             let offset = if *kind == 44 { pick(random, &[0, 1, 8, 0xb9]) } else { 0 };
-            self.bytes.extend([next(at + 1), length, 0, offset, 0, 0, 0, 0]);
+            // Parts of the same datagrams meet.
+            let id = if *kind == 44 { random.random_range(0..4) } else { 0 };
+            self.bytes.extend([next(at + 1), length, 0, offset, 0, 0, 0, id]);
             self.bytes.resize(self.bytes.len() + usize::from(length) * 4, 0);
         }
         let transport = self.bytes.len();
@@ -147,7 +153,8 @@ impl Stack {
         match protocol {
             protocol::TCP => self.tcp(random, port),
             protocol::UDP => self.udp(random, port),
-            protocol::ICMP | 58 => self.icmp(random, depth),
+            protocol::ICMP => self.icmp(random, depth),
+            58 => self.icmp6(random, depth),
             GRE if depth < 2 => self.gre(random, depth),
             4 if depth < 2 => self.ipv4(random, depth + 1),
             41 if depth < 2 => self.ipv6(random, depth + 1),
@@ -213,6 +220,24 @@ impl Stack {
         self.quoting = !self.quoting;
         if once_in(random, 2) {
             self.bytes.truncate(start + 8 + 28);
+        }
+    }
+
+    /// The same of IPv6.
+    fn icmp6(&mut self, random: &mut SmallRng, depth: u32) {
+        let start = self.bytes.len();
+        let (kind, code) =
+            pick(random, &[(128, 0), (129, 0), (1, 4), (2, 0), (2, 0), (3, 0), (4, 1), (135, 0), (100, 0)]);
+        self.bytes.extend([kind, code, 0, 0, 0, 0]);
+        self.word(pick(random, &[0, 1280, 1500]));
+        if kind > 4 || depth > 1 {
+            return self.payload(random);
+        }
+        self.quoting = !self.quoting;
+        self.ipv6(random, depth + 1);
+        self.quoting = !self.quoting;
+        if once_in(random, 2) {
+            self.bytes.truncate(start + 8 + 48);
         }
     }
 

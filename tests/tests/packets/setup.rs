@@ -274,7 +274,7 @@ impl Setup {
 
     /// A packet's service, and the packet with what names its flow.
     fn flow(&self, packet: &Packet) -> Option<(&Service, Packet)> {
-        let find = |wanted| self.services.iter().find(|service| key(service) == wanted);
+        let find = |wanted| self.services.iter().find(|service| service.key() == wanted);
         let intercepted = || find(packet.intercept_key()).map(|service| (service, named(packet, service.seed)));
         find(packet.service_key()).map(|service| (service, *packet)).or_else(intercepted)
     }
@@ -311,8 +311,8 @@ impl Setup {
 
     fn each_service(&self, mut visit: impl FnMut(u32, usize, &Service)) {
         for (index, service) in self.services.iter().enumerate() {
-            let bucket = service_bucket(key(service));
-            let before = self.services[..index].iter().filter(|other| service_bucket(key(other)) == bucket).count();
+            let bucket = service_bucket(service.key());
+            let before = self.services[..index].iter().filter(|other| service_bucket(other.key()) == bucket).count();
             assert!(before < SERVICES_PER_BUCKET, "too many services in one bucket");
             visit(bucket, before, service);
         }
@@ -338,15 +338,10 @@ pub fn crossings() -> BTreeSet<(AddressSet, Ipv4Net)> {
 
 /// Ports of other TCP services that share a bucket of the service table with [`WEB`].
 pub fn ports_beside_web(count: usize) -> Vec<u16> {
-    let bucket = |port| service_bucket(key(&service(0, protocol::TCP, port, 0)));
+    let bucket = |port| service_bucket(service(0, protocol::TCP, port, 0).key());
     let ports: Vec<u16> = (1024..=u16::MAX).filter(|&port| bucket(port) == bucket(WEB)).take(count).collect();
     assert_eq!(ports.len(), count, "too few ports share the bucket");
     ports
-}
-
-fn key(service: &Service) -> u64 {
-    let ([a, b, c, d], [e, f]) = (service.address, service.port);
-    u64::from_ne_bytes([a, b, c, d, e, f, service.protocol, service.state])
 }
 
 fn service(id: u16, protocol: u8, port: u16, flags: u16) -> Service {

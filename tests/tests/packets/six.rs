@@ -83,11 +83,6 @@ fn services(flags: u16) -> Vec<Service> {
     ]
 }
 
-fn bucket_of(service: &Service) -> u32 {
-    let ([a, b, c, d], [e, f]) = (service.address, service.port);
-    service_bucket(u64::from_ne_bytes([a, b, c, d, e, f, service.protocol, service.state]))
-}
-
 fn server(id: u32) -> Server {
     let forwarding = match id {
         TUNNEL => GRE,
@@ -195,7 +190,7 @@ fn fill(view: View<'_>, word: SlotWord, vip_flags: u16) {
     }
     let mut taken = Vec::new();
     for service in services(vip_flags) {
-        let bucket = bucket_of(&service);
+        let bucket = service_bucket(service.key());
         let entry = taken.iter().filter(|other| **other == bucket).count();
         taken.push(bucket);
         assert!(view.set_service(bucket, entry, &service));
@@ -604,10 +599,7 @@ fn assert_valid(frame: &[u8]) {
         Some(TransportSlice::Udp(udp)) => {
             let header = udp.to_header();
             let payload = udp.payload();
-            assert_eq!(
-                header.calc_checksum_ipv6(&net.header().to_header(), payload).unwrap_or(0),
-                udp.checksum()
-            );
+            assert_eq!(header.calc_checksum_ipv6(&net.header().to_header(), payload).unwrap_or(0), udp.checksum());
         }
         _ => {}
     }

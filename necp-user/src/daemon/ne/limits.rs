@@ -7,6 +7,8 @@ use std::net::IpAddr;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 
+use ipnet::IpNet;
+
 /// Bytes that the sessions of all peers may hold together: messages that are not complete, units to be repeated, answers
 /// that nobody reads.
 pub const HELD_MAX: usize = 128 << 20;
@@ -59,8 +61,18 @@ impl Drop for Share<'_> {
 
 /// Lines that one server may have in the log in a row.
 const LINES: u32 = 20;
-/// Calls of [`Voices::refill`] that bring one more.
+/// The same of an IPv6 /64, whatever addresses its servers have.
+const LINES_OF_NETWORK: u32 = 50 * LINES;
+/// Calls of [`Voices::refill`] that bring one more, and a network fifty.
 const CALLS_PER_LINE: u64 = 5;
+
+/// The /64 that an IPv6 address is in: who has one address in it can have 2^64.
+pub fn network(address: IpAddr) -> Option<IpNet> {
+    match address {
+        IpAddr::V4(_) => None,
+        IpAddr::V6(_) => IpNet::new(address, 64).ok().map(|net| net.trunc()),
+    }
+}
 
 /// A server that comes and goes, or starts and stops, all the time must not bury what the others say.
 #[derive(Default)]
@@ -68,7 +80,8 @@ pub struct Voices(Mutex<Spoken>);
 
 #[derive(Default)]
 struct Spoken {
-    by_server: HashMap<IpAddr, Voice>,
+    /// Single servers, and networks.
+    by_net: HashMap<IpNet, Voice>,
     calls: u64,
 }
 
@@ -78,31 +91,41 @@ struct Voice {
     hushed: u64,
 }
 
-impl Voices {
-    /// Whether a line about this server may be written now; if not, it is counted.
-    pub fn may_speak(&self, server: IpAddr) -> bool {
-        let mut spoken = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let voice = spoken.by_server.entry(server).or_default();
-        if voice.lines < LINES {
+impl Spoken {
+    fn may_speak(&mut self, net: IpNet) -> bool {
+        let voice = self.by_net.entry(net).or_default();
+        if voice.lines < lines(net) {
             voice.lines += 1;
             return true;
         }
         voice.hushed += 1;
         false
     }
+}
+
+fn lines(net: IpNet) -> u32 {
+    if net.prefix_len() == net.max_prefix_len() { LINES } else { LINES_OF_NETWORK }
+}
+
+impl Voices {
+    /// Whether a line about this server may be written now; if not, it is counted.
+    pub fn may_speak(&self, server: IpAddr) -> bool {
+        let mut spoken = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        network(server).is_none_or(|network| spoken.may_speak(network)) && spoken.may_speak(server.into())
+    }
 
     /// To be called once a second. Returns who has been calm for long enough, and how many lines were left out.
-    pub fn refill(&self) -> Vec<(IpAddr, u64)> {
+    pub fn refill(&self) -> Vec<(IpNet, u64)> {
         let mut spoken = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         spoken.calls += 1;
         if !spoken.calls.is_multiple_of(CALLS_PER_LINE) {
             return Vec::new();
         }
         let mut told = Vec::new();
-        spoken.by_server.retain(|server, voice| {
-            voice.lines -= 1;
-            if voice.lines < LINES / 2 && voice.hushed > 0 {
-                told.push((*server, std::mem::take(&mut voice.hushed)));
+        spoken.by_net.retain(|net, voice| {
+            voice.lines = voice.lines.saturating_sub(lines(*net) / LINES);
+            if voice.lines < lines(*net) / 2 && voice.hushed > 0 {
+                told.push((*net, std::mem::take(&mut voice.hushed)));
             }
             voice.lines > 0
         });
@@ -169,8 +192,19 @@ mod tests {
         let seconds = |count: u64| (0..count).flat_map(|_| voices.refill()).collect::<Vec<_>>();
         assert_eq!(seconds(CALLS_PER_LINE), []);
         assert!(voices.may_speak(SERVER) && !voices.may_speak(SERVER), "one line more");
-        assert_eq!(seconds(20 * CALLS_PER_LINE), [(SERVER, 981)]);
-        assert!(voices.0.lock().expect("unpoisoned").by_server.is_empty(), "nobody is remembered for ever");
+        assert_eq!(seconds(20 * CALLS_PER_LINE), [(IpNet::from(SERVER), 981)]);
+        assert!(voices.0.lock().expect("unpoisoned").by_net.is_empty(), "nobody is remembered for ever");
+    }
+
+    #[test]
+    fn a_server_of_many_addresses_is_hushed_too() {
+        let voices = Voices::default();
+        let address = |number: u16| IpAddr::from([0x2001, 0xdb8, 0, 1, 0, 0, 0, number]);
+        assert_eq!((0..5000).filter(|number| voices.may_speak(address(*number))).count(), LINES_OF_NETWORK as usize);
+        assert!(voices.0.lock().expect("unpoisoned").by_net.len() <= LINES_OF_NETWORK as usize + 1);
+        assert!(voices.may_speak([0x2001, 0xdb8, 0, 2, 0, 0, 0, 1].into()) && voices.may_speak(SERVER));
+        let told: Vec<_> = (0..60).flat_map(|_| voices.refill()).collect();
+        assert_eq!(told.iter().map(|(net, lines)| format!("{net} {lines}")).collect::<Vec<_>>(), ["2001:db8:0:1::/64 4000"]);
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! Who may connect: addresses that a farm admits, up to limits. All others are closed without an answer, and counted.
 
 use std::collections::{BTreeMap, HashMap};
+use std::hash::Hash;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::num::NonZeroU8;
@@ -17,7 +18,7 @@ use tokio::task::JoinSet;
 
 use super::input::{Input, SessionId};
 use super::keys::{Keys, ReloadError, Reloaded, Tally};
-use super::limits::Limits;
+use super::limits::{Limits, network};
 use crate::config::ne::NeConfig;
 use crate::daemon::peer::{self, Ended, Patron};
 use crate::daemon::status::{Rejected, Strangers};
@@ -29,6 +30,9 @@ use crate::secret::tcp_security::{self, Md5Key};
 pub const MAX_SESSIONS: usize = 16_384;
 /// Connections of one address: its session, the one that supersedes it, and some that are being opened or closed.
 pub const MAX_SESSIONS_PER_ADDRESS: usize = 8;
+/// Connections of one IPv6 /64, in which one host can have as many addresses as it likes: half of all, so that others find
+/// places too. The oldest of them without an INIT makes room.
+pub const MAX_SESSIONS_PER_NETWORK: usize = MAX_SESSIONS / 2;
 /// Connections that the kernel may hold for us.
 const BACKLOG: u32 = 4096;
 /// After `accept` failed for want of descriptors or memory.
@@ -50,12 +54,14 @@ pub struct Door {
 struct Connected {
     total: usize,
     by_address: HashMap<IpAddr, usize>,
+    by_network: HashMap<IpNet, usize>,
     /// From the oldest on: those that may not have said INIT yet.
     pending: BTreeMap<SessionId, Pending>,
 }
 
 /// A connection that may have to make room.
 struct Pending {
+    network: Option<IpNet>,
     joined: Arc<AtomicBool>,
     kick: mpsc::Sender<CloseReason>,
 }
@@ -213,21 +219,30 @@ impl Door {
     }
 
     fn admit(self: &Arc<Self>, address: IpAddr) -> Option<(Place, mpsc::Receiver<CloseReason>)> {
+        if matches!(address, IpAddr::V6(address) if address.is_unicast_link_local()) {
+            let what = "is link-local, which no server may join from: let it use a global or a unique local address";
+            self.count(&self.counts.not_admitted, address, what);
+            return None;
+        }
         if self.config.admits(address).is_none() {
             self.count(&self.counts.not_admitted, address, "is admitted by no farm (`servers`)");
             return None;
         }
         let mut connected = self.connected.lock().unwrap_or_else(PoisonError::into_inner);
+        let network = network(address);
         let own = connected.by_address.get(&address).copied().unwrap_or(0);
-        if own >= MAX_SESSIONS_PER_ADDRESS || (connected.total >= MAX_SESSIONS && !connected.make_room()) {
+        if own >= MAX_SESSIONS_PER_ADDRESS || !connected.has_room(network) {
             self.count(&self.counts.too_many, address, "has, or all together have, too many connections open");
             return None;
         }
         let id = self.next_session.fetch_add(1, Ordering::Relaxed);
         let (kick, kicked) = mpsc::channel(1);
         let joined = Arc::new(AtomicBool::new(false));
-        connected.pending.insert(id, Pending { joined: Arc::clone(&joined), kick: kick.clone() });
+        connected.pending.insert(id, Pending { network, joined: Arc::clone(&joined), kick: kick.clone() });
         *connected.by_address.entry(address).or_default() += 1;
+        if let Some(network) = network {
+            *connected.by_network.entry(network).or_default() += 1;
+        }
         connected.total += 1;
         Some((Place { door: Arc::clone(self), address, id, joined, kick }, kicked))
     }
@@ -308,9 +323,18 @@ impl Counts {
 }
 
 impl Connected {
-    /// Has the oldest connection without an INIT closed; false if there is none.
-    fn make_room(&mut self) -> bool {
-        while let Some((_, oldest)) = self.pending.pop_first() {
+    /// Whether one more may come, of this network; who has said no INIT may have to make room.
+    fn has_room(&mut self, network: Option<IpNet>) -> bool {
+        let of_network = network.and_then(|network| self.by_network.get(&network)).copied().unwrap_or(0);
+        if of_network >= MAX_SESSIONS_PER_NETWORK {
+            return self.make_room(|pending| pending.network == network);
+        }
+        self.total < MAX_SESSIONS || self.make_room(|_| true)
+    }
+
+    /// Has the oldest connection of these without an INIT closed; false if there is none.
+    fn make_room(&mut self, among: impl Fn(&Pending) -> bool) -> bool {
+        for (_, oldest) in self.pending.extract_if(.., |_, pending| among(pending)) {
             if !oldest.joined.load(Ordering::Relaxed) && oldest.kick.try_send(CloseReason::TooManySessions).is_ok() {
                 return true;
             }
@@ -333,11 +357,51 @@ impl Drop for Place {
         let mut connected = self.door.connected.lock().unwrap_or_else(PoisonError::into_inner);
         connected.total -= 1;
         connected.pending.remove(&self.id);
-        if let Some(own) = connected.by_address.get_mut(&self.address) {
-            *own -= 1;
-            if *own == 0 {
-                connected.by_address.remove(&self.address);
-            }
+        one_less(&mut connected.by_address, &self.address);
+        if let Some(network) = network(self.address) {
+            one_less(&mut connected.by_network, &network);
         }
+    }
+}
+
+fn one_less<K: Eq + Hash>(counts: &mut HashMap<K, usize>, key: &K) {
+    if let Some(count) = counts.get_mut(key) {
+        *count -= 1;
+        if *count == 0 {
+            counts.remove(key);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A connection that has said nothing.
+    fn come(connected: &mut Connected, id: SessionId, address: &str) -> mpsc::Receiver<CloseReason> {
+        let (kick, kicked) = mpsc::channel(1);
+        let network = network(address.parse().expect("an address"));
+        connected.pending.insert(id, Pending { network, joined: Arc::default(), kick });
+        connected.total += 1;
+        if let Some(network) = network {
+            *connected.by_network.entry(network).or_default() += 1;
+        }
+        kicked
+    }
+
+    #[test]
+    fn one_network_makes_room_for_itself_only() {
+        let mut connected = Connected::default();
+        let mut other = come(&mut connected, 1, "2001:db8:0:2::1");
+        let crowd: Vec<_> = (0..MAX_SESSIONS_PER_NETWORK)
+            .map(|number| come(&mut connected, 2 + number as u64, &format!("2001:db8:0:1::{number:x}")))
+            .collect();
+        let of = |address: &str| network(address.parse().expect("an address"));
+        assert!(connected.has_room(of("2001:db8:0:2::2")) && connected.has_room(of("10.0.0.1")));
+        for mut kicked in crowd.into_iter().take(3) {
+            assert!(connected.has_room(of("2001:db8:0:1:ffff::1")));
+            assert_eq!(kicked.try_recv().ok(), Some(CloseReason::TooManySessions), "the oldest of its own");
+        }
+        assert!(other.try_recv().is_err(), "nobody else");
     }
 }

@@ -497,7 +497,12 @@ impl Owner {
         self.probe_lost();
         self.hosts.look_again_at_short_paths(now);
         for (server, lines) in self.limits.voices().refill() {
-            tracing::info!("{server}: {lines} more lines like those above were left out");
+            let whose = if server.prefix_len() == server.max_prefix_len() {
+                server.addr().to_string()
+            } else {
+                server.to_string()
+            };
+            tracing::info!("{whose}: {lines} more lines like those above were left out");
         }
         self.sampler.sample(now, &self.plane, &self.cluster);
         self.tell_all_exceptions();

@@ -21,7 +21,8 @@ pub struct Vips {
 }
 
 impl Vips {
-    /// Puts each address on the interface whose subnet contains it, else on `lo`, and removes what an earlier daemon left.
+    /// Puts each address on the interface whose subnet contains it, else on `lo`, or of IPv6 on all of ours, where neighbours that
+    /// ask for it are answered: those of IPv4 are answered for any address of the host. Removes what an earlier daemon left.
     ///
     /// # Errors
     /// See [`HostAddressError`]; what was added before stays, for the next start to find.
@@ -30,8 +31,8 @@ impl Vips {
         tokio::spawn(driver);
         let there = addresses.list().await?;
         let mut ours = Vec::new();
-        for &vip in &vips {
-            let name = place(vip, ports, &there);
+        let places = vips.iter().flat_map(|&vip| places(vip, ports, &there).into_iter().map(move |name| (vip, name)));
+        for (vip, name) in places {
             let net = IpNet::from(vip);
             match addresses.add(name, net, Scope::Global).await? {
                 Added::New | Added::Ours => {
@@ -76,12 +77,16 @@ impl Vips {
     }
 }
 
-/// The interface whose subnet contains the address, one of ours before others.
-fn place<'a>(vip: IpAddr, ports: &'a [PortInfo], there: &[HostAddress]) -> &'a str {
+/// The interface of ours whose subnet contains the address, else see [`Vips::put`].
+fn places<'a>(vip: IpAddr, ports: &'a [PortInfo], there: &[HostAddress]) -> Vec<&'a str> {
     let contains = |one: &&HostAddress| !one.ours && one.net.prefix_len() < one.net.max_prefix_len() && one.net.contains(&vip);
     let subnets = there.iter().filter(contains);
     let ours = |one: &HostAddress| ports.iter().find(|port| port.ifindex == one.ifindex);
-    subnets.filter_map(ours).map(|port| port.name.as_str()).next().unwrap_or("lo")
+    match subnets.filter_map(ours).next() {
+        Some(port) => vec![port.name.as_str()],
+        None if vip.is_ipv4() => vec!["lo"],
+        None => ports.iter().map(|port| port.name.as_str()).collect(),
+    }
 }
 
 #[cfg(test)]
@@ -111,11 +116,12 @@ mod tests {
             on(2, "fe80::1/64"),
             on(3, "2001:db8::1/64"),
         ];
-        assert_eq!(place([10, 0, 0, 100].into(), &ports, &there), "eth0");
-        assert_eq!(place([10, 1, 0, 100].into(), &ports, &there), "eth1");
-        assert_eq!(place([192, 0, 2, 1].into(), &ports, &there), "lo");
-        assert_eq!(place([10, 2, 0, 7].into(), &ports, &there), "lo", "no subnet, and eth9 is not ours");
-        let six = |text: &str| place(text.parse().expect("an address"), &ports, &there);
-        assert_eq!((six("2001:db8::10"), six("2001:db8:1::10")), ("eth1", "lo"));
+        assert_eq!(places([10, 0, 0, 100].into(), &ports, &there), ["eth0"]);
+        assert_eq!(places([10, 1, 0, 100].into(), &ports, &there), ["eth1"]);
+        assert_eq!(places([192, 0, 2, 1].into(), &ports, &there), ["lo"]);
+        assert_eq!(places([10, 2, 0, 7].into(), &ports, &there), ["lo"], "no subnet, and eth9 is not ours");
+        let six = |text: &str| places(text.parse().expect("an address"), &ports, &there);
+        assert_eq!(six("2001:db8::10"), ["eth1"]);
+        assert_eq!(six("2001:db8:1::10"), ["eth0", "eth1"], "where it is asked for");
     }
 }

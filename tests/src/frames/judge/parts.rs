@@ -7,8 +7,8 @@ use necp_ebpf::{
     verdict::{Action, Reason},
 };
 
-use super::{Class, sent::Sent};
-use crate::frames::scene::VIP;
+use super::{Class, Family, sent::Sent, six};
+use crate::frames::scene::{VIP, VIP6};
 
 /// Where a datagram's first part went.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -23,8 +23,8 @@ enum Place {
     Unknown,
 }
 
-/// Source and destination address, identification and protocol (RFC 791 §3.2).
-type Key = ([u8; 8], [u8; 2], u8);
+/// Source and destination address, identification and protocol (RFC 791 §3.2); of IPv6 without the protocol (RFC 8200 §4.5).
+type Key = (Vec<u8>, u32, u8);
 
 /// First parts since the last [`clear`](Self::clear).
 #[derive(Default)]
@@ -39,13 +39,20 @@ impl Parts {
     /// Takes note of a first part; holds another one against what is noted.
     pub(super) fn hold(&mut self, class: Class, sent: &Sent<'_>) -> Result<(), String> {
         let header = &sent.before[sent.l3..];
-        let mut key: Key = ([0; 8], [header[4], header[5]], header[9]);
-        key.0.copy_from_slice(&header[12..20]);
-        let to_vip = header[16..20] == VIP;
+        let (key, to_vip, is_first) = match sent.family {
+            Family::Four => {
+                let key = (header[12..20].to_vec(), u32::from(u16::from_be_bytes([header[4], header[5]])), header[9]);
+                (key, header[16..20] == VIP, header[6] & 0x20 != 0)
+            }
+            Family::Six => {
+                let datagram = six::Datagram::of(header, false).map_err(|not| format!("a part of {not:?}"))?;
+                let (is_first, id) = datagram.part.unwrap_or_default();
+                ((datagram.addresses().to_vec(), id, 0), header[six::DESTINATION] == VIP6, is_first)
+            }
+        };
         if class == Class::LaterPart {
             return self.follows(&key, to_vip, sent);
         }
-        let is_first = header[6] & 0x20 != 0;
         let place = match sent.deed.reason {
             _ if !is_first => None,
             Reason::Reply | Reason::ReplyRouted => Some(Place::Client),

@@ -9,10 +9,10 @@ use necp_ebpf::{
     verdict::Reason,
 };
 
-use super::{Checksums, Deed, ipv4, quote::Quote};
+use super::{Checksums, Deed, Family, ipv4, quote::Quote, six};
 use crate::{
     frames::{
-        scene::{VIP, server_of},
+        scene::{VIP, VIP6, server_of},
         stack::{fold, sum},
     },
     kernel::{OTHER_MAC, OWN_MAC, Verdict},
@@ -31,6 +31,7 @@ const OUTER: usize = 24;
 pub(super) struct Sent<'a> {
     /// Where the datagram stands, in both.
     pub(super) l3: usize,
+    pub(super) family: Family,
     pub(super) before: &'a [u8],
     pub(super) deed: Deed<'a>,
     pub(super) tables: View<'a>,
@@ -49,6 +50,13 @@ impl Sent<'_> {
         match server.forwarding {
             LAYER_2 if self.before[12..] == self.deed.frame[12..] => {}
             LAYER_2 => return Err("more than the MAC addresses is changed".into()),
+            GRE if self.family == Family::Six => {
+                fits6(after, &server).and_then(|()| six::encapsulated(before, after, &server))?;
+            }
+            LAYER_3 if self.family == Family::Six => {
+                let address = (six::DESTINATION, None, &server.address[..]);
+                fits6(after, &server).and_then(|()| six::translated(before, after, address, 1))?;
+            }
             GRE => fits(after, &server).and_then(|()| encapsulated(before, after, &server))?,
             LAYER_3 => fits(after, &server).and_then(|()| self.translated(&server, 1))?,
             other => return Err(format!("sent by forwarding type {other}, of which the judge knows nothing")),
@@ -84,6 +92,10 @@ impl Sent<'_> {
             return Err("for the kernel, but its Ethernet header is changed".into());
         }
         let (before, after) = self.datagrams()?;
+        if self.family == Family::Six {
+            let server = quoted_server(before);
+            return six::translated(before, after, (six::SOURCE, server, &VIP6), hops);
+        }
         let Some(quote) = self.quote() else { return changed(before, after, Some((SOURCE, VIP)), hops) };
         let server = (quote.destination == before[SOURCE]).then_some((SOURCE, VIP));
         error_changed(before, after, server, (DESTINATION, VIP), hops)
@@ -109,6 +121,13 @@ impl Sent<'_> {
     /// An ICMP error about the frame.
     pub(super) fn answer(&self) -> Result<(), String> {
         let (datagram, answer) = self.datagrams()?;
+        if self.family == Family::Six {
+            let (to, from) = macs(self.deed.frame)?;
+            if (to, from) != (macs(self.before)?.1, OWN_MAC) {
+                return Err(format!("an answer from {from:02x?} to {to:02x?}"));
+            }
+            return six::answer(datagram, answer, self.deed.reason == Reason::Expired);
+        }
         let before = Ipv4HeaderSlice::from_slice(datagram).map_err(|error| error.to_string())?;
         let expired = self.deed.reason == Reason::Expired;
         if expired && before.ttl() > 1 {
@@ -296,6 +315,17 @@ fn encapsulated(before: &[u8], after: &[u8], server: &Server) -> Result<(), Stri
         return Err("no GRE header of IPv4 without options".into());
     }
     changed(before, &after[OUTER..], None, 1)
+}
+
+/// The server to which what an error quotes was sent, or the packet's own sender.
+fn quoted_server(before: &[u8]) -> Option<&[u8]> {
+    six::quoted_destination(before).or_else(|| before.get(six::SOURCE))
+}
+
+fn fits6(packet: &[u8], server: &Server) -> Result<(), String> {
+    let total = u16::from_be_bytes([packet[4], packet[5]]).saturating_add(40);
+    let fits = server.mtu == 0 || total <= server.mtu;
+    if fits { Ok(()) } else { Err(format!("{total} bytes to a server that gets {}", server.mtu)) }
 }
 
 fn fits(packet: &[u8], server: &Server) -> Result<(), String> {

@@ -1,0 +1,244 @@
+//! IPv6: servers that join over it, and clients of IPv6 VIPs, beside those of IPv4.
+
+use std::{
+    collections::BTreeSet,
+    io::{BufRead as _, BufReader, Read as _, Write as _},
+    net::{IpAddr, SocketAddr, TcpStream},
+    thread,
+    time::Duration,
+};
+
+use anyhow::{Context as _, Result, ensure};
+use necp_tests::{
+    daemon::{NetworkElement, ServerElement},
+    line::top,
+    netns::{Namespace, wait_until},
+    nginx::{Content, Nginx},
+    topology::{NE, NE6, Topology, VIP, VIP6, server_address, server_address6},
+};
+use serde_json::Value;
+use sha2::{Digest as _, Sha256};
+
+const PATIENCE: Duration = Duration::from_secs(40);
+const SOON: Duration = Duration::from_secs(10);
+const WEB: u16 = 80;
+
+/// A bed of both families whose servers serve [`WEB`], and the network element; no agent yet.
+struct Both {
+    agents: Vec<Option<ServerElement>>,
+    ne: NetworkElement,
+    _nginx: Vec<Nginx>,
+    content: Content,
+    bed: Topology,
+}
+
+impl Both {
+    fn start(servers: usize, forwarding: &[&str], more: &str) -> Result<Self> {
+        let bed = Topology::builder().servers(servers).ipv6().build()?;
+        let content = Content::new(&bed, 6 << 20)?;
+        let nginx = |server: &necp_tests::topology::Server| {
+            Nginx::start(&bed, server.ns(), server.name(), &[WEB], &content)
+        };
+        let nginx = bed.servers().iter().map(nginx).collect::<Result<_>>()?;
+        for family in ["ipv4", "ipv6"] {
+            bed.ne().sysctl(&[(&format!("net/{family}/neigh/eth0/retrans_time_ms"), "300")])?;
+        }
+        let config = top(1.0)
+            + &format!(
+                "[[farm]]\nname = \"web\"\nvips = [\"{VIP}\", \"{VIP6}\"]\nservices = [\"tcp/80\"]\n\
+                 forwarding = {forwarding:?}\nservers = [\"10.0.0.0/24\", \"2001:db8:a::/64\"]\n\
+                 auth = \"none\"\ntable_size = 251\n{more}\n"
+            );
+        let ne = NetworkElement::start(&bed, &config)?;
+        let agents = bed.servers().iter().map(|_| None).collect();
+        Ok(Self { agents, ne, _nginx: nginx, content, bed })
+    }
+
+    /// Starts a server's agent, which joins this NE's address, and waits until it gets new flows.
+    fn join(&mut self, index: usize, ne: IpAddr, offer: &str, more: &[&str]) -> Result<()> {
+        let ne_text = SocketAddr::new(ne, 3262).to_string();
+        let mut args = vec!["--ne", &ne_text, "--retry-max", "1", "--keepalive", "1", "--serve", offer];
+        args.extend(more);
+        let server = self.bed.server(index);
+        self.agents[index] = Some(ServerElement::start_unconnected(&self.bed, server.ns(), server.name(), &args)?);
+        let address = address_of(index, ne);
+        self.wait_for(index, address, |row| row["state"] == "up" && row["reachable"] == true && row["slots"] != 0)
+    }
+
+    fn row(&self, address: IpAddr) -> Result<Option<Value>> {
+        let family = if address.is_ipv4() { "IPv4" } else { "IPv6" };
+        let status = self.ne.status()?;
+        let services = status["farms"][0]["services"].as_array().context("services")?.clone();
+        let service = services.into_iter().find(|one| one["family"] == family).context("a service of the family")?;
+        let servers = service["servers"].as_array().context("servers")?.clone();
+        Ok(servers.into_iter().find(|row| row["address"] == address.to_string().as_str()))
+    }
+
+    fn wait_for(&mut self, index: usize, address: IpAddr, fits: impl Fn(&Value) -> bool) -> Result<()> {
+        let waited = wait_until(&format!("{address} is as it should be"), PATIENCE, || {
+            self.row(address).is_ok_and(|row| row.is_some_and(|row| fits(&row)))
+        });
+        let agent = self.agents[index].as_mut().map(|agent| agent.process().log()).unwrap_or_default();
+        waited.with_context(|| {
+            let status = self.ne.status().map_or_else(|error| error.to_string(), |status| format!("{:#}", status["farms"]));
+            format!("status: {status}\nagent: {agent}\nnetwork element: {}", self.ne.process().log())
+        })
+    }
+
+    /// The names of the servers that answer so many new connections.
+    fn who(&self, vip: IpAddr, count: usize) -> Result<BTreeSet<String>> {
+        let ask = || {
+            let mut found = BTreeSet::new();
+            for _ in 0..count {
+                let mut name = String::new();
+                get(vip, "/name")?.read_to_string(&mut name)?;
+                found.insert(name.trim().to_owned());
+            }
+            Ok(found)
+        };
+        self.bed.client().run(ask)
+    }
+
+    /// Downloads `/big` so many times at once, at this rate; `meanwhile` runs once all have begun.
+    fn download(&self, vip: IpAddr, count: usize, rate: &str, meanwhile: impl FnOnce() -> Result<()>) -> Result<()> {
+        let path = format!("/big?rate={rate}");
+        let (client, content) = (self.bed.client(), &self.content);
+        thread::scope(|scope| {
+            let begin = |_| client.run(|| get(vip, &path)).map(|body| scope.spawn(move || checksum(body)));
+            let downloads = (0..count).map(begin).collect::<Result<Vec<_>>>()?;
+            meanwhile()?;
+            for download in downloads {
+                let (length, sha256) = download.join().expect("no panic")?;
+                ensure!((length, sha256) == (content.length, content.sha256), "{length} bytes came, or others");
+            }
+            Ok(())
+        })
+    }
+}
+
+fn address_of(index: usize, ne: IpAddr) -> IpAddr {
+    if ne.is_ipv4() { server_address(index).into() } else { server_address6(index).into() }
+}
+
+/// The body of an answer, from its first byte on. To be called in the client's namespace.
+fn get(vip: IpAddr, path: &str) -> Result<BufReader<TcpStream>> {
+    let mut stream = TcpStream::connect_timeout(&SocketAddr::new(vip, WEB), SOON).context("no connection")?;
+    stream.set_read_timeout(Some(SOON))?;
+    write!(stream, "GET {path} HTTP/1.0\r\n\r\n")?;
+    let mut answer = BufReader::new(stream);
+    let mut line = String::new();
+    answer.read_line(&mut line)?;
+    ensure!(line.starts_with("HTTP/1.1 200 "), "the answer is {line:?}");
+    while line.trim_end() != "" {
+        line.clear();
+        answer.read_line(&mut line)?;
+    }
+    Ok(answer)
+}
+
+fn checksum(mut body: BufReader<TcpStream>) -> Result<(u64, [u8; 32])> {
+    let mut bytes = Vec::new();
+    body.read_to_end(&mut bytes)?;
+    Ok((bytes.len() as u64, Sha256::digest(&bytes).into()))
+}
+
+fn names(names: &[&str]) -> BTreeSet<String> {
+    names.iter().map(|name| (*name).to_owned()).collect()
+}
+
+#[test]
+fn each_family_has_the_servers_that_joined_over_it() -> Result<()> {
+    let mut both = Both::start(3, &["l2"], "")?;
+    both.join(0, NE6.into(), "tcp/80=l2", &[])?;
+    both.join(1, NE6.into(), "tcp/80=l2", &[])?;
+    both.join(2, NE.into(), "tcp/80=l2", &[])?;
+    assert_eq!(both.who(VIP6.into(), 60)?, names(&["s1", "s2"]));
+    assert_eq!(both.who(VIP.into(), 20)?, names(&["s3"]));
+    let status = both.ne.status()?;
+    assert_eq!(status["listen"], serde_json::json!(["0.0.0.0:3262", "[::]:3262"]));
+    assert_eq!(status["farms"][0]["vips"], serde_json::json!([VIP.to_string(), VIP6.to_string()]));
+    let log = both.ne.process().log();
+    assert!(log.contains(&format!("{} has joined", server_address6(0))), "{log}");
+
+    // STOP and START in the middle of downloads: not one of them moves, and new ones go elsewhere at once.
+    both.download(VIP6.into(), 12, "2m", || {
+        let agent = both.agents[0].as_ref().context("an agent")?;
+        let output = agent.command(&["drain"])?;
+        ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stdout));
+        ensure!(both.who(VIP6.into(), 40)? == names(&["s2"]), "s1 has stopped");
+        ensure!(both.who(VIP.into(), 10)? == names(&["s3"]), "the other family has its own");
+        let output = agent.command(&["resume"])?;
+        ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stdout));
+        wait_until("s1 gets new flows again", SOON, || {
+            both.row(server_address6(0).into()).is_ok_and(|row| row.is_some_and(|row| row["slots"] != 0))
+        })?;
+        ensure!(both.who(VIP6.into(), 60)? == names(&["s1", "s2"]), "s1 has started again");
+        Ok(())
+    })
+}
+
+#[test]
+fn ipv6_flows_outlive_the_daemon_and_dead_hosts_are_found() -> Result<()> {
+    let mut both = Both::start(2, &["l2"], "orphan_time = 60")?;
+    both.join(0, NE6.into(), "tcp/80=l2", &[])?;
+    both.join(1, NE6.into(), "tcp/80=l2", &[])?;
+    // Its cable is pulled: no neighbour advertisement comes any more.
+    both.bed.server(1).unplug()?;
+    both.wait_for(1, server_address6(1).into(), |row| row["state"] == "dead")?;
+    assert_eq!(both.who(VIP6.into(), 20)?, names(&["s1"]));
+
+    both.ne.process().signal(libc::SIGQUIT)?;
+    both.ne.process().wait(SOON)?;
+    assert_eq!(both.who(VIP6.into(), 20)?, names(&["s1"]), "the packet path forwards on");
+    let config = std::fs::read_to_string(both.bed.dir().join("ne.toml"))?;
+    both.ne = NetworkElement::start(&both.bed, &config)?;
+    let log = both.ne.process().log();
+    assert!(log.contains("2 services (0 anew)"), "{log}");
+    assert_eq!(both.who(VIP6.into(), 20)?, names(&["s1"]));
+    both.wait_for(0, server_address6(0).into(), |row| row["state"] == "up")
+}
+
+#[test]
+fn who_may_not_join_over_ipv6_is_told_why() -> Result<()> {
+    let mut both = Both::start(1, &["l2"], "")?;
+    // What has no scope names no host in the tables.
+    let link_local = both.bed.ne().run(|| link_local("eth0"))?;
+    let server = both.bed.server(0).ns().clone();
+    connect_and_wait(&server, &format!("[{link_local}%eth0]"))?;
+    both.ne.process().wait_for_log("is link-local, which no server may join from", SOON)?;
+    assert_eq!(both.ne.status()?["strangers"]["not_admitted"], 1);
+
+    // On the IPv4 listener there is no IPv6, and a VIP of the other family is not served.
+    both.ne.process().signal(libc::SIGTERM)?;
+    both.ne.process().wait(SOON)?;
+    let config = std::fs::read_to_string(both.bed.dir().join("ne.toml"))?;
+    let config = config.replace(&format!(", \"{VIP6}\""), "");
+    both.ne = NetworkElement::start(&both.bed, &config)?;
+    let log = both.ne.process().log();
+    assert!(log.contains("servers in 2001:db8:a::/64 have nothing to serve: farm `web` has no IPv6 VIP"), "{log}");
+    let ne = SocketAddr::new(NE6.into(), 3262).to_string();
+    let args = ["--ne", &ne, "--retry-max", "1", "--serve", "tcp/80=l2"];
+    let _agent = ServerElement::start_unconnected(&both.bed, &server, "s1", &args)?;
+    both.ne.process().wait_for_log("the farm has no IPv6 VIP", SOON)?;
+    Ok(())
+}
+
+fn link_local(interface: &str) -> Result<std::net::Ipv6Addr> {
+    let table = std::fs::read_to_string("/proc/thread-self/net/if_inet6")?;
+    let line = table.lines().find(|line| line.starts_with("fe80") && line.ends_with(interface));
+    let digits = line.and_then(|line| line.split_whitespace().next()).context("no link-local address")?;
+    Ok(u128::from_str_radix(digits, 16)?.into())
+}
+
+/// A connection that says nothing.
+fn connect_and_wait(ns: &Namespace, address: &str) -> Result<()> {
+    use std::net::ToSocketAddrs as _;
+    ns.run(|| {
+        let address = format!("{address}:3262").to_socket_addrs()?.next().context("no address")?;
+        let mut stream = TcpStream::connect_timeout(&address, SOON)?;
+        stream.set_read_timeout(Some(SOON))?;
+        ensure!(stream.read(&mut [0; 16]).unwrap_or(0) == 0, "not a byte of an answer");
+        Ok(())
+    })
+}
+
