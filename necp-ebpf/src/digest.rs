@@ -10,25 +10,41 @@ pub const fn keys_of(seed: u64) -> [u64; 2] {
 
 /// Of so many words, and of two bytes more, least significant byte first.
 #[inline(always)]
-pub fn siphash<const WORDS: usize>([k0, k1]: [u64; 2], words: [u64; WORDS], rest: u16) -> u64 {
-    let last = ((8 * WORDS as u64 + 2) & 0xff) << 56 | rest as u64;
-    let mut v = [
-        k0 ^ 0x736f_6d65_7073_6575,
-        k1 ^ 0x646f_7261_6e64_6f6d,
-        k0 ^ 0x6c79_6765_6e65_7261,
-        k1 ^ 0x7465_6462_7974_6573,
-    ];
-    for word in words {
-        v[3] ^= word;
-        v = round(v);
-        v[0] ^= word;
+pub fn siphash<const WORDS: usize>(keys: [u64; 2], words: [u64; WORDS], rest: u16) -> u64 {
+    words.into_iter().fold(SipHash::new(keys), SipHash::with).finish(WORDS as u64, rest)
+}
+
+/// The same word by word, for who has no room for all of them at once.
+#[derive(Clone, Copy)]
+pub struct SipHash([u64; 4]);
+
+impl SipHash {
+    /// Of nothing yet.
+    #[inline(always)]
+    pub const fn new([k0, k1]: [u64; 2]) -> Self {
+        Self([
+            k0 ^ 0x736f_6d65_7073_6575,
+            k1 ^ 0x646f_7261_6e64_6f6d,
+            k0 ^ 0x6c79_6765_6e65_7261,
+            k1 ^ 0x7465_6462_7974_6573,
+        ])
     }
-    v[3] ^= last;
-    v = round(v);
-    v[0] ^= last;
-    v[2] ^= 0xff;
-    let [a, b, c, d] = round(round(round(v)));
-    a ^ b ^ c ^ d
+
+    /// And of one more word.
+    #[inline(always)]
+    pub const fn with(self, word: u64) -> Self {
+        let Self([a, b, c, d]) = self;
+        let [a, b, c, d] = round([a, b, c, d ^ word]);
+        Self([a ^ word, b, c, d])
+    }
+
+    /// The hash of so many words and of two bytes more.
+    #[inline(always)]
+    pub const fn finish(self, words: u64, rest: u16) -> u64 {
+        let Self([a, b, c, d]) = self.with(((8 * words + 2) & 0xff) << 56 | rest as u64);
+        let [a, b, c, d] = round(round(round([a, b, c ^ 0xff, d])));
+        a ^ b ^ c ^ d
+    }
 }
 
 #[inline(always)]

@@ -14,7 +14,7 @@ use crate::{
     },
     digest::{keys_of, siphash},
     flows::opaque,
-    tables::{Address6, Addresses6, Tables},
+    tables::{Address6, Tables},
     word::Word,
 };
 
@@ -100,14 +100,6 @@ impl ExceptionKey {
         Self { addresses, rest: rest_of(flow, index, mask) }
     }
 
-    /// The same of IPv6.
-    #[inline(always)]
-    fn for_flow6<T: Tables>(flow: Tuple, addresses: &Addresses6, index: u32, mask: MaskWord, tables: &T) -> Self {
-        let source = prefix6(addresses.source, mask.byte(0));
-        let destination = prefix6(addresses.destination, mask.byte(1));
-        Self { addresses: tables.name6(source, destination), rest: rest_of(flow, index, mask) }
-    }
-
     /// Its hash: the upper half is the tag, the lower half begins the sequence of buckets.
     #[inline(always)]
     pub fn hash(self, seed: u64) -> u64 {
@@ -123,12 +115,11 @@ impl ExceptionKey {
 /// [`ExceptionKey::rest`] for a flow.
 #[inline(always)]
 const fn rest_of(flow: Tuple, index: u32, mask: MaskWord) -> u64 {
-    let port = flow.port as u64 & mask.port();
-    let protocol = flow.protocol as u64 & mask.protocol();
+    let rest = flow.rest() & (0xffff | mask.port() << 16 | mask.protocol() << 32);
     if cfg!(target_endian = "little") {
-        flow.farm as u64 & 0xffff | port << 16 | protocol << 32 | (index as u64) << 40
+        rest | (index as u64) << 40
     } else {
-        (flow.farm as u64 & 0xffff) << 48 | port << 32 | protocol << 24 | (index as u64) << 16
+        (rest & 0xffff) << 48 | (rest >> 16 & 0xffff) << 32 | (rest >> 32) << 24 | (index as u64) << 16
     }
 }
 
@@ -245,10 +236,13 @@ impl Tuple {
     /// As arguments of a function in the kernel; the second one has [`TUPLE_BITS`] bits.
     #[inline(always)]
     pub const fn to_words(self) -> [u64; 2] {
-        [
-            (self.source as u64) << 32 | self.destination as u64,
-            (self.farm as u64 & 0xffff) << 24 | (self.protocol as u64) << 16 | self.port as u64,
-        ]
+        [(self.source as u64) << 32 | self.destination as u64, self.rest()]
+    }
+
+    /// All but the addresses: one word, because each takes room on a stack.
+    #[inline(always)]
+    const fn rest(self) -> u64 {
+        (self.protocol as u64) << 32 | (self.port as u64) << 16 | self.farm as u64 & 0xffff
     }
 
     /// From [`to_words`](Self::to_words).
@@ -257,9 +251,9 @@ impl Tuple {
         Self {
             source: (addresses >> 32) as u32,
             destination: addresses as u32,
-            port: rest as u16,
-            protocol: (rest >> 16) as u8,
-            farm: (rest >> 24) as u16 as u32,
+            port: (rest >> 16) as u16,
+            protocol: (rest >> 32) as u8,
+            farm: rest as u16 as u32,
         }
     }
 
@@ -305,10 +299,15 @@ impl Tuple {
     #[inline(always)]
     fn find<T: Tables>(self, tables: &T, masks: &ExceptionMasksWords, index: u32) -> Option<(u32, u8)> {
         let mask = MaskWord(masks.masks[index as usize % EXCEPTION_MASKS].load());
-        let key = match tables.addresses6() {
-            None if mask.is_of(OF_IPV4) => ExceptionKey::for_flow(self, index, mask),
-            Some(addresses) if mask.is_of(OF_IPV6) => ExceptionKey::for_flow6(self, &addresses, index, mask, tables),
-            _ => return None,
+        let six = tables.is_six();
+        if !mask.is_of(if six { OF_IPV6 } else { OF_IPV4 }) {
+            return None;
+        }
+        let key = if six {
+            let addresses = tables.name6(mask.byte(0), mask.byte(1));
+            ExceptionKey { addresses, rest: rest_of(self, index, mask) }
+        } else {
+            ExceptionKey::for_flow(self, index, mask)
         };
         find(tables, key)
     }

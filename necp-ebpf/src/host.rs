@@ -236,6 +236,10 @@ impl Tables for View<'_> {
         Some(Self { addresses6: Some(addresses), ..*self })
     }
 
+    fn is_six(&self) -> bool {
+        self.addresses6.is_some()
+    }
+
     fn addresses6(&self) -> Option<Addresses6> {
         self.addresses6
     }

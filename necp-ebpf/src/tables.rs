@@ -3,7 +3,7 @@
 use crate::{
     abi::{ALIVE, AddressSet, FORWARDING_SHIFT, REACHABLE, Server, ServiceBucket},
     choice::{Chosen, NewFlow},
-    exceptions::{ExceptionBucketWords, ExceptionMasksWords, ExceptionWords, Tuple, name6},
+    exceptions::{ExceptionBucketWords, ExceptionMasksWords, ExceptionWords, Tuple, name6, prefix6},
     flows::{FlowBucketWords, FlowWord},
     room::insert_into,
     routed::Reply,
@@ -48,6 +48,11 @@ pub trait Tables {
     type Six: Tables;
     /// See there. Until the next call, in the kernel: the addresses are kept in one place for each CPU.
     fn six(&self, addresses: Addresses6) -> Option<Self::Six>;
+    /// Whether these tables are for an IPv6 packet.
+    #[inline(always)]
+    fn is_six(&self) -> bool {
+        false
+    }
     /// The addresses of the IPv6 packet that these tables are for; of IPv4 there are none.
     #[inline(always)]
     fn addresses6(&self) -> Option<Addresses6> {
@@ -101,10 +106,11 @@ pub trait Tables {
     fn digest6(&self, source: Address6, port: u16, seed: u64) -> u64 {
         digest(source, port, seed)
     }
-    /// [`name6`] under the exceptions' seed.
+    /// [`name6`] of the packet's addresses, of which so many bits count, under the exceptions' seed.
     #[inline(always)]
-    fn name6(&self, source: Address6, destination: Address6) -> u64 {
-        name6(source, destination, self.exception_seed())
+    fn name6(&self, source_len: u64, destination_len: u64) -> u64 {
+        let Some(Addresses6 { source, destination }) = self.addresses6() else { return 0 };
+        name6(prefix6(source, source_len), prefix6(destination, destination_len), self.exception_seed())
     }
     /// [`Reply::server6`] on these tables, which have the reply's addresses.
     #[inline(always)]

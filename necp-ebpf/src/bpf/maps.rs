@@ -13,7 +13,8 @@ use necp_ebpf::{
         exception_buckets, exception_records,
     },
     choice::{Chosen, NewFlow},
-    exceptions::{ExceptionBucketWords, ExceptionMasksWords, ExceptionWords, Tuple, name6},
+    digest::{SipHash, keys_of},
+    exceptions::{ExceptionBucketWords, ExceptionMasksWords, ExceptionWords, Tuple, prefix6},
     flows::{FlowBucketWords, FlowWord},
     rare::{FragmentKey, FragmentPlace},
     room::insert_into,
@@ -320,6 +321,11 @@ impl<const SIX: bool> Tables for Maps<SIX> {
     }
 
     #[inline(always)]
+    fn is_six(&self) -> bool {
+        SIX
+    }
+
+    #[inline(always)]
     fn addresses6(&self) -> Option<Addresses6> {
         if !SIX {
             return None;
@@ -375,8 +381,8 @@ impl<const SIX: bool> Tables for Maps<SIX> {
     }
 
     #[inline(always)]
-    fn name6(&self, source: [u64; 2], destination: [u64; 2]) -> u64 {
-        name_addresses(source[0], source[1], destination[0], destination[1])
+    fn name6(&self, source_len: u64, destination_len: u64) -> u64 {
+        name_addresses(source_len, destination_len)
     }
 
     #[inline(always)]
@@ -458,9 +464,17 @@ extern "C" fn digest_flow(high: u64, low: u64, port: u64, seed: u64) -> u64 {
     six::digest([high, low], port as u16, seed)
 }
 
-/// [`name6`].
+/// [`name6`](necp_ebpf::exceptions::name6) of this CPU's packet, word by word: its stack is the last one of a long row.
 #[unsafe(no_mangle)]
 #[inline(never)]
-extern "C" fn name_addresses(a: u64, b: u64, c: u64, d: u64) -> u64 {
-    name6([a, b], [c, d], MAPS.exception_seed())
+extern "C" fn name_addresses(source_len: u64, destination_len: u64) -> u64 {
+    let Some(place) = ADDRESSES6.get_ptr(0) else { return 0 };
+    // SAFETY: as in `addresses6`.
+    let address = |index: usize| unsafe { place.cast::<[u64; 2]>().add(index).read_volatile() };
+    let of = |hash: SipHash, index, length| {
+        let [high, low] = prefix6(address(index), length);
+        hash.with(high).with(low)
+    };
+    let hash = of(SipHash::new(keys_of(MAPS6.exception_seed())), 0, source_len);
+    of(hash, 1, destination_len).finish(4, 0)
 }

@@ -111,7 +111,8 @@ fn begun_before() -> Vec<Case> {
         Case::new("nobody has started yet", why, owned_by(DIRECT))
             .frame(F.syn(1000), DIRECTLY)
             .frame(F.data(1001), DIRECTLY)
-            .frame(D.udp(b"?"), DIRECTLY),
+            .frame(D.udp(b"?"), DIRECTLY)
+            .leaves(record(DIRECT, 0)),
         Case::new("a connection from before START", why, started())
             .frame(F.data(5000), DIRECTLY)
             .leaves(record(DIRECT, 0))
