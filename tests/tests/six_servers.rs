@@ -37,9 +37,8 @@ impl Web {
     fn start(servers: usize, vip_on_servers: bool, more: &str) -> Result<Self> {
         let bed = Topology::builder().servers(servers).vip_on_servers(vip_on_servers).ipv6().build()?;
         let content = Content::new(&bed, 4 << 20)?;
-        let nginx = |server: &necp_tests::topology::Server| {
-            Nginx::start(&bed, server.ns(), server.name(), &[WEB], &content)
-        };
+        let nginx =
+            |server: &necp_tests::topology::Server| Nginx::start(&bed, server.ns(), server.name(), &[WEB], &content);
         let nginx = bed.servers().iter().map(nginx).collect::<Result<_>>()?;
         bed.ne().sysctl(&[("net/ipv6/conf/all/forwarding", "1")])?;
         let config = top(1.0)
@@ -81,7 +80,12 @@ impl Web {
     fn command(&self, index: usize, args: &[&str]) -> Result<Value> {
         let output = self.agents[index].command(&[args, &["--json"]].concat())?;
         let text = String::from_utf8_lossy(&output.stdout).into_owned();
-        ensure!(output.status.success(), "`necp {}`: {text}{}", args.join(" "), String::from_utf8_lossy(&output.stderr));
+        ensure!(
+            output.status.success(),
+            "`necp {}`: {text}{}",
+            args.join(" "),
+            String::from_utf8_lossy(&output.stderr)
+        );
         serde_json::from_str(&text).with_context(|| text)
     }
 
