@@ -72,7 +72,8 @@ impl Nginx {
 }
 
 fn configuration(name: &str, ports: &[u16], content: &Content, dir: &str) -> String {
-    let listen: String = ports.iter().map(|port| format!("listen {port} backlog=4096; listen [::]:{port} backlog=4096; ")).collect();
+    let listen: String =
+        ports.iter().map(|port| format!("listen {port} backlog=4096; listen [::]:{port} backlog=4096; ")).collect();
     let big = content.path.display();
     // One process, so that killing it kills all of it. `sendfile` would keep pages of the file in the receiver's queue.
     format!(

@@ -318,7 +318,8 @@ impl Topology {
     fn address6(&self, vip_on_servers: bool) -> Result<()> {
         const CLIENTS: &str = "2001:db8:c::/64";
         const SERVERS: &str = "2001:db8:a::/64";
-        let client = format!("addr add {CLIENT6}/64 dev eth0\nroute add {SERVERS} dev eth0\nroute add {VIP6} dev eth0\n");
+        let client =
+            format!("addr add {CLIENT6}/64 dev eth0\nroute add {SERVERS} dev eth0\nroute add {VIP6} dev eth0\n");
         self.client.ip_batch(&client)?;
         self.ne.ip_batch(&format!("addr add {NE6}/64 dev eth0\nroute add {CLIENTS} dev eth0\n"))?;
         for (index, server) in self.servers.iter().enumerate() {

@@ -111,7 +111,8 @@ impl Pcap {
 /// What the file says of a message, in tshark's words: header, units, errors.
 fn expected(vector: &Vector) -> [String; 3] {
     let text = |says: &&str| says.get(2..).unwrap_or_default().to_owned();
-    let is_unit = |says: &&&str| !says.is_empty() && !["= credential"].contains(says) && !says[2..].starts_with("preamble");
+    let is_unit =
+        |says: &&&str| !says.is_empty() && !["= credential"].contains(says) && !says[2..].starts_with("preamble");
     let units = vector.says[1..].iter().filter(is_unit);
     let wrong = vector.says.iter().filter(|says| says.starts_with('!'));
     let joined = |texts: Vec<String>| texts.join(";");

@@ -46,9 +46,8 @@ impl Both {
     ) -> Result<Self> {
         let bed = Topology::builder().servers(servers).ipv6().build()?;
         let content = Content::new(&bed, 6 << 20)?;
-        let nginx = |server: &necp_tests::topology::Server| {
-            Nginx::start(&bed, server.ns(), server.name(), &[WEB], &content)
-        };
+        let nginx =
+            |server: &necp_tests::topology::Server| Nginx::start(&bed, server.ns(), server.name(), &[WEB], &content);
         let nginx = bed.servers().iter().map(nginx).collect::<Result<_>>()?;
         for family in ["ipv4", "ipv6"] {
             bed.ne().sysctl(&[(&format!("net/{family}/neigh/eth0/retrans_time_ms"), "300")])?;
@@ -95,7 +94,8 @@ impl Both {
         });
         let agent = self.agents[index].as_mut().map(|agent| agent.process().log()).unwrap_or_default();
         waited.with_context(|| {
-            let status = self.ne.status().map_or_else(|error| error.to_string(), |status| format!("{:#}", status["farms"]));
+            let status =
+                self.ne.status().map_or_else(|error| error.to_string(), |status| format!("{:#}", status["farms"]));
             format!("status: {status}\nagent: {agent}\nnetwork element: {}", self.ne.process().log())
         })
     }
@@ -322,4 +322,3 @@ fn connect_and_wait(ns: &Namespace, address: Ipv6Addr) -> Result<()> {
         Ok(())
     })
 }
-

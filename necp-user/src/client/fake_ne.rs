@@ -143,7 +143,8 @@ impl Conversation {
             }
             NeEvent::Query { token, filter } => {
                 let all = self.exceptions.iter();
-                let all = all.map(|(flows, scope)| Listed { scope: *scope, installer: INSTALLER.into(), flows: *flows });
+                let all =
+                    all.map(|(flows, scope)| Listed { scope: *scope, installer: INSTALLER.into(), flows: *flows });
                 self.listing = all.filter(|entry| filter.matches(entry)).collect();
                 let count = u32::try_from(self.listing.len()).expect("few");
                 self.session.list(*token, count);

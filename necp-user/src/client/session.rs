@@ -18,8 +18,8 @@ use super::health::ask;
 use super::peer::{Command, Done, Inbox, Peer, Standing, What};
 use super::refused::Refused;
 use crate::necp::{
-    Backoff, CloseReason, Credentials, Family, Flows, Listed, Query, RequestId, SeEvent, SeSession, ServiceKey, ServiceUnit,
-    SessionConfig, Token,
+    Backoff, CloseReason, Credentials, Family, Flows, Listed, Query, RequestId, SeEvent, SeSession, ServiceKey,
+    ServiceUnit, SessionConfig, Token,
 };
 
 /// An authenticated list of exceptions is held back until it is verified: half a million wide ones, or twice as many basic ones.

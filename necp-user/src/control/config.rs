@@ -1,6 +1,11 @@
 //! What the cluster is configured with, as plain values; the configuration file is somebody else's.
 
-use std::{collections::BTreeMap, fmt, net::{IpAddr, Ipv4Addr, Ipv6Addr}, time::Duration};
+use std::{
+    collections::BTreeMap,
+    fmt,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    time::Duration,
+};
 
 use ipnet::{IpNet, Ipv4Net};
 use necp_ebpf::{abi, hash::fold6, packet::protocol};
@@ -308,7 +313,9 @@ pub enum ConfigError {
         service: ServiceKey,
     },
     /// The packet path could not tell them apart.
-    #[error("the VIPs {first} and {second} look the same to the packet path (one pair in four billion does): use another one")]
+    #[error(
+        "the VIPs {first} and {second} look the same to the packet path (one pair in four billion does): use another one"
+    )]
     Fold {
         /// One.
         first: Ipv6Addr,
@@ -511,7 +518,8 @@ mod tests {
         // Those that differ in their last four bytes only never do.
         let host = |number: u64| u128::from(super::super::stable::mix(number));
         let vip = |number: u64| Ipv6Addr::from(0x2001_0db8_0000_0000_0000_0000_0000_0000 + host(number));
-        let pair = (0..2_000_000).find_map(|host| seen.insert(fold(vip(host)), vip(host)).map(|first| (first, vip(host))));
+        let pair =
+            (0..2_000_000).find_map(|host| seen.insert(fold(vip(host)), vip(host)).map(|first| (first, vip(host))));
         let (first, second) = pair.expect("there is one among some hundred thousand");
         let mut farms = vec![farm("a", "2001:db8:1::/64"), farm("b", "2001:db8:2::/64")];
         farms[0].vips = vec![first.into()];

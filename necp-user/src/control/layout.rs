@@ -97,7 +97,8 @@ impl Layout {
         let mut layout = Self::default();
         let mut claimed: BTreeMap<(IpAddr, ServiceKey), usize> = BTreeMap::new();
         for (farm_index, farm) in config.farms.iter().enumerate() {
-            for (family, key) in farm.families().flat_map(|family| farm.services.iter().map(move |key| (family, *key))) {
+            for (family, key) in farm.families().flat_map(|family| farm.services.iter().map(move |key| (family, *key)))
+            {
                 for vip in farm.fronts(family) {
                     if let Some(first) = claimed.insert((vip, key), farm_index) {
                         let (first, second) = (config.farms[first].name.clone(), farm.name.clone());

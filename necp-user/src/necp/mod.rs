@@ -54,7 +54,8 @@ pub use auth::{Access, Credentials, InitialNumbers, Key};
 pub use backoff::Backoff;
 pub use error::CloseReason;
 pub use message::{
-    Exception, Family, Filter, Flows, HealthAnswer, Init, InitAck, Listed, Operation, Query, Scope, ServiceUnit, UnitError,
+    Exception, Family, Filter, Flows, HealthAnswer, Init, InitAck, Listed, Operation, Query, Scope, ServiceUnit,
+    UnitError,
 };
 pub use service::{Forwarding, ServiceKey};
 pub use session::{

@@ -111,8 +111,14 @@ impl HostAddresses {
     /// # Errors
     /// [`HostAddressError::Refused`].
     pub async fn list(&self) -> Result<Vec<HostAddress>, HostAddressError> {
-        let messages: Vec<AddressMessage> =
-            self.handle.address().get().execute().try_collect().await.map_err(|error| refused("list addresses", error))?;
+        let messages: Vec<AddressMessage> = self
+            .handle
+            .address()
+            .get()
+            .execute()
+            .try_collect()
+            .await
+            .map_err(|error| refused("list addresses", error))?;
         Ok(messages.iter().filter_map(|message| self.host_address(message)).collect())
     }
 

@@ -72,7 +72,8 @@ impl HostRouting {
     /// Says what the kernel must still do for IPv6: be on, and route if some servers are reached so.
     pub fn missing6(interfaces: &[String], routes: bool) -> Vec<HostRoutingError> {
         let off = |interface: &&String| read(&setting6(interface, "disable_ipv6")).unwrap_or(1) != 0;
-        let mut missing: Vec<_> = interfaces.iter().filter(off).map(|one| HostRoutingError::NoIpv6(one.clone())).collect();
+        let mut missing: Vec<_> =
+            interfaces.iter().filter(off).map(|one| HostRoutingError::NoIpv6(one.clone())).collect();
         // Unlike with IPv4, this setting alone counts.
         if routes && read(&setting6("all", "forwarding")).unwrap_or(0) == 0 {
             missing.push(HostRoutingError::NotForwarding6);

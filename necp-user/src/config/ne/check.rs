@@ -414,7 +414,10 @@ impl Check<'_> {
         let ipv6_servers = section.servers.get_ref().iter().find(|prefix| matches!(prefix.get_ref().0.0, IpNet::V6(_)));
         if section.intercept.is_some() {
             if let Some(prefix) = ipv6_servers {
-                self.at(prefix, format!("farm `{name}` intercepts, and IPv6 is not intercepted: its servers join by IPv4"));
+                self.at(
+                    prefix,
+                    format!("farm `{name}` intercepts, and IPv6 is not intercepted: its servers join by IPv4"),
+                );
             }
             return;
         }

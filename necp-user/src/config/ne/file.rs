@@ -142,9 +142,9 @@ impl FromStr for Prefix {
             )),
             Ok(net) if net.prefix_len() >= 96 => plain(net.addr(), text).map(|()| Self(net)),
             Ok(net) => Ok(Self(net)),
-            Err(_) => Err(format!(
-                "`{text}` is no prefix; write who may join as 10.0.0.0/24, 10.0.0.11 or 2001:db8::/64"
-            )),
+            Err(_) => {
+                Err(format!("`{text}` is no prefix; write who may join as 10.0.0.0/24, 10.0.0.11 or 2001:db8::/64"))
+            }
         }
     }
 }
@@ -163,9 +163,7 @@ impl FromStr for Destination {
                 net.trunc(),
                 net.addr()
             )),
-            Ok(IpNet::V6(_)) => {
-                Err(format!("`{text}`: IPv6 is not intercepted; write destinations such as 0.0.0.0/0"))
-            }
+            Ok(IpNet::V6(_)) => Err(format!("`{text}`: IPv6 is not intercepted; write destinations such as 0.0.0.0/0")),
             Err(_) => Err(format!(
                 "`{text}` is no IPv4 prefix; write destinations to intercept as 0.0.0.0/0 (all) or 203.0.113.0/24"
             )),

@@ -80,12 +80,7 @@ impl Cluster {
     /// A unit of EXCEPTION_ADD (draft §5.7.1). Overwrites scope and time to live of an entry for the same flows.
     ///
     /// In force in all farms that admit the SE; global only in those that trust it, else local.
-    pub fn except_add(
-        &mut self,
-        address: IpAddr,
-        exception: &Exception,
-        now: Instant,
-    ) -> Result<Change, ExceptError> {
+    pub fn except_add(&mut self, address: IpAddr, exception: &Exception, now: Instant) -> Result<Change, ExceptError> {
         let host = self.hosts.get(&address).filter(|host| host.session == Session::Up).ok_or(ExceptError::NoSession)?;
         let number = host.number;
         if number == 0 {

@@ -175,11 +175,13 @@ fn each_family_has_tables_of_its_own() {
     assert_eq!(entries.iter().map(|entry| entry.vip).collect::<Vec<_>>(), [0, 0, 1, 2, 1, 2]);
     let six = entries[3];
     assert_eq!((six.state, six.address, six.slots_base), (abi::SERVICE6, fold(VIPS6[1]), 22));
-    let noted = |state: u8| layout.notes.iter().filter(move |note| note.service.state == state).map(|note| note.service);
+    let noted =
+        |state: u8| layout.notes.iter().filter(move |note| note.service.state == state).map(|note| note.service);
     let vips: Vec<_> = noted(abi::VIP6).map(|note| (note.address, note.vip, note.port, note.protocol)).collect();
     assert_eq!(vips, [(fold(VIPS6[0]), 1, [0; 2], 0), (fold(VIPS6[1]), 2, [0; 2], 0)]);
     let replies: Vec<_> = noted(abi::REPLY6).filter(|note| note.protocol == 6).collect();
-    let replies: Vec<_> = replies.iter().map(|note| (u32::from_ne_bytes(note.address), note.vip, note.slots_base)).collect();
+    let replies: Vec<_> =
+        replies.iter().map(|note| (u32::from_ne_bytes(note.address), note.vip, note.slots_base)).collect();
     assert_eq!(replies, [(0, 1, 0), (1, 2, 0)], "numbers of their own family");
     let replies: Vec<_> = noted(abi::REPLY).map(|note| u32::from_ne_bytes(note.address)).collect();
     assert_eq!(replies, [0, 0], "one for each port");

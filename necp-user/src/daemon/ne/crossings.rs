@@ -58,7 +58,8 @@ fn fixed(config: &NeConfig) -> BTreeSet<(AddressSet, Ipv4Net)> {
         if !farm.intercept.is_empty() {
             all.extend(farm.intercept.iter().map(|net| (AddressSet::intercepted(number), *net)));
             // What is intercepted is IPv4, so it never comes from a server of the other family.
-            let servers = farm.servers.iter().filter_map(|net| if let IpNet::V4(net) = net { Some(*net) } else { None });
+            let servers =
+                farm.servers.iter().filter_map(|net| if let IpNet::V4(net) = net { Some(*net) } else { None });
             all.extend(servers.map(|net| (AddressSet::servers(number), net)));
         }
     }

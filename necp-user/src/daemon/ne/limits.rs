@@ -204,7 +204,10 @@ mod tests {
         assert!(voices.0.lock().expect("unpoisoned").by_net.len() <= LINES_OF_NETWORK as usize + 1);
         assert!(voices.may_speak([0x2001, 0xdb8, 0, 2, 0, 0, 0, 1].into()) && voices.may_speak(SERVER));
         let told: Vec<_> = (0..60).flat_map(|_| voices.refill()).collect();
-        assert_eq!(told.iter().map(|(net, lines)| format!("{net} {lines}")).collect::<Vec<_>>(), ["2001:db8:0:1::/64 4000"]);
+        assert_eq!(
+            told.iter().map(|(net, lines)| format!("{net} {lines}")).collect::<Vec<_>>(),
+            ["2001:db8:0:1::/64 4000"]
+        );
     }
 
     #[test]

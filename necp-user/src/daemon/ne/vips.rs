@@ -79,7 +79,8 @@ impl Vips {
 
 /// The interface of ours whose subnet contains the address, else see [`Vips::put`].
 fn places<'a>(vip: IpAddr, ports: &'a [PortInfo], there: &[HostAddress]) -> Vec<&'a str> {
-    let contains = |one: &&HostAddress| !one.ours && one.net.prefix_len() < one.net.max_prefix_len() && one.net.contains(&vip);
+    let contains =
+        |one: &&HostAddress| !one.ours && one.net.prefix_len() < one.net.max_prefix_len() && one.net.contains(&vip);
     let subnets = there.iter().filter(contains);
     let ours = |one: &HostAddress| ports.iter().find(|port| port.ifindex == one.ifindex);
     match subnets.filter_map(ours).next() {

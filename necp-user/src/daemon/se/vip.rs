@@ -285,7 +285,10 @@ mod tests {
             let directory = tempfile::tempdir().expect("a directory");
             let state = state_in(&directory);
             set([0, 0]);
-            let vips = Vips::establish(&[VIP.into(), SECOND.into()], &state).await.expect("set up").expect("something to set up");
+            let vips = Vips::establish(&[VIP.into(), SECOND.into()], &state)
+                .await
+                .expect("set up")
+                .expect("something to set up");
             assert_eq!(addresses().await, [(net(VIP), true), (net(SECOND), true)]);
             assert_eq!(settings(), [1, 2]);
             assert!(state.exists());

@@ -90,7 +90,10 @@ impl Units {
     /// Those with a true beside them.
     pub(super) fn filtered(&self, wanted: &[bool]) -> Self {
         let chunks = self.bytes.chunks_exact(self.form.unit_len()).zip(wanted);
-        Self { form: self.form, bytes: chunks.filter(|(_, wanted)| **wanted).flat_map(|(unit, _)| unit).copied().collect() }
+        Self {
+            form: self.form,
+            bytes: chunks.filter(|(_, wanted)| **wanted).flat_map(|(unit, _)| unit).copied().collect(),
+        }
     }
 
     pub(super) fn iter(&self) -> impl Iterator<Item = AnyUnit> {

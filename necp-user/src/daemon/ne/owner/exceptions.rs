@@ -96,14 +96,7 @@ impl fmt::Display for Tally {
 
 impl Owner {
     /// A unit of EXCEPTION_ADD or EXCEPTION_DEL.
-    pub(super) fn except(
-        &mut self,
-        server: IpAddr,
-        index: usize,
-        operation: &Operation,
-        now: Instant,
-        ack: &mut Ack,
-    ) {
+    pub(super) fn except(&mut self, server: IpAddr, index: usize, operation: &Operation, now: Instant, ack: &mut Ack) {
         let mut nobody = Tally::default();
         let tally = self.sessions.get_mut(&server).map_or(&mut nobody, |session| &mut session.tally);
         match operation {

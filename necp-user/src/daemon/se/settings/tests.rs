@@ -115,7 +115,8 @@ fn what_makes_no_sense_together_is_refused() {
         assert!(found.contains(error), "{line}: {found}");
     }
     Settings::load(args("--ne 10.0.0.1")).expect("a session that serves nothing is legal");
-    let six = "--ne [2001:db8::1]:99 --ne ne.example --source 2001:db8::11 --vip 2001:db8:1::10 --decap-from 2001:db8::2";
+    let six =
+        "--ne [2001:db8::1]:99 --ne ne.example --source 2001:db8::11 --vip 2001:db8:1::10 --decap-from 2001:db8::2";
     let six = Settings::load(args(six)).expect("IPv6 throughout");
     assert_eq!((six.nes[0].to_string().as_str(), six.vips.len(), six.decap_from.len()), ("[2001:db8::1]:99", 1, 1));
     let mapped = Settings::load(args("--ne [::ffff:10.0.0.1] --source ::ffff:10.0.0.11")).expect("it is IPv4");

@@ -2,8 +2,8 @@
 
 use std::collections::BTreeSet;
 
-use super::requests::{self, Answer, Request};
 use super::extension::Extension;
+use super::requests::{self, Answer, Request};
 use super::{Body, RequestId, SeEvent, SeSession};
 use crate::necp::error::CloseReason;
 use crate::necp::service::ServiceKey;

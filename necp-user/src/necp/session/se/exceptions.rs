@@ -220,7 +220,8 @@ struct Messages {
 impl Messages {
     fn add(&mut self, unit: &AnyUnit) {
         let form = if matches!(unit, AnyUnit::Wide(_)) { Form::Wide } else { Form::Basic };
-        let open = self.done.iter_mut().rev().find(|units| units.form() == form).filter(|units| units.len() < MAX_UNITS);
+        let open =
+            self.done.iter_mut().rev().find(|units| units.form() == form).filter(|units| units.len() < MAX_UNITS);
         let open = match open {
             Some(open) => open,
             None => self.done.push_mut(Units::new(form)),

@@ -60,11 +60,7 @@ impl SeSession {
     pub(super) fn make_units(&self, request: &mut Request) {
         let Some(filter) = &request.filter else { return };
         let wide = self.extension == Extension::Spoken && request.has_use_for_extension();
-        request.units = if wide {
-            Units::from(&[filter.wide_unit()][..])
-        } else {
-            Units::from(&[filter.unit()][..])
-        };
+        request.units = if wide { Units::from(&[filter.wide_unit()][..]) } else { Units::from(&[filter.unit()][..]) };
     }
 
     /// The header of a KEEPALIVE_ACK to our question.

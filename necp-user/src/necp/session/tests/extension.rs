@@ -209,7 +209,10 @@ fn the_se_asks_when_it_needs_to_know_and_keeps_the_order() {
     );
     let unit = [&Preamble::SPOKEN.encode()[..], &local(six("2001:db8::/32")).wide_unit().0].concat();
     assert_eq!((asking.sent[0].0.flags, &asking.sent[0].1), (Flags::NONE, &unit));
-    assert_eq!((asking.sent[1].0.flags, &asking.sent[1].1[..]), (Flags::BASIC_PAYLOAD, &local(four()).unit().encode()[..]));
+    assert_eq!(
+        (asking.sent[1].0.flags, &asking.sent[1].1[..]),
+        (Flags::BASIC_PAYLOAD, &local(four()).unit().encode()[..])
+    );
     assert_eq!(asking.sent[3].1.len(), 8 + 64);
 
     // What needs no answer does not wait for one, and nobody asks twice.
@@ -217,10 +220,10 @@ fn the_se_asks_when_it_needs_to_know_and_keeps_the_order() {
     se.session.except_add(&[local(four())]);
     se.session.except_query(Filter { installer: Some([10, 0, 0, 11].into()), ..Filter::default() });
     let sent = messages(&se.output());
-    assert_eq!(sent.iter().map(|(header, _)| header.opcode).collect::<Vec<_>>(), [
-        Opcode::EXCEPTION_ADD,
-        Opcode::EXCEPTION_QUERY
-    ]);
+    assert_eq!(
+        sent.iter().map(|(header, _)| header.opcode).collect::<Vec<_>>(),
+        [Opcode::EXCEPTION_ADD, Opcode::EXCEPTION_QUERY]
+    );
     // Any flow of the SE's own family has a basic unit.
     se.session.except_add(&[local(Flows::all(Family::V6))]);
     assert_eq!(messages(&se.output())[0].1, [local(Flows::ALL).unit()]);
@@ -278,8 +281,12 @@ fn what_the_se_makes_of_answers() {
 
 fn used(asking: &Asking, spoken: bool, what: &str) {
     let basic = [Opcode::EXCEPTION_ADD, Opcode::START, Opcode::EXCEPTION_QUERY];
-    let wide: Vec<Opcode> =
-        asking.sent.iter().filter(|(header, _)| header.wide_units().is_some()).map(|(header, _)| header.opcode).collect();
+    let wide: Vec<Opcode> = asking
+        .sent
+        .iter()
+        .filter(|(header, _)| header.wide_units().is_some())
+        .map(|(header, _)| header.opcode)
+        .collect();
     if spoken {
         assert_eq!(asking.sent.len(), 4, "{what}");
         assert_eq!(wide, [Opcode::EXCEPTION_ADD, Opcode::EXCEPTION_QUERY], "{what}");
@@ -363,9 +370,11 @@ fn answers_cut_anywhere_are_the_same() {
     let whole = |bytes: &[u8]| vec![bytes.to_vec()];
     for version in [1, 2] {
         let (length, expected) = run(&whole, version);
-        let listed = expected.iter().filter(|event| matches!(event, SeEvent::Listed { entries, .. } if entries.len() == 3));
+        let listed =
+            expected.iter().filter(|event| matches!(event, SeEvent::Listed { entries, .. } if entries.len() == 3));
         let failed = expected.iter().filter(|event| matches!(event, SeEvent::ListFailed { .. }));
-        let refused = expected.iter().filter(|event| matches!(event, SeEvent::Excepted { failed, .. } if failed.len() == 1));
+        let refused =
+            expected.iter().filter(|event| matches!(event, SeEvent::Excepted { failed, .. } if failed.len() == 1));
         let counts = (listed.count(), failed.count(), refused.count());
         assert_eq!(counts, if version == 1 { (1, 0, 1) } else { (0, 1, 1) }, "{expected:?}");
         for at in 0..=length {
@@ -411,7 +420,8 @@ fn a_pair_speaks_it() {
 #[test]
 fn a_long_list_is_streamed() {
     for secured in [false, true] {
-        let mut pair = Pair::with(SessionConfig { extension: true, max_message: 4 << 20, ..SessionConfig::default() }, secured);
+        let mut pair =
+            Pair::with(SessionConfig { extension: true, max_message: 4 << 20, ..SessionConfig::default() }, secured);
         pair.list.many = 20_000;
         pair.settle();
         let id = pair.se.except_query(Filter::default());
