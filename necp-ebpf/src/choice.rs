@@ -13,10 +13,10 @@ use crate::{
 
 /// Slots that a new flow asks, its own first, for a server that takes it and that it may go to. They are a fixed sequence:
 /// in a large table one that nobody of them names may be left, and the flow goes direct nevertheless.
-pub const PROBES: u32 = 32;
+pub const PROBES: u32 = 64;
 /// How many of them follow one another at random: in a table of a few slots that alone might miss one. The rest are
 /// neighbours, so that a table of no more slots than these is asked to its last one.
-const SCATTERED: u32 = 20;
+const SCATTERED: u32 = 52;
 
 /// A flow that begins.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

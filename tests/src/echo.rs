@@ -1,6 +1,6 @@
 //! Servers that answer with their name: UDP, and TCP connections that last.
 
-use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
 use anyhow::{Context as _, Result};
 use socket2::{Domain, Socket, Type};
@@ -25,8 +25,13 @@ impl UdpEcho {
     ///
     /// # Errors
     /// If a port is taken.
-    pub fn start(ns: &Namespace, name: &str, addresses: &[Ipv4Addr], port: u16) -> Result<Self> {
-        let bind = |address: &Ipv4Addr| bound(Type::DGRAM, SocketAddrV4::new(*address, port));
+    pub fn start<A: Into<IpAddr> + Copy + Sync>(
+        ns: &Namespace,
+        name: &str,
+        addresses: &[A],
+        port: u16,
+    ) -> Result<Self> {
+        let bind = |address: &A| bound(Type::DGRAM, SocketAddr::new((*address).into(), port));
         let sockets = ns.run(|| addresses.iter().map(bind).collect::<Result<Vec<_>>>())?;
         let name = name.to_owned();
         let task = ns.background(async move {
@@ -54,7 +59,7 @@ impl Hold {
     /// If the port is taken.
     pub fn start(ns: &Namespace, name: &str, port: u16) -> Result<Self> {
         let listener = ns.run(|| {
-            let socket = bound(Type::STREAM, SocketAddrV4::new(Ipv4Addr::UNSPECIFIED, port))?;
+            let socket = bound(Type::STREAM, SocketAddr::from((Ipv4Addr::UNSPECIFIED, port)))?;
             socket.listen(4096).map(|()| socket).context("cannot listen")
         })?;
         let name = name.to_owned();
@@ -73,13 +78,16 @@ impl Hold {
 }
 
 /// A nonblocking socket bound to an address that need not be there yet (IP_FREEBIND).
-fn bound(kind: Type, address: SocketAddrV4) -> Result<Socket> {
+fn bound(kind: Type, address: SocketAddr) -> Result<Socket> {
     let bind = || {
-        let socket = Socket::new(Domain::IPV4, kind, None)?;
+        let socket = Socket::new(Domain::for_address(address), kind, None)?;
         socket.set_nonblocking(true)?;
         socket.set_reuse_address(kind == Type::STREAM)?;
-        socket.set_freebind_v4(true)?;
-        socket.bind(&SocketAddr::from(address).into())?;
+        match address {
+            SocketAddr::V4(_) => socket.set_freebind_v4(true)?,
+            SocketAddr::V6(_) => socket.set_freebind_v6(true)?,
+        }
+        socket.bind(&address.into())?;
         std::io::Result::Ok(socket)
     };
     bind().with_context(|| format!("cannot bind {address}"))
