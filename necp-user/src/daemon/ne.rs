@@ -77,6 +77,9 @@ Example configuration:
 Interception: intercept = [\"0.0.0.0/0\"] (destinations) in place of vips takes the farm's services out of what this host
 routes, and to its servers, which are proxies then.
 
+IPv6: vips = [\"192.0.2.10\", \"2001:db8:f::10\"] and servers = [\"10.0.0.0/24\", \"2001:db8:a::/64\"]; who joins over IPv6
+serves the IPv6 VIPs, who joins over IPv4 those of IPv4.
+
 How the servers of a farm prove who they are is one of
   key_file = \"FILE\"                   one key for all of them
   keys = { \"10.0.0.11\" = \"FILE\" }   one for each; those that are not named have `key_file`, if there is one

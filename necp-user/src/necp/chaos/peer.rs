@@ -143,11 +143,6 @@ impl Sent {
         left.map(|left| *left -= 1).is_some()
     }
 
-    /// Whether an answer to such a request was sent, and not accounted for.
-    pub(super) fn has_message(&self, request: Opcode) -> bool {
-        request.answer().is_some_and(|answer| self.messages.get(&answer.0).is_some_and(|left| *left > 0))
-    }
-
     /// NE: takes what opens a session or starts it over: an INIT, or what shows that INIT was no recording.
     pub(super) fn take_init(&mut self) -> bool {
         match &mut self.judge {
@@ -196,9 +191,10 @@ pub(super) struct Received {
     key: Option<Key>,
     /// What has come of the message in progress.
     buffer: Vec<u8>,
-    /// The number that the next message must have, or one of `starts`, of which each begins a numbering once.
+    /// The number that the next message must have, or one of `starts`, of which each begins a numbering as often as it was
+    /// demanded and granted.
     next: Option<u64>,
-    starts: BTreeSet<u64>,
+    starts: BTreeMap<u64, u32>,
     /// Some message was signed, other than INIT: from then on all are.
     signed: bool,
     /// Messages as they came.
@@ -220,7 +216,7 @@ impl Received {
             key,
             buffer: Vec::new(),
             next: None,
-            starts: BTreeSet::new(),
+            starts: BTreeMap::new(),
             signed: false,
             recorded: Vec::new(),
             demands: Vec::new(),
@@ -314,7 +310,9 @@ impl Received {
         let demands = sent.judge.as_ref().map_or(&[][..], |judge| &judge.demands);
         if is_success(&header, Opcode::INIT_ACK) {
             assert!(demands.contains(&(header.request_id, number)), "{header:?} has another number than INIT demands");
-            self.starts.extend(number.checked_add(1));
+            if let Some(start) = number.checked_add(1) {
+                *self.starts.entry(start).or_default() += 1;
+            }
             self.demands.push(crate::necp::message::InitAck::parse(&unit_of(body)).first_seq_num);
             self.signed = true;
         } else if header.opcode == Opcode::INIT {
@@ -323,7 +321,8 @@ impl Received {
             let first =
                 self.direction == Direction::ToNe && !self.signed && demands.iter().any(|(_, at)| *at == number);
             let follows = self.next == Some(number);
-            assert!(self.starts.remove(&number) || follows || first, "{header:?} instead of {:?}", self.next);
+            let starts = self.starts.get_mut(&number).filter(|left| **left > 0).map(|left| *left -= 1).is_some();
+            assert!(starts || follows || first, "{header:?} instead of {:?}", self.next);
             self.next = number.checked_add(1);
             self.signed = true;
         }
