@@ -132,22 +132,16 @@ const fn rest_of(flow: Tuple, index: u32, mask: MaskWord) -> u64 {
     }
 }
 
-/// An IPv6 address, of which so many bits count.
+/// An IPv6 address, of which so many bits count, at most 128.
+///
+/// Without a branch: each would be as many paths for the verifier as there are masks.
 #[inline(always)]
-pub const fn prefix6([high, low]: Address6, length: u64) -> Address6 {
-    // All in the first half, and what is left in the second.
-    let length = if length > 128 { 128 } else { length };
-    let first = if length > 64 { 64 } else { length };
-    [high & netmask64(first), low & netmask64(length - first)]
-}
-
-/// The mask of a prefix length up to 64, for half an address as it is read from a header.
-#[inline(always)]
-const fn netmask64(length: u64) -> u64 {
-    // Twice half of it, because a shift by 64 is none.
-    let zeroes = 64u64.wrapping_sub(length) & 127;
-    let (half, rest) = (zeroes / 2, zeroes - zeroes / 2);
-    (u64::MAX << half << rest).to_be()
+pub fn prefix6([high, low]: Address6, length: u64) -> Address6 {
+    let all = |bit: u64| opaque(bit & 1).wrapping_neg();
+    let (half, whole) = (all(length >> 6), all(length >> 7));
+    // Of the half that the prefix ends in.
+    let ends = !(u64::MAX >> (opaque(length) & 63)).to_be();
+    [high & (ends | half | whole), low & (ends & half | whole)]
 }
 
 /// The bucket of this number in a sequence; `mask` is the number of all buckets less one.
@@ -393,5 +387,21 @@ impl ExceptionWords {
         let [first, second] = &self.installers;
         let zero = |lanes: u64| lanes.wrapping_sub(ONES) & !lanes & ONES << 15;
         opaque(zero(first.load() ^ wanted) | zero(second.load() ^ wanted)) != 0
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::tables::halves;
+
+    #[test]
+    fn an_ipv6_prefix_has_the_bits_of_its_length() {
+        let address: u128 = 0xfedc_ba98_7654_3210_89ab_cdef_0123_4567;
+        for length in 0..=128u32 {
+            let mask = u128::MAX.checked_shl(128 - length).unwrap_or(0);
+            let wanted = halves((address & mask).to_be_bytes());
+            assert_eq!(prefix6(halves(address.to_be_bytes()), length.into()), wanted, "/{length}");
+        }
     }
 }

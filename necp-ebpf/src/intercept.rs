@@ -21,7 +21,7 @@ use crate::{
     parse::{Part, ports},
     rare::{head, quoted, remember, send},
     steer::{Decision, find_entry, steer_to, whose_at},
-    tables::Tables,
+    tables::{NextHop, Tables},
     verdict::Reason,
 };
 
@@ -56,20 +56,34 @@ pub fn handle<D: Device, T: Tables>(device: &D, tables: &T) -> Ending {
     if let Err(reason) = ports(&device.frame().skip(l3), &mut head) {
         return pass(reason);
     }
-    let Some(service) = interceptor(&head.packet, tables) else {
+    let decision = steer(&head.packet, tables);
+    if decision.reason == Reason::NotOurs {
         return pass(if matches!(head.part, Part::Whole) { Reason::NotOurs } else { Reason::Fragment });
-    };
-    let flow = named(&head.packet, service.seed);
-    let decision = steer_to(service, &head.packet, &flow, tables);
+    }
     remember(device, &head, decision.server, 0);
     send(device, tables, l3, &decision)
+}
+
+/// [`steer`](crate::steer::steer) of a packet that crosses this host.
+#[inline(always)]
+pub fn steer<T: Tables>(packet: &Packet, tables: &T) -> Decision {
+    match interceptor(packet, tables) {
+        Some(service) => steer_to(service, packet, &named(packet, service.seed), tables),
+        None => Decision::unsteered(Reason::NotOurs),
+    }
+}
+
+/// [`whose`](crate::steer::whose), likewise.
+#[inline(always)]
+pub fn whose<T: Tables>(packet: &Packet, tables: &T) -> Option<(u32, NextHop)> {
+    let service = interceptor(packet, tables)?;
+    whose_at(service, &named(packet, service.seed), tables)
 }
 
 /// What becomes of an ICMP error about an intercepted flow, if it is about one that a server has.
 #[inline(always)]
 fn about<T: Tables>(packet: &Packet, tables: &T) -> Option<Decision> {
-    let service = interceptor(packet, tables)?;
-    let (server, next_hop) = whose_at(service, &named(packet, service.seed), tables)?;
+    let (server, next_hop) = whose(packet, tables)?;
     let reason = if next_hop.is_reachable() { Reason::Quoted } else { Reason::NoNextHop };
     // Intercepted packets are never translated, so what is quoted is right for the server as it stands.
     (next_hop.forwarding() != LAYER_3).then_some(Decision { reason, server, next_hop, begins: false })

@@ -187,7 +187,9 @@ const FIRST_BUFFER: usize = 4096 - 256 - 320;
 
 /// What the fast path counts: it sees the first buffer, which has all of the datagram, but perhaps not all of its padding.
 fn counted_length(frame: &[u8]) -> u64 {
-    let total = frame.get(16..18).map_or(0, |field| usize::from(u16::from_be_bytes([field[0], field[1]])));
+    let field =
+        |at: usize| frame.get(at..at + 2).map_or(0, |field| usize::from(u16::from_be_bytes([field[0], field[1]])));
+    let total = if field(12) == 0x86dd { 40 + field(18) } else { field(16) };
     let all = L2_LEN + total > FIRST_BUFFER;
     (if all { frame.len() } else { frame.len().min(FIRST_BUFFER) }) as u64
 }

@@ -14,7 +14,7 @@ use necp_tests::oracle::{
     clients::AMPLE_BUCKETS,
     play::{Played, Promise, play},
     step::histories,
-    world::Size,
+    world::{Kind, Size},
 };
 use proptest::test_runner::{Config, RngSeed, TestCaseError, TestError, TestRunner};
 
@@ -29,12 +29,12 @@ const fn ample(slots: u32) -> Size {
 }
 
 const fn tiny(slots: u32, buckets: usize) -> Size {
-    Size { slots, buckets, layer_3: false }
+    Size { slots, buckets, kind: Kind::Vip }
 }
 
-/// The same sizes, in a farm that allows layer 3.
-const fn with_layer_3([a, b, c]: [Size; 3]) -> [Size; 3] {
-    [Size { layer_3: true, ..a }, Size { layer_3: true, ..b }, Size { layer_3: true, ..c }]
+/// The same sizes, in a farm of another kind.
+const fn of(kind: Kind, [a, b, c]: [Size; 3]) -> [Size; 3] {
+    [Size { kind, ..a }, Size { kind, ..b }, Size { kind, ..c }]
 }
 
 fn number(variable: &str, default: u64) -> u64 {
@@ -141,7 +141,7 @@ fn a_recorded_flow_stays_even_if_the_flow_table_is_full() {
 
 #[test]
 fn no_flow_moves_where_every_flow_is_on_record() {
-    let played = run(Promise::Every, &with_layer_3(AMPLE), number("NECP_TRACKING_CASES", 100_000) / 4);
+    let played = run(Promise::Every, &of(Kind::Layer3, AMPLE), number("NECP_TRACKING_CASES", 100_000) / 4);
     assert_eq!(played.moved, 0);
     for reason in [Reason::NewUnrecorded, Reason::Legacy, Reason::BadTables, Reason::NotOurs, Reason::Plain] {
         assert_eq!(played.reasons[reason as usize], 0, "{reason:?}: the test's own tables are at fault");
@@ -153,6 +153,30 @@ fn no_flow_moves_where_every_flow_is_on_record() {
 
 #[test]
 fn a_recorded_flow_stays_where_every_flow_should_be_on_record_and_cannot() {
-    let played = run(Promise::Recorded, &with_layer_3(TINY), number("NECP_TRACKING_CASES", 100_000) / 8);
+    let played = run(Promise::Recorded, &of(Kind::Layer3, TINY), number("NECP_TRACKING_CASES", 100_000) / 8);
     assert!(played.reasons[Reason::NewUnrecorded as usize] > 0, "the flow table was never full");
+}
+
+#[test]
+fn no_intercepted_flow_moves_and_those_begun_before_the_first_start_stay_direct() {
+    let played = run(Promise::Every, &of(Kind::Intercept, AMPLE), number("NECP_TRACKING_CASES", 100_000) / 4);
+    assert_eq!(played.moved, 0);
+    for reason in [Reason::NewUnrecorded, Reason::Legacy, Reason::BadTables, Reason::NotOurs, Reason::NoServer] {
+        assert_eq!(played.reasons[reason as usize], 0, "{reason:?}: the test's own tables are at fault");
+    }
+    for reason in [Reason::Plain, Reason::Record, Reason::Adopted, Reason::New, Reason::Confirmed, Reason::Direct] {
+        assert!(played.reasons[reason as usize] > 0, "no packet was ever {reason:?}: the histories are too tame");
+    }
+}
+
+#[test]
+fn no_flow_of_ipv6_moves() {
+    let played = run(Promise::Every, &of(Kind::Six, AMPLE), number("NECP_TRACKING_CASES", 100_000) / 4);
+    assert_eq!(played.moved, 0);
+    for reason in [Reason::NewUnrecorded, Reason::Legacy, Reason::BadTables, Reason::NotOurs] {
+        assert_eq!(played.reasons[reason as usize], 0, "{reason:?}: the test's own tables are at fault");
+    }
+    for reason in [Reason::Plain, Reason::Record, Reason::Adopted, Reason::New, Reason::Confirmed, Reason::Direct] {
+        assert!(played.reasons[reason as usize] > 0, "no packet was ever {reason:?}: the histories are too tame");
+    }
 }

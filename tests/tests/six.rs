@@ -3,7 +3,7 @@
 use std::{
     collections::BTreeSet,
     io::{BufRead as _, BufReader, Read as _, Write as _},
-    net::{IpAddr, SocketAddr, TcpStream},
+    net::{IpAddr, Ipv6Addr, SocketAddr, SocketAddrV6, TcpStream},
     thread,
     time::Duration,
 };
@@ -34,6 +34,16 @@ struct Both {
 
 impl Both {
     fn start(servers: usize, forwarding: &[&str], more: &str) -> Result<Self> {
+        Self::start_with(servers, forwarding, "", |_| Ok(more.to_owned()))
+    }
+
+    /// `first` are lines for the top of the configuration; `more` makes those of the farm.
+    fn start_with(
+        servers: usize,
+        forwarding: &[&str],
+        first: &str,
+        more: impl FnOnce(&Topology) -> Result<String>,
+    ) -> Result<Self> {
         let bed = Topology::builder().servers(servers).ipv6().build()?;
         let content = Content::new(&bed, 6 << 20)?;
         let nginx =
@@ -42,7 +52,12 @@ impl Both {
         for family in ["ipv4", "ipv6"] {
             bed.ne().sysctl(&[(&format!("net/{family}/neigh/eth0/retrans_time_ms"), "300")])?;
         }
+        if forwarding != ["l2"] {
+            bed.ne().sysctl(&[("net/ipv4/ip_forward", "1"), ("net/ipv6/conf/all/forwarding", "1")])?;
+        }
+        let more = more(&bed)?;
         let config = top(1.0)
+            + first
             + &format!(
                 "[[farm]]\nname = \"web\"\nvips = [\"{VIP}\", \"{VIP6}\"]\nservices = [\"tcp/80\"]\n\
                  forwarding = {forwarding:?}\nservers = [\"10.0.0.0/24\", \"2001:db8:a::/64\"]\n\
@@ -90,9 +105,7 @@ impl Both {
         let ask = || {
             let mut found = BTreeSet::new();
             for _ in 0..count {
-                let mut name = String::new();
-                get(vip, "/name")?.read_to_string(&mut name)?;
-                found.insert(name.trim().to_owned());
+                found.insert(get(vip, "/name")?.0);
             }
             Ok(found)
         };
@@ -104,10 +117,16 @@ impl Both {
         let path = format!("/big?rate={rate}");
         let (client, content) = (self.bed.client(), &self.content);
         thread::scope(|scope| {
-            let begin = |_| client.run(|| get(vip, &path)).map(|body| scope.spawn(move || checksum(body)));
+            let begin = |_| -> Result<_> {
+                let (name, body) = client.run(|| get(vip, &path))?;
+                Ok((name, scope.spawn(move || checksum(body))))
+            };
             let downloads = (0..count).map(begin).collect::<Result<Vec<_>>>()?;
+            let servers: BTreeSet<&String> = downloads.iter().map(|(name, _)| name).collect();
+            ensure!(servers.contains(&"s1".to_owned()), "s1 has none of {count}");
             meanwhile()?;
-            for download in downloads {
+            ensure!(downloads.iter().all(|(_, download)| !download.is_finished()), "they were over too soon");
+            for (_, download) in downloads {
                 let (length, sha256) = download.join().expect("no panic")?;
                 ensure!((length, sha256) == (content.length, content.sha256), "{length} bytes came, or others");
             }
@@ -120,20 +139,23 @@ fn address_of(index: usize, ne: IpAddr) -> IpAddr {
     if ne.is_ipv4() { server_address(index).into() } else { server_address6(index).into() }
 }
 
-/// The body of an answer, from its first byte on. To be called in the client's namespace.
-fn get(vip: IpAddr, path: &str) -> Result<BufReader<TcpStream>> {
+/// Who answers, and the body of the answer from its first byte on. To be called in the client's namespace.
+fn get(vip: IpAddr, path: &str) -> Result<(String, BufReader<TcpStream>)> {
     let mut stream = TcpStream::connect_timeout(&SocketAddr::new(vip, WEB), SOON).context("no connection")?;
     stream.set_read_timeout(Some(SOON))?;
-    write!(stream, "GET {path} HTTP/1.0\r\n\r\n")?;
+    // Longer than one packet, so that paths that take shorter ones are found out.
+    write!(stream, "GET {path} HTTP/1.0\r\nX-Padding: {}\r\n\r\n", "x".repeat(4000))?;
     let mut answer = BufReader::new(stream);
     let mut line = String::new();
     answer.read_line(&mut line)?;
     ensure!(line.starts_with("HTTP/1.1 200 "), "the answer is {line:?}");
+    let mut name = None;
     while line.trim_end() != "" {
         line.clear();
         answer.read_line(&mut line)?;
+        name = line.strip_prefix("X-Server: ").map(|name| name.trim_end().to_owned()).or(name);
     }
-    Ok(answer)
+    Ok((name.context("no X-Server")?, answer))
 }
 
 fn checksum(mut body: BufReader<TcpStream>) -> Result<(u64, [u8; 32])> {
@@ -178,6 +200,28 @@ fn each_family_has_the_servers_that_joined_over_it() -> Result<()> {
 }
 
 #[test]
+fn three_forwarding_types_behind_an_ipv6_vip() -> Result<()> {
+    let mut both = Both::start(3, &["l2", "gre", "l3"], "")?;
+    // The third answers by way of the network element, and has no VIP.
+    let back = format!("addr del {VIP6}/128 dev lo\nroute replace 2001:db8:c::/64 via {NE6} dev eth0\n");
+    both.bed.server(2).ns().ip_batch(&back)?;
+    both.join(0, NE6.into(), "tcp/80=l2", &[])?;
+    both.join(1, NE6.into(), "tcp/80=gre", &["--decap"])?;
+    both.join(2, NE6.into(), "tcp/80=l3", &[])?;
+    assert_eq!(both.who(VIP6.into(), 90)?, names(&["s1", "s2", "s3"]));
+    both.download(VIP6.into(), 15, "4m", || Ok(()))?;
+    let row = |index| both.row(server_address6(index).into())?.context("a row");
+    assert!(row(2)?["replies"].as_u64() > Some(0), "{}", row(2)?);
+    let status = both.ne.status()?;
+    assert_eq!(status["alarms"], serde_json::json!([]));
+    // The tunnel is narrower by 44 bytes (RFC 2473, RFC 2784), and the client was told.
+    let output = both.bed.client().command("ip").args(["-6", "route", "get", &VIP6.to_string()]).output()?;
+    let route = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert!(route.contains(" mtu 1456 "), "{route}");
+    Ok(())
+}
+
+#[test]
 fn ipv6_flows_outlive_the_daemon_and_dead_hosts_are_found() -> Result<()> {
     let mut both = Both::start(2, &["l2"], "orphan_time = 60")?;
     both.join(0, NE6.into(), "tcp/80=l2", &[])?;
@@ -204,7 +248,7 @@ fn who_may_not_join_over_ipv6_is_told_why() -> Result<()> {
     // What has no scope names no host in the tables.
     let link_local = both.bed.ne().run(|| link_local("eth0"))?;
     let server = both.bed.server(0).ns().clone();
-    connect_and_wait(&server, &format!("[{link_local}%eth0]"))?;
+    connect_and_wait(&server, link_local)?;
     both.ne.process().wait_for_log("is link-local, which no server may join from", SOON)?;
     assert_eq!(both.ne.status()?["strangers"]["not_admitted"], 1);
 
@@ -223,7 +267,42 @@ fn who_may_not_join_over_ipv6_is_told_why() -> Result<()> {
     Ok(())
 }
 
-fn link_local(interface: &str) -> Result<std::net::Ipv6Addr> {
+#[test]
+fn hop_limits_and_signatures_protect_sessions_over_ipv6() -> Result<()> {
+    let key = |bed: &Topology, name: &str, content: &str| -> Result<String> {
+        let path = bed.dir().join(name);
+        std::fs::write(&path, content)?;
+        std::fs::set_permissions(&path, std::os::unix::fs::PermissionsExt::from_mode(0o600))?;
+        Ok(path.to_str().context("a path")?.to_owned())
+    };
+    let mut both = Both::start_with(3, &["l2"], "ttl_security = true\n", |bed| {
+        Ok(format!("tcp_md5 = {{ \"2001:db8:a::11\" = {:?} }}", key(bed, "right", "a shared secret\n")?))
+    })?;
+    let right = key(&both.bed, "again", "a shared secret\n")?;
+    let wrong = key(&both.bed, "wrong", "another secret\n")?;
+    let ne = SocketAddr::new(NE6.into(), 3262).to_string();
+    for (index, args) in [
+        (0, vec!["--ttl-security"]),
+        (0, vec!["--ttl-security", "--tcp-md5-file", &wrong]),
+        (0, vec!["--tcp-md5-file", &right]),
+        (1, vec![]),
+        (1, vec!["--ttl-security", "--tcp-md5-file", &right]),
+    ] {
+        let args: Vec<&str> =
+            ["--ne", &ne, "--keepalive", "0.3", "--serve", "tcp/80=l2"].into_iter().chain(args).collect();
+        let ns = both.bed.server(index).ns();
+        let mut agent = ServerElement::start_unconnected(&both.bed, ns, "turned-away", &args)?;
+        agent.process().wait_for_log("no connection within", SOON).with_context(|| format!("{args:?}"))?;
+        assert_eq!(both.ne.status()?["connections"], 0, "{args:?}");
+    }
+    both.join(0, NE6.into(), "tcp/80=l2", &["--ttl-security", "--tcp-md5-file", &right])?;
+    both.join(1, NE6.into(), "tcp/80=l2", &["--ttl-security"])?;
+    both.join(2, NE.into(), "tcp/80=l2", &["--ttl-security"])?;
+    assert_eq!(both.who(VIP6.into(), 40)?, names(&["s1", "s2"]));
+    Ok(())
+}
+
+fn link_local(interface: &str) -> Result<Ipv6Addr> {
     let table = std::fs::read_to_string("/proc/thread-self/net/if_inet6")?;
     let line = table.lines().find(|line| line.starts_with("fe80") && line.ends_with(interface));
     let digits = line.and_then(|line| line.split_whitespace().next()).context("no link-local address")?;
@@ -231,10 +310,12 @@ fn link_local(interface: &str) -> Result<std::net::Ipv6Addr> {
 }
 
 /// A connection that says nothing.
-fn connect_and_wait(ns: &Namespace, address: &str) -> Result<()> {
-    use std::net::ToSocketAddrs as _;
+fn connect_and_wait(ns: &Namespace, address: Ipv6Addr) -> Result<()> {
     ns.run(|| {
-        let address = format!("{address}:3262").to_socket_addrs()?.next().context("no address")?;
+        let scope = std::fs::read_to_string("/proc/thread-self/net/dev_mcast")?;
+        let scope = scope.lines().find(|line| line.contains("eth0")).and_then(|line| line.split_whitespace().next());
+        let scope = scope.context("no eth0")?.parse()?;
+        let address = SocketAddrV6::new(address, 3262, 0, scope).into();
         let mut stream = TcpStream::connect_timeout(&address, SOON)?;
         stream.set_read_timeout(Some(SOON))?;
         ensure!(stream.read(&mut [0; 16]).unwrap_or(0) == 0, "not a byte of an answer");

@@ -4,7 +4,7 @@
 //! server on `lo`, where nobody may learn of them by ARP or neighbour discovery. An address that was there before is never
 //! touched: ours of IPv4 carry an address label (`eth0:necp-ne`, shown by `ip addr`), and the kernel is asked to remove by
 //! that label, so that even an address that somebody removed and added again in between stays. IPv6 has no labels: ours
-//! carry a number as their protocol (`proto 0xd1`, from Linux 5.18 on). They are for use at once, without a search for
+//! carry a number as their protocol (`proto 0x80` in `ip addr` for a network element, from Linux 5.18 on). They are for use at once, without a search for
 //! duplicates (another balancer may have them too), and deprecated, so that this host's own connections come from others.
 
 use std::future::Future;

@@ -11,9 +11,9 @@ use necp_ebpf::{
 use necp_user::necp::message::{Exception, Flows, Scope};
 
 use super::{
-    clients::{CLIENTS, datagram, flows, is_of, segment, syn},
+    clients::{CLIENTS, FLOWS, datagram, flows, is_of, segment, syn},
     step::{Forgery, Step},
-    world::{CLOSING, HALF_OPEN, ORPHAN, Place, SERVERS, Size, TCP_IDLE, UDP_IDLE, World},
+    world::{CLOSING, HALF_OPEN, Kind, ORPHAN, Place, SERVERS, Size, TCP_IDLE, UDP_IDLE, World},
 };
 
 /// How strictly flows are held to their servers.
@@ -105,6 +105,7 @@ struct Game<'a> {
     exceptions: Vec<Excepted>,
     /// Some server was there at some time: before that, packets are the host's own.
     served: bool,
+    kind: Kind,
     numbers: u32,
     /// Nothing is being written just now.
     written: bool,
@@ -122,7 +123,9 @@ impl<'a> Game<'a> {
             flows: [None; CLIENTS as usize],
             streams: [None; CLIENTS as usize],
             exceptions: Vec::new(),
-            served: false,
+            // What crossed the network element before any server was there goes on as it did.
+            served: size.kind == Kind::Intercept,
+            kind: size.kind,
             // The first flows' numbers wrap around.
             numbers: u32::MAX - 49,
             written: true,
@@ -158,10 +161,11 @@ impl<'a> Game<'a> {
             }
             Step::NeighbourLost(server) | Step::NeighbourFound(server) => self.neighbour(server, step),
             Step::Health(server, index) => self.health(server, index),
-            Step::Except { server, flows: number, global, ttl } => self.except(server, flows(number), global, ttl),
+            Step::Except { server, flows: number, global, ttl } => self.except(server, self.named(number), global, ttl),
             Step::Unexcept { server, flows: number } => {
-                self.world.unexcept(server, &flows(number));
-                self.exceptions.retain(|one| one.server != server || one.flows != flows(number));
+                let flows = self.named(number);
+                self.world.unexcept(server, &flows);
+                self.exceptions.retain(|one| one.server != server || one.flows != flows);
             }
             Step::ExceptReset(server) => {
                 self.world.except_reset(server);
@@ -183,12 +187,16 @@ impl<'a> Game<'a> {
         self.bury()
     }
 
+    fn named(&self, number: u8) -> Flows {
+        flows(number, self.kind == Kind::Six)
+    }
+
     fn except(&mut self, server: u8, flows: Flows, global: bool, ttl: u16) {
         if !self.servers[usize::from(server)].session {
             return;
         }
         // Nobody may cut everything through.
-        let global = global && flows != Flows::ALL;
+        let global = global && flows != self.named(FLOWS - 4);
         let scope = if global { Scope::Global } else { Scope::Local };
         self.world.except(server, &Exception { scope, ttl: ttl.into(), flows });
         let end = (ttl > 0).then(|| self.world.now + Duration::from_secs(ttl.into()));
@@ -376,7 +384,8 @@ impl<'a> Game<'a> {
             // What no server gets is not recorded, unless an exception had a say in it: it is the host's own.
             None => self.placed(&packet, &decision, UDP_IDLE)?.filter(|flow| {
                 let recorded = || self.world.record(&packet).is_some();
-                flow.place.is_some() || self.met(&packet).map_or_else(recorded, |met| !met.is_empty())
+                let crosses = self.kind == Kind::Intercept;
+                crosses || flow.place.is_some() || self.met(&packet).map_or_else(recorded, |met| !met.is_empty())
             }),
         };
         let sure = self.world.record(&packet).is_some();

@@ -1,19 +1,22 @@
 //! A network element without a network: the control plane and the packet path on host-side tables, and a clock of its own.
 
 use std::{
-    net::{IpAddr, Ipv4Addr},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
     time::{Duration, Instant},
 };
 
+use ipnet::Ipv4Net;
 use necp_ebpf::{
-    abi::{ALIVE, Server},
+    abi::{ALIVE, AddressSet, Server},
     flows::{FlowWord, State, find, flow_key},
-    hash::{flow_buckets, flow_hash},
+    hash::{flow_buckets, flow_hash, fold6},
     host::{Owned, View},
+    intercept,
     packet::{Packet, protocol},
+    six,
     slot::SlotWord,
     steer::{Decision, steer, whose},
-    tables::Tables,
+    tables::{Address6, Addresses6, Tables, halves},
     verdict::{REASONS, Reason},
 };
 use necp_user::{
@@ -26,7 +29,7 @@ use necp_user::{
     necp::message::{Exception, Flows},
 };
 
-use super::clients::{FARM, TCP_PORT, UDP_PORT, VIP};
+use super::clients::{CLIENTS6, FARM, TCP_PORT, UDP_PORT, VIP};
 
 /// How many server elements there are.
 pub const SERVERS: u8 = 5;
@@ -54,14 +57,70 @@ pub struct Size {
     pub slots: u32,
     /// Buckets of the flow table; a power of two.
     pub buckets: usize,
-    /// The farm allows layer 3, so every flow is on record, or a candidate.
-    pub layer_3: bool,
+    /// What farm it is.
+    pub kind: Kind,
+}
+
+/// What kind of farm.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// It has an IPv4 VIP.
+    Vip,
+    /// It allows layer 3 too, so every flow is on record, or a candidate.
+    Layer3,
+    /// It takes what crosses the network element.
+    Intercept,
+    /// It has an IPv6 VIP.
+    Six,
+}
+
+impl Kind {
+    /// All of them.
+    pub const ALL: [Self; 4] = [Self::Vip, Self::Layer3, Self::Intercept, Self::Six];
+
+    /// The packet with what names its flow in such a farm: [`clients`](super::clients) have IPv4 addresses, of which IPv6 ones are made.
+    pub fn named(self, packet: &Packet, seed: u64) -> Packet {
+        match self {
+            Self::Vip | Self::Layer3 => *packet,
+            Self::Intercept => intercept::named(packet, seed),
+            Self::Six => {
+                let digest = six::digest(source6(packet), packet.source_port, seed);
+                Packet {
+                    source: digest as u32,
+                    source_port: (digest >> 32) as u16,
+                    destination: fold6(halves(VIP6.octets())),
+                    ..*packet
+                }
+            }
+        }
+    }
+}
+
+/// The IPv6 VIP.
+const VIP6: Ipv6Addr = Ipv6Addr::new(0x2001, 0xdb8, 0, 1, 0, 0, 0, 10);
+
+/// A client's IPv6 address: its IPv4 one in the last four bytes.
+fn source6(packet: &Packet) -> Address6 {
+    let [a, b, c, d] = packet.source.to_ne_bytes();
+    halves(Ipv6Addr::from_bits(CLIENTS6.to_bits() | u128::from(u32::from_be_bytes([a, b, c, d]))).octets())
 }
 
 impl Size {
     /// Tables for [`World::new`]; they can be used again.
     pub fn tables(self) -> Owned {
-        Owned::new(2 * self.slots as usize, IDS as usize, self.buckets).with_exceptions(256)
+        let mut tables = Owned::new(2 * self.slots as usize, IDS as usize, self.buckets).with_exceptions(256);
+        if self.kind == Kind::Intercept {
+            let words = |net: &str| {
+                let net: Ipv4Net = net.parse().expect("a prefix");
+                [net.network(), net.netmask()].map(|address| u32::from_ne_bytes(address.octets()))
+            };
+            let of = |set, net| (set, words(net)[0], words(net)[1]);
+            tables.set_crossings(vec![
+                of(AddressSet::intercepted(0), "192.0.2.0/24"),
+                of(AddressSet::servers(0), "10.0.0.0/24"),
+            ]);
+        }
+        tables
     }
 }
 
@@ -78,6 +137,7 @@ pub struct World<'a> {
     /// Packets by reason.
     pub reasons: [u64; REASONS as usize],
     collector: Collector,
+    kind: Kind,
     seed: u64,
     /// What forwarding type each server asks for with its next START.
     types: [Forwarding; SERVERS as usize],
@@ -93,8 +153,17 @@ impl<'a> World<'a> {
         farm.servers = vec!["10.0.0.0/24".parse().expect("a prefix")];
         (farm.table_size, farm.orphan_time, farm.tcp_idle, farm.udp_idle) = (size.slots, ORPHAN, TCP_IDLE, UDP_IDLE);
         farm.global_exceptions = true;
-        if size.layer_3 {
-            farm.forwarding.push(Forwarding::Layer3);
+        match size.kind {
+            Kind::Vip => {}
+            Kind::Layer3 => farm.forwarding.push(Forwarding::Layer3),
+            Kind::Intercept => {
+                farm.vips.clear();
+                farm.intercept = vec!["192.0.2.0/24".parse().expect("a prefix")];
+            }
+            Kind::Six => {
+                farm.vips = vec![VIP6.into()];
+                farm.servers = vec!["2001:db8:0:9::/64".parse().expect("a prefix")];
+            }
         }
         let config = ClusterConfig {
             farms: vec![farm],
@@ -110,14 +179,19 @@ impl<'a> World<'a> {
         let cluster = Cluster::new(config, now).expect("a valid configuration");
         let collector = Collector::new(now);
         let types = [Forwarding::Layer2; SERVERS as usize];
-        let mut world = Self { view, cluster, now, reasons: [0; REASONS as usize], collector, seed, types };
+        let kind = size.kind;
+        let mut world = Self { kind, view, cluster, now, reasons: [0; REASONS as usize], collector, seed, types };
         world.sync();
         world
     }
 
     /// A packet.
     pub fn steer(&mut self, packet: &Packet) -> Decision {
-        let decision = steer(packet, &self.view);
+        let decision = match self.kind {
+            Kind::Vip | Kind::Layer3 => steer(packet, &self.view),
+            Kind::Intercept => intercept::steer(packet, &self.view),
+            Kind::Six => six::steer(&without_addresses(packet), &self.six(packet)),
+        };
         self.reasons[decision.reason as usize] += 1;
         decision
     }
@@ -137,21 +211,32 @@ impl<'a> World<'a> {
 
     /// Whose flow an ICMP error that quotes this packet is about.
     pub fn whose(&self, packet: &Packet) -> Option<u32> {
-        whose(packet, &self.view).map(|(server, _)| server)
+        let whose = match self.kind {
+            Kind::Vip | Kind::Layer3 => whose(packet, &self.view),
+            Kind::Intercept => intercept::whose(packet, &self.view),
+            Kind::Six => six::whose(&without_addresses(packet), &self.six(packet)),
+        };
+        whose.map(|(server, _)| server)
+    }
+
+    /// The tables for an IPv6 packet of this client.
+    fn six(&self, packet: &Packet) -> View<'a> {
+        let addresses = Addresses6 { source: source6(packet), destination: halves(VIP6.octets()) };
+        self.view.six(addresses).expect("a view always has room for them")
     }
 
     /// Where a decision sends its packet; none if that is no server.
     pub fn place(&self, decision: &Decision) -> Place {
         let server = self.view.server(decision.server).filter(|_| decision.server > necp_ebpf::abi::DIRECT)?;
-        let [.., net, host] = server.address;
-        assert_eq!(net, 0, "server id {} has a record: {server:?}", decision.server);
+        let [.., host] = server.address;
+        assert_eq!(server.address, octets(self.address(host - 1)), "server id {} has a record", decision.server);
         Some(host - 1)
     }
 
     /// Whether a server has a slot of the packet's service: one of little weight may have none.
     pub fn has_slots(&self, server: u8, packet: &Packet) -> bool {
         let owners = self.view.slots().iter().filter_map(|slot| self.view.server(SlotWord(slot.load()).owner()));
-        let wanted = Ipv4Addr::new(10, 0, 0, 1 + server).to_ipv6_mapped().octets();
+        let wanted = octets(self.address(server));
         owners.into_iter().any(|owner| owner.protocol == packet.protocol && owner.address == wanted)
     }
 
@@ -185,8 +270,8 @@ impl<'a> World<'a> {
 
     /// INIT unless there is a session, START of both services, a perfect health index. `session`: there is one.
     pub fn start(&mut self, server: u8, session: bool) {
-        let (address, now) = (address(server), self.now);
-        self.cluster.host_reachable(address, hop(server), now);
+        let (address, now) = (self.address(server), self.now);
+        self.cluster.host_reachable(address, self.hop(server), now);
         if !session {
             self.cluster.init(address, true, now).expect("it may join");
         }
@@ -207,7 +292,7 @@ impl<'a> World<'a> {
     /// STOP of both services, of which only the server's records have been written yet.
     pub fn begin_stop(&mut self, server: u8) {
         for (protocol, port) in SERVICES {
-            self.cluster.stop(address(server), protocol, port, self.now);
+            self.cluster.stop(self.address(server), protocol, port, self.now);
         }
         let plan = Plan { tables: Vec::new(), services: Vec::new(), ..self.cluster.plan(self.now) };
         let applied = plan.apply(&self.view, self.cluster.ledger_mut(), self.now);
@@ -217,51 +302,51 @@ impl<'a> World<'a> {
     /// A health index of both services.
     pub fn health(&mut self, server: u8, index: u8) {
         for (protocol, port) in SERVICES {
-            self.cluster.health(address(server), protocol, port, index, self.now);
+            self.cluster.health(self.address(server), protocol, port, index, self.now);
         }
         self.sync();
     }
 
     /// EXCEPTION_ADD of a server with a session.
     pub fn except(&mut self, server: u8, exception: &Exception) {
-        self.cluster.except_add(address(server), exception, self.now).expect("there is room for all");
+        self.cluster.except_add(self.address(server), exception, self.now).expect("there is room for all");
         self.sync();
     }
 
     /// EXCEPTION_DEL.
     pub fn unexcept(&mut self, server: u8, flows: &Flows) {
-        self.cluster.except_del(address(server), flows, self.now).expect("they are IPv4");
+        self.cluster.except_del(self.address(server), flows, self.now).expect("they are of its family");
         self.sync();
     }
 
     /// EXCEPTION_RESET.
     pub fn except_reset(&mut self, server: u8) {
-        self.cluster.except_reset(address(server), self.now);
+        self.cluster.except_reset(self.address(server), self.now);
         self.sync();
     }
 
     /// Its session is lost. Never more than one within a keepalive interval: that would be a panic.
     pub fn lose_session(&mut self, server: u8) {
         self.now += 2 * KEEPALIVE;
-        self.cluster.session_lost(address(server), self.now);
+        self.cluster.session_lost(self.address(server), self.now);
         self.sync();
     }
 
     /// Its next hop is not known.
     pub fn neighbour_lost(&mut self, server: u8) {
-        self.cluster.host_unreachable(address(server), self.now);
+        self.cluster.host_unreachable(self.address(server), self.now);
         self.sync();
     }
 
     /// Its next hop is known.
     pub fn neighbour_found(&mut self, server: u8) {
-        self.cluster.host_reachable(address(server), hop(server), self.now);
+        self.cluster.host_reachable(self.address(server), self.hop(server), self.now);
         self.sync();
     }
 
     /// Its neighbour entry is FAILED.
     pub fn host_gone(&mut self, server: u8) {
-        self.cluster.host_gone(address(server), self.now);
+        self.cluster.host_gone(self.address(server), self.now);
         self.sync();
         // With many servers a death waits until it cannot be the beginning of a panic.
         self.wait(2 * KEEPALIVE);
@@ -292,8 +377,9 @@ impl<'a> World<'a> {
     }
 
     fn entries(&self, packet: &Packet) -> [FlowWord; 2] {
-        let buckets = flow_buckets(flow_hash(packet, self.seed), self.view.flow_mask());
-        let found = find(&self.view, buckets, flow_key(packet, self.service_id(packet)));
+        let flow = self.kind.named(packet, self.seed);
+        let buckets = flow_buckets(flow_hash(&flow, self.seed), self.view.flow_mask());
+        let found = find(&self.view, buckets, flow_key(&flow, self.service_id(packet)));
         [found.candidate.value, found.record.value]
     }
 
@@ -309,6 +395,22 @@ impl<'a> World<'a> {
         (!left.is_empty() || !slots.is_empty()).then(|| format!("entries {left:?}, slots that are not plain {slots:?}"))
     }
 
+    /// A server's address.
+    fn address(&self, server: u8) -> IpAddr {
+        self.host(1 + server)
+    }
+
+    fn host(&self, number: u8) -> IpAddr {
+        match self.kind {
+            Kind::Six => Ipv6Addr::new(0x2001, 0xdb8, 0, 9, 0, 0, 0, number.into()).into(),
+            _ => [10, 0, 0, number].into(),
+        }
+    }
+
+    fn hop(&self, server: u8) -> Hop {
+        Hop { mac: [2, 0, 0, 0, 1, server], port: 0, source: self.host(254), mtu: 1500 }
+    }
+
     fn service_id(&self, packet: &Packet) -> u16 {
         let layout = self.cluster.layout();
         let frontend = layout.frontends.iter().find(|f| layout.services[f.service].key.protocol == packet.protocol);
@@ -318,12 +420,15 @@ impl<'a> World<'a> {
 
 const SERVICES: [(u8, u16); 2] = [(protocol::TCP, TCP_PORT), (protocol::UDP, UDP_PORT)];
 
-fn address(server: u8) -> IpAddr {
-    [10, 0, 0, 1 + server].into()
+fn without_addresses(packet: &Packet) -> Packet {
+    Packet { source: 0, destination: 0, ..*packet }
 }
 
-fn hop(server: u8) -> Hop {
-    Hop { mac: [2, 0, 0, 0, 1, server], port: 0, source: [10, 0, 0, 254].into(), mtu: 1500 }
+fn octets(address: IpAddr) -> [u8; 16] {
+    match address {
+        IpAddr::V4(address) => address.to_ipv6_mapped().octets(),
+        IpAddr::V6(address) => address.octets(),
+    }
 }
 
 fn wipe(view: &View<'_>) {

@@ -502,26 +502,26 @@ fn icmp_errors_reach_the_server_that_has_the_flow() {
     let mut six = Six::new(plain(OWNER));
     let sent = |source, port| built(from(source, CLIENT, 64).tcp(port, 5000, 1, 1000).ack(9), b"what the server said");
     let quoted = sent(VIP, WEB)[14..].to_vec();
-    six.bridges(&error(too_big.clone(), VIP, &quoted), OWNER, Reason::Quoted);
-    six.bridges(&error(too_big.clone(), VIP, &quoted[..44]), OWNER, Reason::Quoted);
-    six.passes(&error(too_big.clone(), VIP, &quoted[..43]), Reason::Icmp);
-    six.passes(&error(too_big.clone(), CLIENT, &quoted), Reason::Icmp);
+    six.bridges(&error(too_big, VIP, &quoted), OWNER, Reason::Quoted);
+    six.bridges(&error(too_big, VIP, &quoted[..44]), OWNER, Reason::Quoted);
+    six.passes(&error(too_big, VIP, &quoted[..43]), Reason::Icmp);
+    six.passes(&error(too_big, CLIENT, &quoted), Reason::Icmp);
     let foreign = sent(CLIENT, WEB)[14..].to_vec();
-    six.passes(&error(too_big.clone(), VIP, &foreign), Reason::Icmp);
+    six.passes(&error(too_big, VIP, &foreign), Reason::Icmp);
 
     // Layer 3: the server knows only its own address.
     six.slots(plain(TRANSLATED));
     six.run(&syn(ALWAYS, 8));
     six.run(&data(ALWAYS, 9));
-    let outcome = six.run(&error(too_big.clone(), VIP, &sent(VIP, ALWAYS)[14..]));
-    let mut wanted = error(too_big.clone(), address(TRANSLATED), &sent(address(TRANSLATED), ALWAYS)[14..]);
+    let outcome = six.run(&error(too_big, VIP, &sent(VIP, ALWAYS)[14..]));
+    let mut wanted = error(too_big, address(TRANSLATED), &sent(address(TRANSLATED), ALWAYS)[14..]);
     wanted[21] -= 1;
     wanted[..12].copy_from_slice(&[mac(TRANSLATED), OWN_MAC].concat());
     assert_eq!(outcome, Outcome { verdict: Verdict::Tx, frame: wanted, reason: Reason::Quoted });
     // And the client only the VIP's.
     let unreachable = Icmpv6Type::DestinationUnreachable(icmpv6::DestUnreachableCode::Port);
     let came = |destination| built(from(CLIENT, destination, 60).tcp(5000, ALWAYS, 9, 1000).ack(1), b"from the client");
-    let outcome = six.run(&error(unreachable.clone(), CLIENT, &came(address(TRANSLATED))[14..]));
+    let outcome = six.run(&error(unreachable, CLIENT, &came(address(TRANSLATED))[14..]));
     let wanted = error(unreachable, CLIENT, &came(VIP)[14..]);
     assert_eq!(outcome, Outcome { verdict: Verdict::Pass, frame: wanted, reason: Reason::ReplyRouted });
 }

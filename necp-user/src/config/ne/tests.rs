@@ -405,3 +405,82 @@ fn ttl_security_and_tcp_md5() {
         assert!(found.contains(says), "{extra}{farm}: {found}");
     }
 }
+
+const BOTH: &str = r#"interfaces = ["eth0"]
+
+[[farm]]
+name = "web"
+vips = ["192.0.2.10", "2001:db8:f::10"]
+services = ["tcp/80"]
+forwarding = ["l2"]
+servers = ["10.0.0.0/24", "2001:db8:a::/64"]
+keys = { "2001:db8:a::11" = "/etc/necp/11.key" }
+key_file = "/etc/necp/web.key"
+capacity = { "2001:db8:a::11" = 2 }
+tcp_md5 = { "2001:db8:a::/65" = "/etc/necp/md5" }
+"#;
+
+/// The mistakes in BOTH after a replacement, which must hit.
+fn mistakes_of_both(from: &str, to: &str) -> Vec<String> {
+    assert!(BOTH.contains(from), "{from:?} is not in the text");
+    let changed = BOTH.replacen(from, to, 1);
+    NeConfig::parse(&changed).expect_err(&changed).iter().map(Mistake::to_string).collect()
+}
+
+#[test]
+fn a_farm_may_have_both_families() {
+    let config = NeConfig::parse(BOTH).expect("no mistake in it");
+    assert!(config.notes.is_empty(), "{:?}", config.notes);
+    assert_eq!(
+        config.farms[0].to_string(),
+        "web: tcp/80 on 192.0.2.10 2001:db8:f::10 by l2, servers 10.0.0.0/24 2001:db8:a::/64, 65537 slots per service, \
+         key /etc/necp/web.key, 1 server with its own"
+    );
+    let six: IpAddr = "2001:db8:a::11".parse().expect("an address");
+    assert_eq!((config.admits(six), config.slots()), (Some(0), 2 * 65_537));
+    assert_eq!(config.proof(six), Some(Proof::Key(Some(Path::new("/etc/necp/11.key")))));
+    assert_eq!(config.farms[0].capacity.get(&six), Some(&2.0));
+    assert_eq!(config.admits("2001:db8:b::11".parse().expect("an address")), None);
+    let without = |text: &str| {
+        let config = NeConfig::parse(&BOTH.replacen(text, "", 1)).expect("legal");
+        config.notes.iter().map(Mistake::to_string).collect::<Vec<_>>()
+    };
+    only(
+        without(", \"2001:db8:f::10\""),
+        "8:11: servers in 2001:db8:a::/64 have nothing to serve: farm `web` has no IPv6 VIP",
+    );
+    only(
+        without("\"10.0.0.0/24\", "),
+        "8:11: the IPv4 VIPs of farm `web` have no server: no prefix in `servers` is IPv4",
+    );
+}
+
+#[test]
+fn ipv6_addresses_are_checked() {
+    only(
+        mistakes_of_both("\"2001:db8:a::/64\"", "\"2001:db8:a::/64\", \"fe80::/64\""),
+        "8:46: `fe80::/64` is link-local, and such an address says nothing without its link; write who may join by global \
+         or unique local addresses, such as 2001:db8::/64",
+    );
+    only(
+        mistakes_of_both("\"2001:db8:a::/64\"", "\"2001:db8:a::/64\", \"::ffff:10.1.0.0/112\""),
+        "8:46: `::ffff:10.1.0.0/112` is an IPv4 address in the form of IPv6; write it as 10.1.0.0",
+    );
+    only(
+        mistakes_of_both("\"2001:db8:a::/64\"", "\"2001:db8:a::/64\", \"2001:db8:b::1/64\""),
+        "8:46: `2001:db8:b::1/64` has host bits set; write 2001:db8:b::/64 (or 2001:db8:b::1/128 for that one server)",
+    );
+    only(
+        mistakes_of_both("keys = { \"2001:db8:a::11\"", "keys = { \"2001:db8:b::11\""),
+        "9:10: 2001:db8:b::11 has a key but may not join; add it to `servers`, or take it away here",
+    );
+    let listens = |listen: &str| mistakes_of_both("\n\n[[farm]]", &format!("\nlisten = {listen}\n[[farm]]"));
+    only(
+        listens("[\"[::]:3262\", \"2001:db8:f::1\"]"),
+        "2:24: [2001:db8:f::1]:3262 is already listened on by [::]:3262; write only one of them",
+    );
+    only(
+        mistakes_of_both("tcp/80", "tcp/3262"),
+        "6:12: tcp/3262 on 192.0.2.10 is where this NE itself listens for servers; take it out of `services`, or listen on another port",
+    );
+}

@@ -1,11 +1,16 @@
 //! State shrinks to nothing, and not too early.
 
-use necp_ebpf::{abi::FIRST_SERVER, packet::tcp};
+use necp_ebpf::{
+    abi::FIRST_SERVER,
+    packet::{protocol, tcp},
+    six::steer,
+    tables::Addresses6,
+};
 
 use super::{
     super::{
-        config::Forwarding,
-        testbed::{Bed, config, se},
+        config::{Forwarding, halves},
+        testbed::{Bed, VIPS6, config, config_of_both, se},
     },
     *,
 };
@@ -47,6 +52,46 @@ fn after_a_change_state_shrinks_to_nothing() {
     assert_eq!((collected.records, collected.candidates, collected.legacies, collected.tracked), (0, 0, 0, 0));
     assert!(is_plain(&bed));
     assert!(bed.owned(first) > 0 && bed.owned(second) > 0);
+}
+
+/// A packet of an IPv6 client, by its source port; the server.
+fn send6(bed: &Bed, client: u16, flags: u8, sequence: u32) -> u32 {
+    let packet = Packet {
+        source_port: client,
+        destination_port: 80_u16.to_be(),
+        protocol: protocol::TCP,
+        flags,
+        sequence,
+        ..Packet::default()
+    };
+    let addresses = Addresses6 { source: [client.into(), 7], destination: halves(VIPS6[0]) };
+    steer(&packet, &bed.view.six(addresses).expect("IPv6")).server
+}
+
+#[test]
+fn after_a_change_the_state_of_ipv6_flows_shrinks_to_nothing_too() {
+    let mut config = config_of_both();
+    config.farms[0].tcp_idle = Duration::from_secs(TCP_IDLE);
+    let mut bed = Bed::with(config);
+    let first = bed.serve6(1);
+    for client in 1..40 {
+        assert_eq!(send6(&bed, client, tcp::SYN, 1000), first);
+        assert_eq!(send6(&bed, client, tcp::ACK, 1001), first);
+    }
+    bed.serve6(2);
+    let stays = |bed: &Bed| (1..40).all(|client| send6(bed, client, tcp::ACK, 1001) == first);
+    assert!(stays(&bed), "no flow moves");
+    let collected = bed.collect();
+    assert!(collected.records > 0 && collected.by_server.keys().eq([&first]), "{collected:?}");
+    assert_eq!(collected.by_service, [0, 0, collected.records, 0]);
+    for _ in 0..3 {
+        bed.collect_for(TCP_IDLE / 2);
+        assert!(stays(&bed), "no flow moves");
+    }
+    bed.collect_for(TCP_IDLE + TCP_IDLE / 10 + 2);
+    let collected = bed.collect();
+    assert_eq!((collected.records, collected.legacies, collected.tracked), (0, 0, 0));
+    assert!(bed.slots(2).iter().all(|slot| slot.is_plain()));
 }
 
 #[test]

@@ -65,7 +65,7 @@ async fn towards(nes: &BTreeSet<IpAddr>) -> anyhow::Result<Vec<String>> {
     let driver = tokio::spawn(driver);
     let mut interfaces = BTreeSet::new();
     for ne in nes {
-        if let Some(route) = neighbours.route((*ne).into()).await? {
+        if let Some(route) = neighbours.route(*ne).await? {
             interfaces.insert(interface_name(route.ifindex)?);
         }
     }
