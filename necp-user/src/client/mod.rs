@@ -54,6 +54,12 @@
 //!
 //! Changes concern new flows; an established flow is never moved (§5.6, §5.7).
 //!
+//! # IPv6
+//!
+//! A session's family is what it is about: over IPv6 it serves the farm's IPv6 VIPs, and its exceptions are of IPv6 flows. What
+//! is of the other family is refused, and not installed again in a new session. Exceptions of IPv6 need an extension that an NE
+//! of another make may not speak; then it refuses them. Flows without an address are of the session's own family everywhere.
+//!
 //! # Limits
 //!
 //! At most 64 requests are on their way to an NE and as many wait; then a new one waits for its turn. A request that an NE
