@@ -359,14 +359,14 @@ impl<const SIX: bool> Tables for Maps<SIX> {
     #[inline(always)]
     fn matches(&self, flow: Tuple) -> u64 {
         let [a, b] = flow.to_words();
-        if SIX { match_exceptions6(a, b) } else { match_exceptions(a, b) }
+        if SIX { match_exceptions6(b) } else { match_exceptions(a, b) }
     }
 
     #[inline(always)]
     fn excludes(&self, flow: Tuple, matches: u64, host: u16) -> bool {
         let [a, b] = flow.to_words();
         let host = host as u64;
-        (if SIX { exclude_host6(a, b, matches, host) } else { exclude_host(a, b, matches, host) }) != 0
+        (if SIX { exclude_host6(b, matches, host) } else { exclude_host(a, b, matches, host) }) != 0
     }
 
     #[inline(always)]
@@ -439,15 +439,15 @@ extern "C" fn choose_server6(a: u64, b: u64, c: u64, d: u64) -> u64 {
 /// [`Tuple::matches`] of IPv6.
 #[unsafe(no_mangle)]
 #[inline(never)]
-extern "C" fn match_exceptions6(a: u64, b: u64) -> u64 {
-    Tuple::from_words([a, b]).matches(&MAPS6)
+extern "C" fn match_exceptions6(rest: u64) -> u64 {
+    Tuple::from_words([0, rest]).matches(&MAPS6)
 }
 
 /// [`Tuple::excludes`] of IPv6.
 #[unsafe(no_mangle)]
 #[inline(never)]
-extern "C" fn exclude_host6(a: u64, b: u64, matches: u64, host: u64) -> u64 {
-    Tuple::from_words([a, b]).excludes(&MAPS6, matches, host as u16) as u64
+extern "C" fn exclude_host6(rest: u64, matches: u64, host: u64) -> u64 {
+    Tuple::from_words([0, rest]).excludes(&MAPS6, matches, host as u16) as u64
 }
 
 /// [`Reply::server6`].
