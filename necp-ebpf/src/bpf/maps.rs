@@ -382,7 +382,17 @@ impl<const SIX: bool> Tables for Maps<SIX> {
 
     #[inline(always)]
     fn name6(&self, source_len: u64, destination_len: u64) -> u64 {
-        name_addresses(source_len, destination_len)
+        // Word by word, for want of room on the stack. And no function: of a loop that calls one, and reads at an index too, older
+        // kernels' verifiers (before 6.5) follow every way.
+        let Some(place) = ADDRESSES6.get_ptr(0) else { return 0 };
+        // SAFETY: as in `addresses6`.
+        let address = |index: usize| unsafe { place.cast::<[u64; 2]>().add(index).read_volatile() };
+        let of = |hash: SipHash, index, length| {
+            let [high, low] = prefix6(address(index), length);
+            hash.with(high).with(low)
+        };
+        let hash = of(SipHash::new(keys_of(self.exception_seed())), 0, source_len);
+        of(hash, 1, destination_len).finish(4, 0)
     }
 
     #[inline(always)]
@@ -462,19 +472,4 @@ extern "C" fn server_of_reply6(rest: u64, vip: u64) -> u64 {
 #[inline(never)]
 extern "C" fn digest_flow(high: u64, low: u64, port: u64, seed: u64) -> u64 {
     six::digest([high, low], port as u16, seed)
-}
-
-/// [`name6`](necp_ebpf::exceptions::name6) of this CPU's packet, word by word: its stack is the last one of a long row.
-#[unsafe(no_mangle)]
-#[inline(never)]
-extern "C" fn name_addresses(source_len: u64, destination_len: u64) -> u64 {
-    let Some(place) = ADDRESSES6.get_ptr(0) else { return 0 };
-    // SAFETY: as in `addresses6`.
-    let address = |index: usize| unsafe { place.cast::<[u64; 2]>().add(index).read_volatile() };
-    let of = |hash: SipHash, index, length| {
-        let [high, low] = prefix6(address(index), length);
-        hash.with(high).with(low)
-    };
-    let hash = of(SipHash::new(keys_of(MAPS6.exception_seed())), 0, source_len);
-    of(hash, 1, destination_len).finish(4, 0)
 }
