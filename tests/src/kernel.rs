@@ -90,8 +90,16 @@ impl Kernel {
             intercepts: all,
         };
         let plane = Plane::open(&config)?;
-        let mut program = load_program(&pin, &plane.layout(), all)?;
-        enter_stages(&mut program, &pin, 0)?;
+        let loaded = load_program(&pin, &plane.layout(), all)
+            .and_then(|mut program| enter_stages(&mut program, &pin, 0).map(|()| program).map_err(Into::into));
+        let program = match loaded {
+            Ok(program) => program,
+            // A program that is refused leaves no pins either.
+            Err(error) => {
+                plane.close(false)?;
+                return Err(error);
+            }
+        };
         let mut kernel = Self { plane: Some(plane), program, pin };
         kernel.enter_ports()?;
         Ok(kernel)
