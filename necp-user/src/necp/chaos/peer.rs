@@ -321,7 +321,9 @@ impl Received {
             let first =
                 self.direction == Direction::ToNe && !self.signed && demands.iter().any(|(_, at)| *at == number);
             let follows = self.next == Some(number);
-            let starts = self.starts.get_mut(&number).filter(|left| **left > 0).map(|left| *left -= 1).is_some();
+            // What follows has begun nothing: an INIT that is tentative leaves the old numbering as it is.
+            let start = self.starts.get_mut(&number).filter(|left| !follows && **left > 0);
+            let starts = start.map(|left| *left -= 1).is_some();
             assert!(starts || follows || first, "{header:?} instead of {:?}", self.next);
             self.next = number.checked_add(1);
             self.signed = true;
