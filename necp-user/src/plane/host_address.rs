@@ -401,16 +401,22 @@ mod tests {
         });
     }
 
+    /// `na` and `nb`, one link, both up.
+    async fn veth_pair() -> rtnetlink::Handle {
+        let (connection, handle, _) = rtnetlink::new_connection().expect("a netlink socket");
+        tokio::spawn(connection);
+        handle.link().add(rtnetlink::LinkVeth::new("na", "nb").build()).execute().await.expect("a veth pair");
+        for name in ["na", "nb"] {
+            let up = rtnetlink::LinkUnspec::new_with_name(name).up().build();
+            handle.link().set(up).execute().await.expect("the link comes up");
+        }
+        handle
+    }
+
     #[test]
     fn an_advertisement_is_a_frame_that_the_kernel_takes() {
         in_new_netns(async || {
-            let (connection, handle, _) = rtnetlink::new_connection().expect("a netlink socket");
-            tokio::spawn(connection);
-            handle.link().add(rtnetlink::LinkVeth::new("na", "nb").build()).execute().await.expect("a veth pair");
-            for name in ["na", "nb"] {
-                let up = rtnetlink::LinkUnspec::new_with_name(name).up().build();
-                handle.link().set(up).execute().await.expect("the link comes up");
-            }
+            let handle = veth_pair().await;
             // What was learnt of the address before, from somebody else.
             let (na, nb) = (interface_index("na").expect("na"), interface_index("nb").expect("nb"));
             let stale = netlink_packet_route::neighbour::NeighbourState::Stale;
@@ -470,13 +476,7 @@ mod tests {
     #[test]
     fn an_announcement_reaches_the_link() {
         in_new_netns(async || {
-            let (connection, handle, _) = rtnetlink::new_connection().expect("a netlink socket");
-            tokio::spawn(connection);
-            handle.link().add(rtnetlink::LinkVeth::new("na", "nb").build()).execute().await.expect("a veth pair");
-            for name in ["na", "nb"] {
-                let up = rtnetlink::LinkUnspec::new_with_name(name).up().build();
-                handle.link().set(up).execute().await.expect("the link comes up");
-            }
+            veth_pair().await;
             let arp = socket2::Protocol::from(i32::from((libc::ETH_P_ARP as u16).to_be()));
             let heard = socket2::Socket::new(socket2::Domain::PACKET, socket2::Type::RAW, Some(arp)).expect("a socket");
             heard.set_read_timeout(Some(std::time::Duration::from_millis(100))).expect("a timeout");
