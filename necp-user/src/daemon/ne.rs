@@ -346,7 +346,7 @@ fn prepare_routing(config: &NeConfig) -> HostRouting {
         missing.iter().for_each(|problem| tracing::warn!("{problem}"));
     }
     if !config.routes(Family::V4, &[Gre, L3]) {
-        let missing = if config.intercepts() { HostRouting::missing(&config.interfaces) } else { Vec::new() };
+        let missing = if config.intercepts(Family::V4) { HostRouting::missing(&config.interfaces) } else { Vec::new() };
         missing.iter().for_each(|problem| tracing::warn!("{problem}"));
         return HostRouting::default();
     }
@@ -393,7 +393,8 @@ pub(super) fn plane_config(config: &NeConfig) -> PlaneConfig {
         flow_buckets: necp_ebpf::abi::DEFAULT_FLOW_BUCKETS,
         exceptions: necp_ebpf::abi::exception_records(necp_ebpf::abi::DEFAULT_EXCEPTIONS),
         replies: config.allows(L3),
-        intercepts: config.intercepts(),
+        intercepts: config.intercepts(Family::V4),
+        intercepts6: config.intercepts(Family::V6),
     }
 }
 

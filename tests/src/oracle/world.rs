@@ -115,10 +115,8 @@ impl Size {
                 [net.network(), net.netmask()].map(|address| u32::from_ne_bytes(address.octets()))
             };
             let of = |set, net| (set, words(net)[0], words(net)[1]);
-            tables.set_crossings(vec![
-                of(AddressSet::intercepted(0), "192.0.2.0/24"),
-                of(AddressSet::servers(0), "10.0.0.0/24"),
-            ]);
+            let taken = of(AddressSet::intercepted(0), "192.0.2.0/24");
+            tables.set_crossings(vec![taken, of(AddressSet::servers(0), "10.0.0.0/24")], Vec::new());
         }
         tables
     }

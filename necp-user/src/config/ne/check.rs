@@ -6,7 +6,7 @@ use std::num::NonZeroU8;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use ipnet::{IpNet, Ipv4Net};
+use ipnet::IpNet;
 use toml::Spanned;
 
 use super::file::{Destination, Farm, File, Hops, Md5Files, Number, Prefix, Vip};
@@ -204,7 +204,7 @@ impl Check<'_> {
     }
 
     /// Either this or `vips`.
-    fn intercept(&mut self, farm: &Farm, name: &str) -> Vec<Ipv4Net> {
+    fn intercept(&mut self, farm: &Farm, name: &str) -> Vec<IpNet> {
         let Some(prefixes) = &farm.intercept else {
             if farm.vips.is_none() {
                 self.at(&farm.name, format!("farm `{name}` has neither `vips` nor `intercept`; write the address that clients connect to, such as vips = [\"192.0.2.10\"], or destinations whose packets it takes, such as intercept = [\"0.0.0.0/0\"]"));

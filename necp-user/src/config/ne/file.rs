@@ -5,7 +5,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::str::FromStr;
 
-use ipnet::{IpNet, Ipv4Net};
+use ipnet::IpNet;
 use serde::Deserialize;
 use toml::Spanned;
 
@@ -150,14 +150,14 @@ impl FromStr for Prefix {
 }
 
 /// `PREFIX/LENGTH` or one address, of destinations.
-pub(super) struct Destination(pub(super) Ipv4Net);
+pub(super) struct Destination(pub(super) IpNet);
 
 impl FromStr for Destination {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
         match text.parse::<IpNet>().or_else(|_| text.parse::<IpAddr>().map(IpNet::from)) {
-            Ok(IpNet::V4(net)) if net.trunc() == net => Ok(Self(net)),
+            Ok(IpNet::V4(net)) if net.trunc() == net => Ok(Self(net.into())),
             Ok(IpNet::V4(net)) => Err(format!(
                 "`{text}` has host bits set; write {} (or {}/32 for that one address)",
                 net.trunc(),
