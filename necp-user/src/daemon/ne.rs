@@ -74,8 +74,8 @@ Example configuration:
   servers = [\"10.0.0.0/24\"]
   key_file = \"/etc/necp/web.key\"
 
-Interception: intercept = [\"0.0.0.0/0\"] (destinations) in place of vips takes the farm's services out of what this host
-routes, and to its servers, which are proxies then.
+Interception: intercept = [\"0.0.0.0/0\", \"::/0\"] (destinations) in place of vips takes the farm's services out of what
+this host routes, and to its servers, which are proxies then.
 
 IPv6: vips = [\"192.0.2.10\", \"2001:db8:f::10\"] and servers = [\"10.0.0.0/24\", \"2001:db8:a::/64\"]; who joins over IPv6
 serves the IPv6 VIPs, who joins over IPv4 those of IPv4.
@@ -342,7 +342,8 @@ fn follow_hangups(mut reload: impl FnMut() -> [Reloaded; 2] + Send) -> anyhow::R
 /// Makes the kernel route what the packet path leaves to it.
 fn prepare_routing(config: &NeConfig) -> HostRouting {
     if config.serves(Family::V6) {
-        let missing = HostRouting::missing6(&config.interfaces, config.routes(Family::V6, &[Gre, L3]));
+        let routes = config.routes(Family::V6, &[Gre, L3]) || config.intercepts(Family::V6);
+        let missing = HostRouting::missing6(&config.interfaces, routes);
         missing.iter().for_each(|problem| tracing::warn!("{problem}"));
     }
     if !config.routes(Family::V4, &[Gre, L3]) {

@@ -40,7 +40,7 @@ impl Crossings {
                 return tracing::error!(%error, "this host's addresses are not known: `intercept` goes by the old ones");
             }
         };
-        let own = own.iter().map(|own| (AddressSet::OWN, IpNet::from(own.net.addr())));
+        let own = own.iter().flat_map(|own| own_addresses(own.net)).map(|own| (AddressSet::OWN, own));
         let all: BTreeSet<_> = self.fixed.iter().copied().chain(own).collect();
         if let Err(error) = plane.set_crossings(&all) {
             tracing::error!(%error, "`intercept` goes by old addresses");
@@ -56,6 +56,13 @@ const NEAR: [IpNet; 4] = [
     IpNet::V6(Ipv6Net::new_assert(Ipv6Addr::new(0xff00, 0, 0, 0, 0, 0, 0, 0), 8)),
 ];
 const LINK_LOCAL: Ipv6Net = Ipv6Net::new_assert(Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 0), 10);
+
+/// An address of this host, and its subnet's anycast address, which every router there has (RFC 4291 §2.6.1; not on links between
+/// two routers, RFC 6164).
+fn own_addresses(net: IpNet) -> impl Iterator<Item = IpNet> {
+    let anycast = matches!(net, IpNet::V6(_)) && net.prefix_len() < 127;
+    [Some(net.addr()), anycast.then(|| net.network())].into_iter().flatten().map(IpNet::from)
+}
 
 /// What the configuration says. VIPs are this host's own, also where somebody else puts them on it or not yet.
 fn fixed(config: &NeConfig) -> BTreeSet<(AddressSet, IpNet)> {
@@ -97,5 +104,14 @@ mod tests {
         let net = |text: &&str| text.parse::<IpNet>().expect("a prefix");
         let wanted = wanted.into_iter().flat_map(|(set, nets)| nets.iter().map(move |text| (set, net(text))));
         assert_eq!(fixed(&config), wanted.collect());
+    }
+
+    #[test]
+    fn a_router_has_the_anycast_addresses_of_its_subnets() {
+        let own =
+            |text: &str| own_addresses(text.parse().expect("a prefix")).map(|net| net.to_string()).collect::<Vec<_>>();
+        assert_eq!(own("2001:db8:a::1/64"), ["2001:db8:a::1/128", "2001:db8:a::/128"]);
+        assert_eq!(own("2001:db8:a::1/127"), ["2001:db8:a::1/128"]);
+        assert_eq!(own("10.0.0.1/24"), ["10.0.0.1/32"]);
     }
 }
