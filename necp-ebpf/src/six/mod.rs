@@ -42,6 +42,9 @@ pub struct Packet6 {
     pub packet: Packet,
 }
 
+/// What is left to [`rare`], whatever that finds it to be.
+const LEFT: Reason = Reason::Fragment;
+
 /// Whether an untagged frame is of this family.
 #[inline(always)]
 pub fn is_ipv6(frame: &Frame) -> bool {
@@ -70,7 +73,7 @@ pub fn parse(frame: &Frame) -> Result<Packet6, Reason> {
         return Err(Reason::Malformed);
     }
     if !matches!(ip.next_hdr, protocol::TCP | protocol::UDP) {
-        return Err(Reason::Fragment);
+        return Err(LEFT);
     }
     let addresses = Addresses6 { source: halves(ip.src_addr), destination: halves(ip.dst_addr) };
     let mut packet = Packet { protocol: ip.next_hdr, ..Packet::default() };
