@@ -1,0 +1,193 @@
+//! What the judge says of frames that are right, and of every way to be wrong.
+
+use super::*;
+use crate::{
+    frame::{Flow, flags},
+    frames::scene::{self, Scene, server_mac},
+    host_path::HostPath,
+};
+use necp_ebpf::{
+    abi::{ACCEPTS, ALIVE, ExceptionMasks, FORWARDING_SHIFT, GRE, LAYER_2, LAYER_3, REACHABLE, Server},
+    slot::SlotWord,
+};
+use rand::{SeedableRng as _, rngs::SmallRng};
+use std::net::SocketAddrV4;
+
+fn flow(port: u16) -> Flow {
+    Flow {
+        source_mac: [2, 0, 0, 0, 8, 8],
+        destination_mac: OWN_MAC,
+        source: SocketAddrV4::new([198, 51, 100, 1].into(), 40_000),
+        destination: SocketAddrV4::new(VIP.into(), port),
+        ttl: 64,
+    }
+}
+
+/// The host build with server 2 behind interface `port`.
+fn tables(port: u8) -> HostPath {
+    let mut host = HostPath::new(scene::SLOTS as usize, scene::FLOW_BUCKETS as usize);
+    Scene::random(&mut SmallRng::seed_from_u64(1)).install(host.view());
+    let flags = ALIVE | ACCEPTS | REACHABLE;
+    let server = Server { mac: server_mac(2), flags, port, forwarding: 1, ..Server::default() };
+    assert!(host.view().set_server(2, &server));
+    host
+}
+
+/// As it would come out for server 2.
+fn sent(frame: &[u8]) -> Vec<u8> {
+    [&server_mac(2)[..], &OWN_MAC, &frame[12..]].concat()
+}
+
+fn says(frame: &[u8], verdict: Verdict, reason: Reason, out: &[u8]) -> Result<Option<Difference>, String> {
+    judge(frame, Deed { verdict, reason, frame: out }, tables(0).view(), &mut Parts::default())
+}
+
+#[test]
+fn what_is_right_is_not_complained_of() {
+    let frame = flow(80).tcp(flags::ACK, 1, 1, b"hello");
+    assert_eq!(says(&frame, Verdict::Tx, Reason::Plain, &sent(&frame)), Ok(None));
+    assert_eq!(says(&frame, Verdict::Pass, Reason::NoServer, &frame), Ok(None));
+    let other = flow(82).tcp(flags::ACK, 1, 1, b"hello");
+    assert_eq!(says(&other, Verdict::Pass, Reason::NotOurs, &other), Ok(None));
+    let mut udp = flow(53).udp(b"hello");
+    udp[38..40].fill(0);
+    assert_eq!(says(&udp, Verdict::Pass, Reason::Malformed, &udp), Ok(Some(Difference::UdpLengthZero)));
+}
+
+#[test]
+fn every_wrong_deed_is_noticed() {
+    let frame = flow(80).tcp(flags::ACK, 1, 1, b"hello");
+    let out = sent(&frame);
+    let wrong = |verdict, reason, out: &[u8]| says(&frame, verdict, reason, out).unwrap_err();
+    assert!(wrong(Verdict::Pass, Reason::Malformed, &frame).contains("to etherparse it is Ours"));
+    assert!(wrong(Verdict::Pass, Reason::NotOurs, &frame).contains("to etherparse it is Ours"));
+    assert!(wrong(Verdict::Drop, Reason::Plain, &frame).contains("Drop for Plain"));
+    assert!(wrong(Verdict::Aborted, Reason::NoServer, &frame).contains("Aborted for NoServer"));
+    assert!(wrong(Verdict::Pass, Reason::NoServer, &out).contains("passed on, but changed"));
+    assert!(wrong(Verdict::Redirect, Reason::Plain, &out).contains("at port 0"));
+    assert!(wrong(Verdict::Tx, Reason::Plain, &frame).contains("no server"));
+    let mut changed = out.clone();
+    changed[22] -= 1;
+    assert!(wrong(Verdict::Tx, Reason::Plain, &changed).contains("more than the MAC addresses"));
+    let short = &frame[..frame.len() - 1];
+    let malformed = says(short, Verdict::Tx, Reason::Plain, &sent(short)).unwrap_err();
+    assert!(malformed.contains("to etherparse it is Malformed"));
+    let deed = Deed { verdict: Verdict::Tx, reason: Reason::Plain, frame: &out };
+    assert!(judge(&frame, deed, tables(1).view(), &mut Parts::default()).unwrap_err().contains("at port 1"));
+    for forwarding in [GRE, LAYER_3] {
+        let mut host = tables(0);
+        let server = host.view().server(2).unwrap();
+        let flags = server.flags | forwarding << FORWARDING_SHIFT;
+        host.view().set_server(2, &Server { flags, forwarding, ..server });
+        assert!(judge(&frame, deed, host.view(), &mut Parts::default()).is_err(), "sent as to a layer-2 server");
+    }
+    let mut host = tables(0);
+    let server = host.view().server(2).unwrap();
+    host.view().set_server(2, &Server { flags: ALIVE, ..server });
+    assert!(
+        judge(&frame, deed, host.view(), &mut Parts::default()).unwrap_err().contains("no server that can be reached")
+    );
+    assert!(wrong(Verdict::Tx, Reason::Expired, &out).contains("hops"));
+    assert!(wrong(Verdict::Pass, Reason::ReplyRouted, &frame).contains("to etherparse it is Ours"));
+}
+
+/// The host build with all slots owned by server 2, which takes this forwarding type.
+fn owned(forwarding: u8) -> HostPath {
+    let mut host = tables(0);
+    let [a, b, c, d] = scene::server_address(2);
+    let address = [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, a, b, c, d];
+    let server = host.view().server(2).unwrap();
+    let flags = server.flags | forwarding << FORWARDING_SHIFT;
+    host.view().set_server(2, &Server { flags, forwarding, address, ..server });
+    host.view().set_exception_masks(0, &ExceptionMasks::default());
+    host.view().slots().iter().for_each(|slot| slot.store(SlotWord::plain(2).0));
+    host
+}
+
+/// A router's error about what was sent from one end to the other.
+fn error_about(flow: &Flow, router: [u8; 4]) -> Vec<u8> {
+    let quoted = &flow.tcp(flags::ACK, 1, 1, b"even")[14..];
+    crate::frame::needs_fragmentation(OWN_MAC, router.into(), 1280, quoted)
+}
+
+#[test]
+fn every_byte_that_should_have_stayed_is_noticed() {
+    let to_server = Flow { destination: SocketAddrV4::new(scene::server_address(2).into(), 8080), ..flow(8080) };
+    let mut first = flow(53).udp(b"hello, this is a part");
+    (first[20], first[21]) = (0x20, 0);
+    crate::frames::stack::mend_header(&mut first, 14);
+    let frames = [
+        (flow(8080).tcp(flags::SYN, 1, 0, b""), Reason::New),
+        (flow(53).udp(b"hello"), Reason::New),
+        (first, Reason::Record),
+        (error_about(&flow(8080).reversed(), [198, 51, 100, 9]), Reason::Quoted),
+        (to_server.reversed().tcp(flags::ACK, 1, 1, b"hello"), Reason::ReplyRouted),
+        (error_about(&to_server, scene::server_address(2)), Reason::ReplyRouted),
+        (error_about(&to_server, [198, 51, 100, 9]), Reason::ReplyRouted),
+    ];
+    for forwarding in [LAYER_2, LAYER_3] {
+        let mut host = owned(forwarding);
+        for (frame, reason) in
+            frames.iter().filter(|(_, reason)| forwarding == LAYER_3 || *reason != Reason::ReplyRouted)
+        {
+            let mut frame = frame.clone();
+            frame[..6].copy_from_slice(&OWN_MAC);
+            let out = host.run(&frame);
+            assert_eq!(out.reason, *reason, "forwarding type {forwarding}");
+            let mut says = |bytes: &[u8]| {
+                let deed = Deed { verdict: out.verdict, reason: out.reason, frame: bytes };
+                judge(&frame, deed, host.view(), &mut Parts::default())
+            };
+            says(&out.frame).unwrap();
+            for place in 0..out.frame.len() {
+                let mut wrong = out.frame.clone();
+                wrong[place] ^= 0x10;
+                assert!(says(&wrong).is_err(), "{reason:?}, forwarding type {forwarding}, byte {place}");
+            }
+        }
+    }
+}
+
+#[test]
+fn parts_and_errors_that_go_elsewhere_are_noticed() {
+    let mut host = owned(LAYER_2);
+    let mut parts = Parts::default();
+    let mut says = |frame: &[u8], verdict, reason, out: &[u8]| {
+        judge(frame, Deed { verdict, reason, frame: out }, host.view(), &mut parts)
+    };
+    let mut first = flow(443).udp(&[7; 64]);
+    (first[20], first[21]) = (0x20, 0);
+    let mut last = first.clone();
+    (last[20], last[21]) = (0, 9);
+    // Nobody has seen the first.
+    says(&last, Verdict::Drop, Reason::StrayPart, &last).unwrap();
+    assert!(says(&last, Verdict::Pass, Reason::Fragment, &last).is_err());
+    assert!(says(&last, Verdict::Tx, Reason::Part, &sent(&last)).is_err());
+    says(&first, Verdict::Tx, Reason::Plain, &sent(&first)).unwrap();
+    says(&last, Verdict::Tx, Reason::Part, &sent(&last)).unwrap();
+    assert!(says(&last, Verdict::Drop, Reason::StrayPart, &last).is_err());
+    assert!(says(&last, Verdict::Pass, Reason::Fragment, &last).is_err());
+    // An error about a flow of a service whose slots all have servers.
+    let error = error_about(&flow(80).reversed(), [198, 51, 100, 9]);
+    says(&error, Verdict::Tx, Reason::Quoted, &sent(&error)).unwrap();
+    assert!(says(&error, Verdict::Pass, Reason::Icmp, &error).unwrap_err().contains("nobody gets an error"));
+    let other = error_about(&flow(82).reversed(), [198, 51, 100, 9]);
+    says(&other, Verdict::Pass, Reason::Icmp, &other).unwrap();
+    assert!(says(&other, Verdict::Tx, Reason::Quoted, &sent(&other)).is_err());
+}
+
+#[test]
+fn checksums_are_valid_or_not() {
+    let mut frame = flow(80).tcp(flags::ACK, 1, 1, b"hello");
+    let valid = Checksums { header: true, transport: Some(true) };
+    assert_eq!(Checksums::of(&frame[14..]), Some(valid));
+    frame[22] -= 1;
+    let header = Checksums { header: false, ..valid };
+    assert_eq!(Checksums::of(&frame[14..]), Some(header));
+    assert!(valid.as_good_as(header) && !header.as_good_as(valid));
+    *frame.last_mut().unwrap() ^= 1;
+    let none = Checksums { header: false, transport: Some(false) };
+    assert_eq!(Checksums::of(&frame[14..]), Some(none));
+    assert!(!none.as_good_as(header) && header.as_good_as(none));
+    assert_eq!(Checksums::of(&frame[14..40]), None);
+}
