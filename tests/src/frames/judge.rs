@@ -9,14 +9,22 @@
 //!    and of ICMP errors that are made here are valid.
 //! 5. An ICMP error goes to the sender, from the address that he asked, and quotes what he sent.
 //! 6. A later part of a datagram goes where its first one went ([`Parts`]).
-//! 7. An ICMP error that goes to a server quotes a packet from the VIP; where all owners are servers, all of those do.
+//! 7. An ICMP error that goes to a server quotes a packet from the VIP, or from whom an intercepted flow is to; where all owners
+//!    are servers, all of those do.
+//! 8. What a farm that intercepts is to take, by the scene's own word ([`Rules`]), is a service's packet, and nothing else ever
+//!    goes to its servers. A reply of a layer-3 server's is one exactly if its flow is on record.
+//! 9. A service's packet goes to a server of its farm that slots or flow table name, as the reason says, and no new flow where
+//!    an exception forbids; it is cut through only for a cause.
 
 mod parts;
+mod placed;
 mod quote;
 mod sent;
+mod service;
 mod six;
 #[cfg(test)]
 mod tests;
+mod tuple;
 
 use std::ops::Range;
 
@@ -29,8 +37,9 @@ use necp_ebpf::{
 };
 
 pub use self::parts::Parts;
+use self::{placed::Flows, tuple::Tuple};
 use super::{
-    scene::{SERVICES, VIP, is_server, is_server6},
+    scene::{FIRST_PROXY, crossing::Rules, is_server6},
     stack::{fold, sum},
 };
 use crate::kernel::{OWN_MAC, Verdict};
@@ -54,6 +63,8 @@ pub enum Class {
     NotOurs,
     /// TCP or UDP for a service, whole or the first part of it.
     Ours,
+    /// IPv4 to others, which a farm is to intercept, whole or the first part of it: a server's reply may be among these.
+    Crossing,
     /// IPv6 with more extension headers than are looked at, or one that leads elsewhere.
     Extended,
     /// IPv6 that ends within an extension header: whether that is one too many is not said.
@@ -69,15 +80,17 @@ impl Class {
             Reason::Fragment => &[Self::FirstPart, Self::LaterPart],
             Reason::Part | Reason::StrayPart => &[Self::LaterPart],
             Reason::NotOurs => &[Self::NotOurs],
-            Reason::Reply | Reason::ReplyRouted => &[Self::NotOurs, Self::FirstPart, Self::LaterPart, Self::Icmp],
+            Reason::Reply | Reason::ReplyRouted => {
+                &[Self::NotOurs, Self::Crossing, Self::FirstPart, Self::LaterPart, Self::Icmp]
+            }
             Reason::Icmp | Reason::Quoted | Reason::Echo => &[Self::Icmp],
             Reason::Extended => &[Self::Extended, Self::Unread],
             Reason::OtherHost => &[Self::OtherHost],
             // Of packets to a server, and of its replies.
             Reason::TooBig | Reason::Expired | Reason::Untold => {
-                &[Self::Ours, Self::NotOurs, Self::FirstPart, Self::LaterPart, Self::Icmp]
+                &[Self::Ours, Self::NotOurs, Self::Crossing, Self::FirstPart, Self::LaterPart, Self::Icmp]
             }
-            Reason::NoNextHop | Reason::Fragmenting => &[Self::Ours, Self::LaterPart, Self::Icmp],
+            Reason::NoNextHop | Reason::Fragmenting => &[Self::Ours, Self::Crossing, Self::LaterPart, Self::Icmp],
             Reason::NoServer
             | Reason::Direct
             | Reason::Plain
@@ -89,7 +102,7 @@ impl Class {
             | Reason::NewUnrecorded
             | Reason::Repeated
             | Reason::Confirmed
-            | Reason::BadTables => &[Self::Ours],
+            | Reason::BadTables => &[Self::Ours, Self::Crossing],
         }
     }
 }
@@ -129,58 +142,130 @@ impl Difference {
     ];
 }
 
-/// A frame's class, and which difference decided it.
-pub fn class(frame: &[u8]) -> (Class, Option<Difference>) {
-    let Ok(ethernet) = Ethernet2Slice::from_slice_without_fcs(frame) else { return (Class::Malformed, None) };
+/// What became of a frame that crosses this host, and that a farm takes, or would but for one thing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(usize)]
+pub enum Crossing {
+    /// It went to one of the farm's servers.
+    Taken,
+    /// A later part went there.
+    Part,
+    /// An ICMP error about such a flow went there.
+    Error,
+    /// It was cut through.
+    Direct,
+    /// It was dropped, answered, or left without a server.
+    Unsent,
+    /// A layer-3 server's reply, which comes first.
+    Reply,
+    /// A VIP's service comes first.
+    Vip,
+    /// It is for this host.
+    Own,
+    /// It may be one of the farm's servers' own.
+    Fetch,
+}
+
+impl Crossing {
+    /// All of them, in the order of their numbers.
+    pub const ALL: [Self; 9] = [
+        Self::Taken,
+        Self::Part,
+        Self::Error,
+        Self::Direct,
+        Self::Unsent,
+        Self::Reply,
+        Self::Vip,
+        Self::Own,
+        Self::Fetch,
+    ];
+}
+
+/// What the judge made of a frame.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Judged {
+    /// Which difference decided its class.
+    pub difference: Option<Difference>,
+    /// How it was one for interception.
+    pub crossing: Option<Crossing>,
+}
+
+/// What a frame is.
+struct Seen {
+    class: Class,
+    difference: Option<Difference>,
+    /// Of IPv4 that is for this host and no later part: who speaks to whom; and whether it is a SYN.
+    tuple: Option<(Tuple, bool)>,
+}
+
+impl Seen {
+    const fn of(class: Class, difference: Option<Difference>) -> Self {
+        Self { class, difference, tuple: None }
+    }
+}
+
+fn see(frame: &[u8], rules: &Rules) -> Seen {
+    let Ok(ethernet) = Ethernet2Slice::from_slice_without_fcs(frame) else { return Seen::of(Class::Malformed, None) };
     let l3 = match datagram_at(frame) {
         Ok((l3, Family::Four)) => l3,
-        Ok((l3, Family::Six)) => return six::class(&frame[l3..], ethernet.destination() == OWN_MAC),
-        Err(difference) => return (Class::NotIp, difference),
+        Ok((l3, Family::Six)) => {
+            let (class, difference) = six::class(&frame[l3..], ethernet.destination() == OWN_MAC);
+            return Seen::of(class, difference);
+        }
+        Err(difference) => return Seen::of(Class::NotIp, difference),
     };
-    let Some((header, payload)) = ipv4(&frame[l3..]) else { return (Class::Malformed, None) };
+    let Some((header, payload)) = ipv4(&frame[l3..]) else { return Seen::of(Class::Malformed, None) };
     let offset = header.fragments_offset().value();
     if header.protocol() == ip_number::TCP && offset == 1 {
-        return (Class::Malformed, Some(Difference::TinyPart));
+        return Seen::of(Class::Malformed, Some(Difference::TinyPart));
     }
     if ethernet.destination() != OWN_MAC {
-        return (Class::OtherHost, None);
+        return Seen::of(Class::OtherHost, None);
     }
     if offset > 0 {
-        return (Class::LaterPart, None);
+        return Seen::of(Class::LaterPart, None);
     }
-    of_transport(&header, payload)
+    see_transport(&header, payload, rules)
 }
 
-/// The class of a datagram, or of the first part of one, for this host.
-fn of_transport(header: &Ipv4HeaderSlice<'_>, payload: &[u8]) -> (Class, Option<Difference>) {
+/// A datagram, or the first part of one, for this host.
+fn see_transport(header: &Ipv4HeaderSlice<'_>, payload: &[u8], rules: &Rules) -> Seen {
     let first = header.more_fragments();
-    let (port, difference) = match header.protocol() {
-        ip_number::ICMP => return (Class::Icmp, Some(Difference::OtherProtocol)),
+    let malformed = |difference| Seen::of(Class::Malformed, difference);
+    let mut opens = false;
+    let (ports, difference) = match header.protocol() {
+        ip_number::ICMP => return Seen::of(Class::Icmp, Some(Difference::OtherProtocol)),
         ip_number::TCP => match TcpSlice::from_slice(payload) {
-            Ok(tcp) => (Some(tcp.destination_port()), None),
-            Err(_) => return (Class::Malformed, None),
+            Ok(tcp) => {
+                opens = tcp.syn() && !(tcp.ack() || tcp.rst() || tcp.fin());
+                ([tcp.source_port(), tcp.destination_port()], None)
+            }
+            Err(_) => return malformed(None),
         },
         ip_number::UDP => match UdpHeaderSlice::from_slice(payload) {
-            Ok(udp) if udp.length() == 0 => return (Class::Malformed, Some(Difference::UdpLengthZero)),
-            Ok(udp) if first && udp.length() >= 8 => (Some(udp.destination_port()), Some(Difference::FirstOfUdp)),
+            Ok(udp) if udp.length() == 0 => return malformed(Some(Difference::UdpLengthZero)),
+            Ok(udp) if first && udp.length() >= 8 => {
+                ([udp.source_port(), udp.destination_port()], Some(Difference::FirstOfUdp))
+            }
             _ => match UdpSlice::from_slice(payload) {
-                Ok(udp) => (Some(udp.destination_port()), None),
-                Err(_) => return (Class::Malformed, None),
+                Ok(udp) => ([udp.source_port(), udp.destination_port()], None),
+                Err(_) => return malformed(None),
             },
         },
-        ip_number::AUTH => (None, Some(Difference::Authentication)),
-        _ => (None, Some(Difference::OtherProtocol)),
+        ip_number::AUTH => ([0; 2], Some(Difference::Authentication)),
+        _ => ([0; 2], Some(Difference::OtherProtocol)),
     };
-    let class = match port.is_some_and(|port| is_service(header.destination(), header.protocol().0, port)) {
-        true => Class::Ours,
-        false if first => Class::FirstPart,
-        false => Class::NotOurs,
+    let tuple = Tuple::of(header, ports);
+    let class = if service::of_vip(&tuple).is_some() {
+        Class::Ours
+    } else if service::interceptor(&tuple, rules).is_some() {
+        Class::Crossing
+    } else if first {
+        Class::FirstPart
+    } else {
+        Class::NotOurs
     };
-    (class, difference)
-}
-
-fn is_service(address: [u8; 4], protocol: u8, port: u16) -> bool {
-    address == VIP && SERVICES.contains(&(protocol, port))
+    Seen { class, difference, tuple: Some((tuple, opens)) }
 }
 
 /// Which IP.
@@ -230,12 +315,23 @@ pub struct Deed<'a> {
     pub frame: &'a [u8],
 }
 
-/// Holds what was done with `frame` against the relations above, and takes note of first parts; which difference was needed.
+/// What the judge knows beside the frame: the tables as they are after it, and what those of them are to say that are found
+/// by tries and hashes.
+#[derive(Clone, Copy)]
+pub struct Ground<'a> {
+    /// The tables.
+    pub tables: View<'a>,
+    /// Prefixes and exceptions.
+    pub rules: &'a Rules,
+}
+
+/// Holds what was done with `frame` against the relations above, and takes note of first parts.
 ///
 /// # Errors
 /// The relation that does not hold.
-pub fn judge(frame: &[u8], deed: Deed<'_>, tables: View<'_>, parts: &mut Parts) -> Result<Option<Difference>, String> {
-    let (class, difference) = class(frame);
+pub fn judge(frame: &[u8], deed: Deed<'_>, ground: Ground<'_>, parts: &mut Parts) -> Result<Judged, String> {
+    let seen = see(frame, ground.rules);
+    let class = seen.class;
     if !Class::of(deed.reason).contains(&class) {
         return Err(format!("counted as {:?}, but to etherparse it is {class:?}", deed.reason));
     }
@@ -249,33 +345,72 @@ pub fn judge(frame: &[u8], deed: Deed<'_>, tables: View<'_>, parts: &mut Parts) 
         return Err(format!("{:?} for {:?}", deed.verdict, deed.reason));
     }
     let (l3, family) = datagram_at(frame).unwrap_or((14, Family::Four));
-    let from_server = || match family {
-        Family::Four => frame.get(l3 + 12..l3 + 16).is_some_and(is_server),
-        Family::Six => frame.get(l3 + 8..l3 + 24).is_some_and(is_server6),
-    };
-    if class == Class::NotOurs && deed.reason != Reason::NotOurs && !from_server() {
-        return Err(format!("{:?} for what is for no service and comes from no server", deed.reason));
-    }
-    let sent = sent::Sent { l3, family, before: frame, deed, tables };
-    match deed.reason.action() {
-        Action::Pass if deed.frame != frame => return Err("passed on, but changed".into()),
-        Action::Pass | Action::Drop => {}
-        Action::Answer => sent.answer()?,
-        Action::Transmit if deed.reason == Reason::Reply => sent.reply(1)?,
-        Action::Route if deed.reason == Reason::ReplyRouted => sent.reply(0)?,
-        Action::Transmit => sent.to_server().map(|_| ())?,
-        Action::Route => sent.to_be_fragmented().map(|_| ())?,
+    let sent = sent::Sent { l3, family, before: frame, deed, tables: ground.tables };
+    let to = sent.hold()?;
+    match &seen.tuple {
+        Some((tuple, opens)) => hold_service(class, tuple, *opens, deed.reason, to, ground)?,
+        None if class == Class::NotOurs && deed.reason != Reason::NotOurs => {
+            if !frame.get(l3 + 8..l3 + 24).is_some_and(is_server6) {
+                return Err(format!("{:?} for what is for no service and comes from no server", deed.reason));
+            }
+        }
+        None => {}
     }
     if class == Class::Icmp {
         match family {
-            Family::Four => quote::hold(&frame[l3..], deed.reason, tables)?,
+            Family::Four => quote::hold(&frame[l3..], deed.reason, to, ground)?,
             Family::Six => six::hold(&frame[l3..], deed.reason)?,
         }
     }
-    if matches!(class, Class::Ours | Class::FirstPart | Class::LaterPart | Class::Icmp) {
+    if matches!(class, Class::Ours | Class::Crossing | Class::FirstPart | Class::LaterPart | Class::Icmp) {
         parts.hold(class, &sent)?;
     }
-    Ok(difference)
+    let crossing = crossing(&seen, deed.reason, to, ground.rules)?;
+    Ok(Judged { difference: seen.difference, crossing })
+}
+
+/// Relations 8 and 9 of a packet of IPv4 that is no error: what is a reply, and where a service's packets go.
+fn hold_service(
+    class: Class,
+    tuple: &Tuple,
+    opens: bool,
+    reason: Reason,
+    to: Option<u32>,
+    ground: Ground<'_>,
+) -> Result<(), String> {
+    if let Some(service) = service::of_vip(tuple) {
+        return Flows::of(&service, ground).hold(tuple, opens, reason, to);
+    }
+    if service::is_reply(tuple, ground) {
+        let right =
+            matches!(reason, Reason::Reply | Reason::ReplyRouted | Reason::TooBig | Reason::Expired | Reason::Untold);
+        return if right { Ok(()) } else { Err(format!("{reason:?} for a reply of a flow on record")) };
+    }
+    match service::interceptor(tuple, ground.rules) {
+        _ if matches!(reason, Reason::Reply | Reason::ReplyRouted) => {
+            Err(format!("{reason:?} for what belongs to no flow on record"))
+        }
+        Some(service) => Flows::of(&service, ground).hold(tuple, opens, reason, to),
+        None if matches!(reason, Reason::NotOurs | Reason::Fragment) => Ok(()),
+        None => Err(format!("{reason:?} for {class:?} to nobody's service")),
+    }
+}
+
+/// How a frame was one for interception; relation 8: what is for no farm goes to none of its servers.
+fn crossing(seen: &Seen, reason: Reason, to: Option<u32>, rules: &Rules) -> Result<Option<Crossing>, String> {
+    let taken = to.is_some_and(|id| id >= FIRST_PROXY);
+    match seen.class {
+        Class::Crossing if taken => Ok(Some(Crossing::Taken)),
+        Class::LaterPart if taken => Ok(Some(Crossing::Part)),
+        Class::Icmp if taken => Ok(Some(Crossing::Error)),
+        class if taken => Err(format!("captured, but it is {class:?}")),
+        Class::Crossing => Ok(Some(match reason {
+            Reason::Direct => Crossing::Direct,
+            Reason::Reply | Reason::ReplyRouted => Crossing::Reply,
+            _ => Crossing::Unsent,
+        })),
+        _ => Ok(seen.tuple.as_ref().and_then(|(tuple, _)| service::spared(tuple, rules))),
+    }
 }
 
 /// Whether the checksums of an IPv4 packet are valid.
