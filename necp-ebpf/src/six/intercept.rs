@@ -4,6 +4,7 @@
 //! is no destination. Multicast and link-local addresses are in the sets of own ones: no router takes those any further.
 
 use super::{
+    find_service,
     head::{Head, ICMPV6, head, ports},
     icmp::{STEERED, quoted},
     rare::{remember, send},
@@ -60,7 +61,12 @@ fn message<D: Device, T: Tables>(device: &D, six: &T, l3: usize, head: &Head) ->
         return other;
     }
     let Some(six) = six.six(quoted.addresses.turned_round()) else { return other };
-    let Some((server, next_hop)) = whose(&quoted.packet.turned_round(), &six) else { return other };
+    let packet = quoted.packet.turned_round();
+    // What a VIP's farm has no server for is the host's.
+    if find_service(&packet, &six).is_some() {
+        return other;
+    }
+    let Some((server, next_hop)) = whose(&packet, &six) else { return other };
     let reason = if next_hop.is_reachable() { Reason::Quoted } else { Reason::NoNextHop };
     send(device, &six, l3, &Decision { reason, server, next_hop, begins: false })
 }
