@@ -197,7 +197,8 @@ impl Bench {
     }
 
     fn install_crossings(&mut self) -> Result<()> {
-        self.host.set_crossings(self.rules.words());
+        let (four, six) = self.rules.words();
+        self.host.set_crossings(four, six);
         self.kernel.as_mut().map_or(Ok(()), |kernel| kernel.set_crossings(&self.rules.crossings))
     }
 

@@ -39,7 +39,7 @@ use necp_ebpf::{
 pub use self::parts::Parts;
 use self::{placed::Flows, tuple::Tuple};
 use super::{
-    scene::{FIRST_PROXY, crossing::Rules, is_server6},
+    scene::{FIRST_PROXY, crossing::Rules},
     stack::{fold, sum},
 };
 use crate::kernel::{OWN_MAC, Verdict};
@@ -63,7 +63,7 @@ pub enum Class {
     NotOurs,
     /// TCP or UDP for a service, whole or the first part of it.
     Ours,
-    /// IPv4 to others, which a farm is to intercept, whole or the first part of it: a server's reply may be among these.
+    /// TCP, UDP or SCTP to others, which a farm is to intercept, whole or the first part of it: a server's reply may be among these.
     Crossing,
     /// IPv6 with more extension headers than are looked at, or one that leads elsewhere.
     Extended,
@@ -194,7 +194,7 @@ pub struct Judged {
 struct Seen {
     class: Class,
     difference: Option<Difference>,
-    /// Of IPv4 that is for this host and no later part: who speaks to whom; and whether it is a SYN.
+    /// Of what is for this host and neither ICMP nor a later part: who speaks to whom; and whether it is a SYN.
     tuple: Option<(Tuple, bool)>,
 }
 
@@ -209,8 +209,7 @@ fn see(frame: &[u8], rules: &Rules) -> Seen {
     let l3 = match datagram_at(frame) {
         Ok((l3, Family::Four)) => l3,
         Ok((l3, Family::Six)) => {
-            let (class, difference) = six::class(&frame[l3..], ethernet.destination() == OWN_MAC);
-            return Seen::of(class, difference);
+            return six::see(&frame[l3..], ethernet.destination() == OWN_MAC, rules);
         }
         Err(difference) => return Seen::of(Class::NotIp, difference),
     };
@@ -232,12 +231,12 @@ fn see(frame: &[u8], rules: &Rules) -> Seen {
 fn see_transport(header: &Ipv4HeaderSlice<'_>, payload: &[u8], rules: &Rules) -> Seen {
     let first = header.more_fragments();
     let malformed = |difference| Seen::of(Class::Malformed, difference);
-    let mut opens = false;
+    let mut syn = false;
     let (ports, difference) = match header.protocol() {
         ip_number::ICMP => return Seen::of(Class::Icmp, Some(Difference::OtherProtocol)),
         ip_number::TCP => match TcpSlice::from_slice(payload) {
             Ok(tcp) => {
-                opens = tcp.syn() && !(tcp.ack() || tcp.rst() || tcp.fin());
+                syn = opens(&tcp);
                 ([tcp.source_port(), tcp.destination_port()], None)
             }
             Err(_) => return malformed(None),
@@ -256,16 +255,24 @@ fn see_transport(header: &Ipv4HeaderSlice<'_>, payload: &[u8], rules: &Rules) ->
         _ => ([0; 2], Some(Difference::OtherProtocol)),
     };
     let tuple = Tuple::of(header, ports);
-    let class = if service::of_vip(&tuple).is_some() {
+    Seen { class: class_of(&tuple, first, rules), difference, tuple: Some((tuple, syn)) }
+}
+
+fn opens(tcp: &TcpSlice<'_>) -> bool {
+    tcp.syn() && !(tcp.ack() || tcp.rst() || tcp.fin())
+}
+
+/// The class of a datagram, or of the `first` part of one, that is for this host.
+fn class_of(tuple: &Tuple, first: bool, rules: &Rules) -> Class {
+    if service::of_vip(tuple).is_some() {
         Class::Ours
-    } else if service::interceptor(&tuple, rules).is_some() {
+    } else if service::interceptor(tuple, rules).is_some() {
         Class::Crossing
     } else if first {
         Class::FirstPart
     } else {
         Class::NotOurs
-    };
-    Seen { class, difference, tuple: Some((tuple, opens)) }
+    }
 }
 
 /// Which IP.
@@ -347,20 +354,15 @@ pub fn judge(frame: &[u8], deed: Deed<'_>, ground: Ground<'_>, parts: &mut Parts
     let (l3, family) = datagram_at(frame).unwrap_or((14, Family::Four));
     let sent = sent::Sent { l3, family, before: frame, deed, tables: ground.tables };
     let to = sent.hold()?;
-    match &seen.tuple {
-        Some((tuple, opens)) => hold_service(class, tuple, *opens, deed.reason, to, ground)?,
-        None if class == Class::NotOurs && deed.reason != Reason::NotOurs => {
-            if !frame.get(l3 + 8..l3 + 24).is_some_and(is_server6) {
-                return Err(format!("{:?} for what is for no service and comes from no server", deed.reason));
-            }
-        }
-        None => {}
+    if let Some((tuple, opens)) = &seen.tuple {
+        hold_service(class, tuple, *opens, deed.reason, to, ground)?;
     }
     if class == Class::Icmp {
-        match family {
-            Family::Four => quote::hold(&frame[l3..], deed.reason, to, ground)?,
-            Family::Six => six::hold(&frame[l3..], deed.reason)?,
-        }
+        let message = match family {
+            Family::Four => quote::Message::of(&frame[l3..]),
+            Family::Six => six::message(&frame[l3..]),
+        };
+        message.ok_or("ICMP in no packet")?.hold(deed.reason, to, ground)?;
     }
     if matches!(class, Class::Ours | Class::Crossing | Class::FirstPart | Class::LaterPart | Class::Icmp) {
         parts.hold(class, &sent)?;
@@ -369,7 +371,7 @@ pub fn judge(frame: &[u8], deed: Deed<'_>, ground: Ground<'_>, parts: &mut Parts
     Ok(Judged { difference: seen.difference, crossing })
 }
 
-/// Relations 8 and 9 of a packet of IPv4 that is no error: what is a reply, and where a service's packets go.
+/// Relations 8 and 9 of a packet that is no error: what is a reply, and where a service's packets go.
 fn hold_service(
     class: Class,
     tuple: &Tuple,

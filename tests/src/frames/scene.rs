@@ -15,7 +15,7 @@ use necp_ebpf::{
     host::View,
     packet::protocol,
     slot::{COLLECTING, SlotWord, TRACKED},
-    tables::halves,
+    tables::{Tables as _, halves},
 };
 use rand::{RngExt as _, rngs::SmallRng};
 
@@ -158,7 +158,8 @@ impl Scene {
         assert!(view.set_vip6(VIP6_INDEX.into(), VIP6));
         let services =
             (0..SERVICES.len()).flat_map(|index| [service(index), service6(index), reply(index), reply6(index)]);
-        let intercepted = (0..INTERCEPTED.len()).map(crossing::service);
+        let intercepted =
+            (0..INTERCEPTED.len()).flat_map(|index| [crossing::service(index), crossing::service6(index)]);
         for service in services.chain(intercepted).chain([vip(), vip6()]) {
             let bucket = service_bucket(service.key());
             let place = taken.entry(bucket).or_insert(0);
@@ -169,11 +170,12 @@ impl Scene {
 
     fn install_exceptions(&self, view: View<'_>) {
         view.clear_exceptions();
+        let seed = view.exception_seed();
         let mut masks = [ExceptionMasks::default(); crossing::FARMS as usize];
         for (number, exclusion) in (0..).zip(&self.rules.exceptions) {
             let masks = &mut masks[exclusion.farm as usize];
             masks.masks[masks.count as usize] = exclusion.mask();
-            assert_eq!(view.set_exception(number, &exclusion.record(masks.count as u8)), Ok(true));
+            assert_eq!(view.set_exception(number, &exclusion.record(masks.count as u8, seed)), Ok(true));
             masks.count += 1;
         }
         for (farm, masks) in (0..).zip(&masks) {
@@ -246,7 +248,7 @@ pub fn service(index: usize) -> Service {
 }
 
 /// The same at the IPv6 VIP, on the same slots.
-fn service6(index: usize) -> Service {
+pub fn service6(index: usize) -> Service {
     let four = service(index);
     let id = four.id + SERVICES.len() as u16;
     Service { address: fold(), state: SERVICE6, id, vip: VIP6_INDEX, ..four }

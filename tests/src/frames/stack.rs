@@ -7,8 +7,8 @@ use rand::{RngExt as _, rngs::SmallRng};
 use super::{
     once_in, pick,
     scene::{
-        self, FIRST_PROXY, SERVERS, VIP, VIP6,
-        crossing::{INTERCEPTED, MAY_JOIN, ORIGINS, OWN},
+        self, FIRST_PROXY, SERVERS, VIP,
+        crossing::{INTERCEPTED, MAY_JOIN, ORIGINS, OWN, six_of},
     },
 };
 use crate::kernel::{OTHER_MAC, OWN_MAC};
@@ -78,30 +78,31 @@ impl Stack {
             2..10 => {
                 self.word(0x86dd);
                 self.ip = Some(self.bytes.len());
+                self.cross_or_not(random);
                 self.ipv6(random, 0);
             }
             _ => {
                 self.word(0x0800);
                 self.ip = Some(self.bytes.len());
-                if once_in(random, 2) {
-                    (self.busy, self.reply) = (false, once_in(random, 8));
-                    self.in_parts = once_in(random, 6);
-                    self.crossing = Some(if self.in_parts { [client(1), ORIGINS[0]] } else { crossing_ends(random) });
-                }
+                self.cross_or_not(random);
                 self.ipv4(random, 0);
             }
+        }
+    }
+
+    /// Half of all cross this host.
+    fn cross_or_not(&mut self, random: &mut SmallRng) {
+        if once_in(random, 2) {
+            (self.busy, self.reply) = (false, once_in(random, 8));
+            self.in_parts = once_in(random, 6);
+            self.crossing = Some(if self.in_parts { [client(1), ORIGINS[0]] } else { crossing_ends(random) });
         }
     }
 
     fn ipv4(&mut self, random: &mut SmallRng, depth: u32) {
         let start = self.bytes.len();
         let words = if once_in(random, 6) { random.random_range(0..=10u8) } else { 0 };
-        let services: &[_] = match self.crossing {
-            Some(_) => &INTERCEPTED.map(|(_, protocol, port)| (protocol, port)),
-            None if self.busy => &[BUSY],
-            None => &scene::SERVICES,
-        };
-        let (mut protocol, port) = destination(random, services);
+        let (mut protocol, port) = self.destination(random);
         if depth == 0 && once_in(random, 10) {
             protocol = protocol::ICMP;
         }
@@ -140,6 +141,21 @@ impl Stack {
         self.bytes[start + 10..start + 12].copy_from_slice(&header.to_be_bytes());
     }
 
+    /// The protocol and port of a service most of the time.
+    fn destination(&self, random: &mut SmallRng) -> (u8, u16) {
+        let (protocol, port) = match self.crossing {
+            Some(_) => pick(random, &INTERCEPTED.map(|(_, protocol, port)| (protocol, port))),
+            None if self.busy => BUSY,
+            None => pick(random, &scene::SERVICES),
+        };
+        match random.random_range(0..16) {
+            0 => (protocol, random.random()),
+            1 => (pick(random, &[protocol::ICMP, protocol::ICMP, GRE, 4, 41, AUTHENTICATION, 132, 2]), port),
+            2 => (random.random(), port),
+            _ => (protocol, port),
+        }
+    }
+
     /// From where, and whereto.
     fn ends(&self, random: &mut SmallRng) -> [[u8; 4]; 2] {
         let [client, other] = match self.crossing {
@@ -157,25 +173,25 @@ impl Stack {
 
     fn ipv6(&mut self, random: &mut SmallRng, depth: u32) {
         let start = self.bytes.len();
-        let (protocol, port) = destination(random, &scene::SERVICES);
+        let (protocol, port) = self.destination(random);
         let icmp = protocol == protocol::ICMP || depth == 0 && once_in(random, 10);
         let protocol = if icmp { 58 } else { protocol };
-        let chain: Vec<u8> =
-            (0..pick(random, &[0, 0, 0, 0, 1, 2, 3])).map(|_| pick(random, &[0, 43, 44, 60, AUTHENTICATION])).collect();
+        let parts = pick(random, &[1, 1, 8, 0x10, 9]);
+        let chain: Vec<u8> = if self.in_parts && depth == 0 {
+            vec![44]
+        } else {
+            (0..pick(random, &[0, 0, 0, 0, 1, 2, 3])).map(|_| pick(random, &[0, 43, 44, 60, AUTHENTICATION])).collect()
+        };
         let next = |at: usize| chain.get(at).copied().unwrap_or(protocol);
         self.bytes.extend([0x60, 0, 0, 0, 0, 0, next(0), pick(random, &[64, 255, 1])]);
-        let client = [&VIP6[..15], &[random.random_range(1..4)]].concat();
-        let to = if once_in(random, 12) { [&VIP6[..15], &[0x11]].concat() } else { VIP6.to_vec() };
-        let (source, to) =
-            if self.reply { ([&[0; 10][..], &[0xff, 0xff], &self.server].concat(), client) } else { (client, to) };
-        let (source, to) = if self.quoting { (to, source) } else { (source, to) };
-        self.bytes.extend([source, to].concat());
+        self.bytes.extend(self.ends(random).map(six_of).concat());
         let addresses = sum(&self.bytes[start + 8..]);
         for (at, kind) in chain.iter().enumerate() {
             let length = if *kind == AUTHENTICATION { 2 } else { 0 };
-            let offset = if *kind == 44 { pick(random, &[0, 1, 8, 0xb9]) } else { 0 };
+            let offset =
+                if *kind == 44 { if self.in_parts { parts } else { pick(random, &[0, 1, 8, 0xb9]) } } else { 0 };
             // Parts of the same datagrams meet.
-            let id = if *kind == 44 { random.random_range(0..4) } else { 0 };
+            let id = if *kind == 44 { random.random_range(0..if self.in_parts { 2 } else { 4 }) } else { 0 };
             self.bytes.extend([next(at + 1), length, 0, offset, 0, 0, 0, id]);
             self.bytes.resize(self.bytes.len() + usize::from(length) * 4, 0);
         }
@@ -376,17 +392,6 @@ fn crossing_ends(random: &mut SmallRng) -> [[u8; 4]; 2] {
         _ => pick(random, &ORIGINS),
     };
     [source, destination]
-}
-
-/// The protocol and port of one of these services most of the time.
-fn destination(random: &mut SmallRng, services: &[(u8, u16)]) -> (u8, u16) {
-    let (protocol, port) = pick(random, services);
-    match random.random_range(0..16) {
-        0 => (protocol, random.random()),
-        1 => (pick(random, &[protocol::ICMP, protocol::ICMP, GRE, 4, 41, AUTHENTICATION, 132, 2]), port),
-        2 => (random.random(), port),
-        _ => (protocol, port),
-    }
 }
 
 /// The sum of RFC 1071, not folded.

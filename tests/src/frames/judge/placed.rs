@@ -1,8 +1,7 @@
 //! Where a service's packets may go: to whom its slots, the flow table and the exceptions leave them.
 
-use std::{net::Ipv4Addr, ops::Range};
+use std::ops::Range;
 
-use ipnet::Ipv4Net;
 use necp_ebpf::{
     abi::{ACCEPTS, ALIVE, DIRECT, NONE, REACHABLE, Service, UNTRACKED},
     flows::{FlowWord, State},
@@ -11,7 +10,7 @@ use necp_ebpf::{
     verdict::Reason,
 };
 
-use super::{Ground, tuple::Tuple};
+use super::{Ground, service::name_of, tuple::Tuple};
 use crate::frames::scene::crossing::{Exclusion, farm_of};
 
 /// What the tables say of a service's flows.
@@ -34,7 +33,7 @@ impl<'a> Flows<'a> {
     }
 
     fn records(&self) -> impl Iterator<Item = u32> {
-        entries(&self.service, self.ground.tables).map(|(_, _, word)| word.server())
+        entries(&self.service, self.ground.tables).map(|(_, word)| word.server())
     }
 
     /// A slot sends new flows there.
@@ -70,11 +69,10 @@ impl<'a> Flows<'a> {
     /// The exceptions that these flows match.
     fn exclusions(&self, tuple: &Tuple) -> impl Iterator<Item = &'a Exclusion> {
         let (tuple, farm) = (*tuple, u32::from(self.service.farm));
-        let is_in = |net: Ipv4Net, address: [u8; 4]| net.contains(&Ipv4Addr::from(address));
         self.ground.rules.exceptions.iter().filter(move |exclusion| {
             exclusion.farm == farm
-                && is_in(exclusion.source, tuple.source)
-                && is_in(exclusion.destination, tuple.destination)
+                && exclusion.source.contains(&tuple.source)
+                && exclusion.destination.contains(&tuple.destination)
                 && exclusion.protocol.is_none_or(|protocol| protocol == tuple.protocol)
                 && exclusion.port.is_none_or(|port| port == tuple.destination_port)
         })
@@ -89,7 +87,9 @@ impl<'a> Flows<'a> {
         if farm_of(to) != Some(self.service.farm.into()) {
             return Err(format!("farm {}'s, but sent to server {to}", self.service.farm));
         }
-        let (owns, record) = (self.owns(to), self.has_record(to));
+        let name = name_of(tuple, &self.service);
+        let record = entries(&self.service, self.ground.tables).any(|(of, word)| of == name && word.server() == to);
+        let owns = self.owns(to);
         named(
             match reason {
                 Reason::Plain | Reason::Owner | Reason::New => owns,
@@ -123,13 +123,13 @@ pub(super) fn named(yes: bool, server: u32) -> Result<(), String> {
     if yes { Ok(()) } else { Err(format!("neither slots nor flow table send it to server {server}")) }
 }
 
-/// A service's entries in the flow table: address and port by which they are found, and what they say.
-pub(super) fn entries(service: &Service, tables: View<'_>) -> impl Iterator<Item = ([u8; 4], u16, FlowWord)> {
+/// A service's entries in the flow table: by which [name](super::service::name_of), and what they say.
+pub(super) fn entries(service: &Service, tables: View<'_>) -> impl Iterator<Item = (([u8; 4], [u8; 2]), FlowWord)> {
     let id = service.id;
     tables.flows().iter().flat_map(|bucket| &bucket.entries).filter_map(move |entry| {
         let [a, b, c, d, e, f, g, h] = entry.key.load().to_ne_bytes();
         let word = FlowWord(entry.word.load());
         let used = matches!(word.state(), State::Candidate | State::Record) && u16::from_ne_bytes([g, h]) == id;
-        used.then_some(([a, b, c, d], u16::from_be_bytes([e, f]), word))
+        used.then_some((([a, b, c, d], [e, f]), word))
     })
 }

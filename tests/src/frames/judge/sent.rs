@@ -1,6 +1,6 @@
 //! What frames look like that leave changed: by layer 2, GRE and layer 3, and as ICMP errors.
 
-use std::ops::Range;
+use std::{net::IpAddr, ops::Range};
 
 use etherparse::{Ethernet2Slice, IpNumber, Ipv4HeaderSlice, ip_number};
 use necp_ebpf::{
@@ -110,7 +110,8 @@ impl Sent<'_> {
             return six::translated(before, after, (six::SOURCE, server, &VIP6), hops);
         }
         let Some(quote) = self.quote() else { return changed(before, after, Some((SOURCE, VIP)), hops) };
-        let server = (quote.destination == before[SOURCE]).then_some((SOURCE, VIP));
+        let own = matches!(quote.destination, IpAddr::V4(address) if address.octets() == before[SOURCE]);
+        let server = own.then_some((SOURCE, VIP));
         error_changed(before, after, server, (DESTINATION, VIP), hops)
     }
 

@@ -1,5 +1,7 @@
 //! Who speaks to whom, as headers say.
 
+use std::net::IpAddr;
+
 use etherparse::{Ipv4HeaderSlice, ip_number};
 
 use super::ipv4;
@@ -7,8 +9,8 @@ use super::ipv4;
 /// What names a flow: addresses, protocol and ports, which are 0 where nobody reads any.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Tuple {
-    pub(super) source: [u8; 4],
-    pub(super) destination: [u8; 4],
+    pub(super) source: IpAddr,
+    pub(super) destination: IpAddr,
     pub(super) protocol: u8,
     pub(super) source_port: u16,
     pub(super) destination_port: u16,
@@ -17,8 +19,8 @@ pub(super) struct Tuple {
 impl Tuple {
     pub(super) fn of(header: &Ipv4HeaderSlice<'_>, [source_port, destination_port]: [u16; 2]) -> Self {
         Self {
-            source: header.source(),
-            destination: header.destination(),
+            source: header.source_addr().into(),
+            destination: header.destination_addr().into(),
             protocol: header.protocol().0,
             source_port,
             destination_port,

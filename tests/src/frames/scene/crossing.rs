@@ -1,23 +1,25 @@
 //! What crosses the host in a scene: farms that intercept, whose traffic they take, and what of it their servers do not want.
 //! The tables have it in tries and hashes; here it stands as it was meant, for the judge.
 
-use std::{collections::BTreeSet, ops::Range};
+use std::{collections::BTreeSet, net::IpAddr, ops::Range};
 
-use ipnet::Ipv4Net;
+use ipnet::IpNet;
 use necp_ebpf::{
     abi::{
         ALWAYS_TRACKED, AddressSet, DIRECT, EXCEPTION_GLOBAL, EXCEPTION_INSTALLERS, EXCEPTION_LOCAL, Exception,
-        ExceptionMask, FIRST_SERVER, INTERCEPT, OF_IPV4, Service, UDP_CLASS,
+        ExceptionMask, FIRST_SERVER, INTERCEPT, INTERCEPT6, OF_IPV4, OF_IPV6, Service, UDP_CLASS,
     },
-    host::Crossing,
+    exceptions::name6,
+    host::{Crossing, Crossing6},
     packet::protocol,
     slot::{SlotWord, TRACKED},
+    tables::halves,
 };
 use rand::{RngExt as _, rngs::SmallRng};
 
 use super::{
     super::{once_in, pick},
-    BAD_SLOTS, FIRST_PROXY, SEED, SERVERS, SERVICES, SLOTS_PER_SERVICE, VIP, any_slot,
+    BAD_SLOTS, FIRST_PROXY, SEED, SERVERS, SERVICES, SLOTS_PER_SERVICE, VIP, VIP6, any_slot, mapped,
 };
 
 /// Farm, IP protocol and port of each service of a farm that intercepts. Port 80 is the VIP's too; what a client on port 40,003
@@ -46,6 +48,48 @@ const COMING: [u8; 4] = [203, 0, 113, 2];
 /// Addresses that the farms' servers may have, though nobody has them.
 pub const MAY_JOIN: [[u8; 4]; 2] = [[10, 0, 1, 255], [10, 0, 2, 17]];
 
+/// The IPv6 address of who has this one, or of what is like it.
+pub const fn six_of(address: [u8; 4]) -> [u8; 16] {
+    let mut six = VIP6;
+    match address {
+        VIP => {}
+        [198, 51, 100, client] => six[15] = client & 0xf,
+        [192, 0, 2, beside] => six[15] = 0x10 | beside,
+        [203, 0, 113, origin] => (six[4], six[5], six[15]) = (0xca, 0xfe, origin),
+        [255, ..] => six = *b"\xff\x02\0\0\0\0\0\0\0\0\0\0\0\0\0\x01",
+        [10, ..] => six = mapped(address),
+        [elsewhere, .., last] => (six[2], six[3], six[15]) = (elsewhere, 1, last),
+    }
+    six
+}
+
+/// The prefixes that every scene has.
+const LEAST: [(AddressSet, &[&str]); 5] = [
+    (
+        AddressSet::OWN,
+        &["127.0.0.0/8", "203.0.113.1/32", "192.0.2.1/32", "ff00::/8", "2001:db8:cafe::1/128", "2001:db8::11/128"],
+    ),
+    (AddressSet::intercepted(1), &["203.0.113.0/24", "192.0.2.0/24", "2001:db8:cafe::/64", "2001:db8::10/124"]),
+    (AddressSet::intercepted(2), &["198.51.100.0/24", "2001:db8::/124"]),
+    (AddressSet::servers(1), &["10.0.1.0/24", "::ffff:10.0.1.0/120"]),
+    (AddressSet::servers(2), &["10.0.2.0/27", "::ffff:10.0.2.0/123"]),
+];
+
+/// Prefixes that one scene of so many has.
+const MORE: [(u32, AddressSet, &[&str]); 7] = [
+    // The daemon names all VIPs there; those of others come first all the same.
+    (2, AddressSet::OWN, &["192.0.2.10/32", "2001:db8::10/128"]),
+    (2, AddressSet::OWN, &COMING_NETS),
+    (2, AddressSet::intercepted(2), &["0.0.0.0/0", "::/0"]),
+    (2, AddressSet::intercepted(2), &["203.0.113.64/26", "2001:db8:cafe::40/122"]),
+    (4, AddressSet::intercepted(1), &["10.0.0.0/8", "::ffff:10.0.0.0/104"]),
+    // A client may be one of the servers.
+    (4, AddressSet::servers(2), &["198.51.100.3/32", "2001:db8::3/128"]),
+    (4, AddressSet::servers(1), &["198.51.100.2/31", "2001:db8::2/127"]),
+];
+/// [`COMING`], of both families.
+const COMING_NETS: [&str; 2] = ["203.0.113.2/32", "2001:db8:cafe::2/128"];
+
 /// The servers of a farm.
 pub const fn servers_of(farm: u32) -> Range<u32> {
     let proxies = (SERVERS - FIRST_PROXY) / (FARMS - 1);
@@ -64,7 +108,7 @@ pub fn farm_of(id: u32) -> Option<u32> {
 #[derive(Clone, Debug, Default)]
 pub struct Rules {
     /// Prefixes that are intercepted, and those of whom it is not.
-    pub crossings: BTreeSet<(AddressSet, Ipv4Net)>,
+    pub crossings: BTreeSet<(AddressSet, IpNet)>,
     /// At most one of each mask.
     pub exceptions: Vec<Exclusion>,
 }
@@ -75,9 +119,9 @@ pub struct Exclusion {
     /// Of whose services.
     pub farm: u32,
     /// From where.
-    pub source: Ipv4Net,
-    /// Whereto.
-    pub destination: Ipv4Net,
+    pub source: IpNet,
+    /// Whereto, in the same family.
+    pub destination: IpNet,
     /// IP protocol, unless any.
     pub protocol: Option<u8>,
     /// Port, unless any.
@@ -102,51 +146,42 @@ enum Phase {
 impl Rules {
     /// The prefixes that every scene has.
     pub fn least() -> Self {
-        let mut crossings = BTreeSet::from([
-            (AddressSet::OWN, net([127, 0, 0, 0], 8)),
-            (AddressSet::intercepted(1), net([203, 0, 113, 0], 24)),
-            (AddressSet::intercepted(1), net([192, 0, 2, 0], 24)),
-            (AddressSet::intercepted(2), net([198, 51, 100, 0], 24)),
-            (AddressSet::servers(1), net([10, 0, 1, 0], 24)),
-            (AddressSet::servers(2), net([10, 0, 2, 0], 27)),
-        ]);
-        crossings.extend(OWN.map(|own| (AddressSet::OWN, net(own, 32))));
-        Self { crossings, exceptions: Vec::new() }
+        let crossings = LEAST.into_iter().flat_map(|(set, nets)| nets.iter().map(move |text| (set, parsed(text))));
+        Self { crossings: crossings.collect(), exceptions: Vec::new() }
     }
 
     /// And some of others.
     pub(super) fn random(random: &mut SmallRng) -> Self {
         let mut rules = Self::least();
-        for (odds, set, net) in [
-            // The daemon names all VIPs there; those of others come first all the same.
-            (2, AddressSet::OWN, net(VIP, 32)),
-            (2, AddressSet::OWN, net(COMING, 32)),
-            (2, AddressSet::intercepted(2), net([0; 4], 0)),
-            (2, AddressSet::intercepted(2), net([203, 0, 113, 64], 26)),
-            (4, AddressSet::intercepted(1), net([10, 0, 0, 0], 8)),
-            // A client may be one of the servers.
-            (4, AddressSet::servers(2), net([198, 51, 100, 3], 32)),
-            (4, AddressSet::servers(1), net([198, 51, 100, 2], 31)),
-        ] {
+        for (odds, set, nets) in MORE {
             if once_in(random, odds) {
-                rules.crossings.insert((set, net));
+                rules.crossings.extend(nets.iter().map(|text| (set, parsed(text))));
             }
         }
         rules
     }
 
     /// The prefixes as the host build's tables have them.
-    pub fn words(&self) -> Vec<Crossing> {
-        let words = |net: Ipv4Net| [net.network(), net.netmask()].map(|bytes| u32::from_ne_bytes(bytes.octets()));
-        let words = self.crossings.iter().map(|&(set, net)| (set, words(net)));
-        words.map(|(set, [network, mask])| (set, network, mask)).collect()
+    pub fn words(&self) -> (Vec<Crossing>, Vec<Crossing6>) {
+        let (mut four, mut six) = (Vec::new(), Vec::new());
+        for &(set, net) in &self.crossings {
+            match net {
+                IpNet::V4(net) => {
+                    let [network, mask] = [net.network(), net.netmask()].map(|one| u32::from_ne_bytes(one.octets()));
+                    four.push((set, network, mask));
+                }
+                IpNet::V6(net) => six.push((set, halves(net.network().octets()), halves(net.netmask().octets()))),
+            }
+        }
+        (four, six)
     }
 
-    /// An address becomes this host's own, or is no longer.
+    /// An address of each family becomes this host's own, or is no longer.
     pub fn come_or_go(&mut self) {
-        let own = (AddressSet::OWN, net(COMING, 32));
-        if !self.crossings.remove(&own) {
-            self.crossings.insert(own);
+        for own in COMING_NETS.map(|text| (AddressSet::OWN, parsed(text))) {
+            if !self.crossings.remove(&own) {
+                self.crossings.insert(own);
+            }
         }
     }
 
@@ -155,11 +190,12 @@ impl Rules {
         let farm = random.random_range(0..FARMS);
         let of_farm: Vec<_> = services_of(farm).collect();
         let (protocol, port) = pick(random, &of_farm);
+        let six = once_in(random, 3);
         let to = if farm == 0 { VIP } else { pick(random, &ORIGINS) };
         let exclusion = Exclusion {
             farm,
-            source: net([198, 51, 100, random.random_range(0..4)], pick(random, &[24, 30, 31, 32])),
-            destination: net(to, pick(random, &[0, 24, 32])),
+            source: net([198, 51, 100, random.random_range(0..4)], pick(random, &[28, 30, 31, 32]), six),
+            destination: net(to, pick(random, &[0, 28, 32]), six),
             protocol: once_in(random, 2).then_some(protocol),
             port: once_in(random, 2).then_some(port),
             installer: (!once_in(random, 2)).then(|| random.random_range(servers_of(farm))),
@@ -179,18 +215,26 @@ impl Exclusion {
             destination_len: self.destination.prefix_len(),
             protocol: u8::from(self.protocol.is_some()),
             port: u8::from(self.port.is_some()),
-            used: OF_IPV4,
+            used: if self.source.addr().is_ipv4() { OF_IPV4 } else { OF_IPV6 },
             ..ExceptionMask::default()
         }
     }
 
-    /// Its record, with the mask of this number.
-    pub fn record(&self, mask: u8) -> Exception {
+    /// Its record, with the mask of this number; the seed is that of the tables' hash.
+    pub fn record(&self, mask: u8, seed: u64) -> Exception {
+        let (source, destination) = match (self.source.network(), self.destination.network()) {
+            (IpAddr::V4(source), IpAddr::V4(destination)) => (source.octets(), destination.octets()),
+            (source, destination) => {
+                let [source, destination] = [source, destination].map(|address| halves(bytes(address)));
+                let [a, b, c, d, e, f, g, h] = name6(source, destination, seed).to_ne_bytes();
+                ([a, b, c, d], [e, f, g, h])
+            }
+        };
         let mut installers = [0; EXCEPTION_INSTALLERS];
         installers[0] = self.installer.unwrap_or_default() as u16;
         Exception {
-            source: self.source.network().octets(),
-            destination: self.destination.network().octets(),
+            source,
+            destination,
             farm: self.farm as u16,
             port: self.port.unwrap_or_default().to_be_bytes(),
             protocol: self.protocol.unwrap_or_default(),
@@ -229,6 +273,12 @@ pub fn service(index: usize) -> Service {
     }
 }
 
+/// The same of IPv6, on the same slots.
+pub fn service6(index: usize) -> Service {
+    let four = service(index);
+    Service { state: INTERCEPT6, id: four.id + INTERCEPTED.len() as u16, ..four }
+}
+
 /// The slots of a service by its place in [`INTERCEPTED`]; the last one's are of no use.
 pub const fn slots_of(index: usize) -> Range<usize> {
     let first = (SERVICES.len() + index) * SLOTS_PER_SERVICE as usize;
@@ -252,8 +302,24 @@ pub(super) fn slots(index: usize, random: &mut SmallRng) -> Vec<u64> {
     (0..SLOTS_PER_SERVICE).map(|_| slot().0).collect()
 }
 
-fn net(address: [u8; 4], length: u8) -> Ipv4Net {
-    Ipv4Net::new_assert(address.into(), length).trunc()
+/// The network of an address, or of [its other one](six_of), with its last bits; of all addresses if there are so few.
+fn net(address: [u8; 4], length: u8, six: bool) -> IpNet {
+    let (address, bits) =
+        if six { (IpAddr::from(six_of(address)), u128::BITS) } else { (IpAddr::from(address), u32::BITS) };
+    let length = if length == 0 { 0 } else { bits as u8 - (u32::BITS as u8 - length) };
+    IpNet::new_assert(address, length).trunc()
+}
+
+fn parsed(text: &str) -> IpNet {
+    text.parse().expect("a prefix")
+}
+
+/// As it stands in an IPv6 header; of IPv4 mapped.
+pub fn bytes(address: IpAddr) -> [u8; 16] {
+    match address {
+        IpAddr::V4(address) => mapped(address.octets()),
+        IpAddr::V6(address) => address.octets(),
+    }
 }
 
 #[cfg(test)]
