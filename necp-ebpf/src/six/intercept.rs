@@ -10,7 +10,7 @@ use super::{
     rare::{remember, send},
 };
 use crate::{
-    abi::{AddressSet, Service},
+    abi::{AddressSet, LAYER_3, Service},
     device::{Device, Ending, Out},
     digest::{SipHash, keys_of},
     hash::service_bucket,
@@ -45,7 +45,8 @@ pub fn handle<D: Device, T: Tables>(device: &D, tables: &T) -> Ending {
     send(device, &six, l3, &decision)
 }
 
-/// An ICMP message: to the proxy whose flow it quotes. What it quotes was sent as the destination, and never translated.
+/// An ICMP message: to the proxy whose flow it quotes. What it quotes was sent as the destination: it is right for the proxy as it
+/// stands.
 #[inline(always)]
 fn message<D: Device, T: Tables>(device: &D, six: &T, l3: usize, head: &Head) -> Ending {
     let other = Ending::new(Reason::Icmp, Out::Pass);
@@ -66,7 +67,9 @@ fn message<D: Device, T: Tables>(device: &D, six: &T, l3: usize, head: &Head) ->
     if find_service(&packet, &six).is_some() {
         return other;
     }
-    let Some((server, next_hop)) = whose(&packet, &six) else { return other };
+    let Some((server, next_hop)) = whose(&packet, &six).filter(|(_, hop)| hop.forwarding() != LAYER_3) else {
+        return other;
+    };
     let reason = if next_hop.is_reachable() { Reason::Quoted } else { Reason::NoNextHop };
     send(device, &six, l3, &Decision { reason, server, next_hop, begins: false })
 }

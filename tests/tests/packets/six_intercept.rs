@@ -173,6 +173,9 @@ fn a_vip_comes_first() {
         view.slots().iter().take(FIRST_SLOT as usize).for_each(|slot| slot.store(0));
     }
     crossing.0.passes(&data(WEB, 9), Reason::NoServer);
+    // An error about what it said is the host's too.
+    let said = built(from(VIP, CLIENT, 64).tcp(WEB, 5000, 1, 1000).ack(9), b"what the host said");
+    crossing.0.passes(&error(Icmpv6Type::PacketTooBig { mtu: 1280 }, VIP, &said[14..]), Reason::Icmp);
 }
 
 #[test]
