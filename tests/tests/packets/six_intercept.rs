@@ -273,6 +273,15 @@ fn icmp_errors_reach_the_proxy_and_nothing_else_of_icmp_does() {
     assert_eq!((outcome.verdict, outcome.reason), (Verdict::Tx, Reason::Quoted));
     assert_eq!(outcome.frame[58 + 40..], error(too_big, ORIGIN, &quoted)[14 + 40..]);
 
+    // What a VIP sent whose farm has no server is the host's, though its prefix is intercepted.
+    let mut crossing = Crossing::new(plain(OWNER));
+    let of_vip = built(from(VIP, CLIENT, 64).tcp(WEB, 5000, 1, 1000).ack(9), b"what a server said")[14..].to_vec();
+    crossing.0.bridges(&error(too_big, VIP, &of_vip), LEGACY, Reason::Quoted);
+    for view in [crossing.0.bench.kernel.view(), crossing.0.bench.host.view()] {
+        view.slots().iter().take(FIRST_SLOT as usize).for_each(|slot| slot.store(0));
+    }
+    crossing.0.passes(&error(too_big, VIP, &of_vip), Reason::Icmp);
+
     let mut crossing = Crossing::new(plain(OWNER));
     let echo = error(Icmpv6Type::EchoRequest(IcmpEchoHeader { id: 1, seq: 2 }), ORIGIN, b"hello");
     crossing.0.passes(&echo, Reason::Icmp);
