@@ -30,6 +30,7 @@ use futures_util::Stream;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::net::TcpListener;
+use tokio::runtime::Runtime;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
@@ -132,8 +133,7 @@ pub fn run(args: &Args) -> ExitCode {
         }
     };
     raise_priority();
-    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
-    match runtime.context("starting tokio").and_then(|runtime| runtime.block_on(serve(config, keys, args.leave))) {
+    match runtime().context("starting tokio").and_then(|runtime| runtime.block_on(serve(config, keys, args.leave))) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             tracing::error!("{error:#}");
@@ -142,9 +142,17 @@ pub fn run(args: &Args) -> ExitCode {
     }
 }
 
+/// What all of it runs on; the owner on the thread that blocks on it, the sessions on its workers.
+///
+/// # Errors
+/// If no thread can be had.
+pub fn runtime() -> std::io::Result<Runtime> {
+    tokio::runtime::Builder::new_multi_thread().enable_all().build()
+}
+
 /// A loss must be in the maps at once, also when others want all CPUs. All threads inherit it. Whoever has started us with a
 /// priority of his own (`nice`, Nice= in systemd) keeps it.
-fn raise_priority() {
+pub fn raise_priority() {
     // SAFETY: both take and return numbers; -1 is an error or a priority, and neither is 0.
     let raised = unsafe {
         libc::getpriority(libc::PRIO_PROCESS, 0) != 0 || libc::setpriority(libc::PRIO_PROCESS, 0, PRIORITY) == 0

@@ -128,7 +128,10 @@ pub async fn serve(
 }
 
 /// Small messages go out at once, and a peer that acknowledges nothing is given up like one that answers nothing.
-fn prepare(stream: &TcpStream, silence: Duration) -> io::Result<()> {
+///
+/// # Errors
+/// As `setsockopt(2)`.
+pub fn prepare(stream: &TcpStream, silence: Duration) -> io::Result<()> {
     stream.set_nodelay(true)?;
     let socket = socket2::SockRef::from(stream);
     socket.set_tcp_notsent_lowat(UNSENT)?;
