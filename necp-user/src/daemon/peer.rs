@@ -8,19 +8,22 @@
 //! which does not read, or floods, holds up nobody but itself.
 
 use std::collections::BTreeMap;
-use std::future::Future;
+use std::future::{Future, poll_fn};
 use std::io;
+use std::mem::MaybeUninit;
 use std::net::IpAddr;
-use std::pin::Pin;
+use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::task::{Context, Poll, ready};
 use std::time::{Duration, Instant};
 
 use futures_util::StreamExt as _;
 use futures_util::stream::FuturesUnordered;
+use tokio::io::{AsyncRead as _, AsyncWrite as _, ReadBuf};
 use tokio::net::TcpStream;
 use tokio::sync::{mpsc, oneshot};
-use tokio::time::{sleep_until, timeout};
+use tokio::time::{Sleep, sleep, timeout};
 
 use super::ne::input::{From, Input, ListPart, ListStep, SessionId};
 use super::ne::keys::Tally;
@@ -56,6 +59,18 @@ enum Answer {
     Done(Vec<usize>),
     /// A step of a list.
     List(ListPart),
+}
+
+/// What a connection waits for.
+enum Woken {
+    Kicked(CloseReason),
+    /// `None` if the owner refuses to answer.
+    Answered(Token, Option<Answer>),
+    /// So many bytes.
+    Written(io::Result<usize>),
+    /// So many bytes, which the session has; 0 is the end.
+    Read(io::Result<usize>),
+    Time,
 }
 
 /// Who has connected, and what the connection shares with others.
@@ -143,6 +158,9 @@ impl Peer<'_> {
     async fn run(&mut self, kicked: &mut mpsc::Receiver<CloseReason>) -> CloseReason {
         let mut output: Vec<u8> = Vec::new();
         let mut written = 0;
+        // One for all of the session: it is moved only when the session's deadline has.
+        let mut alarm = pin!(sleep(Duration::ZERO));
+        let mut due = None;
         loop {
             self.pass_on_events().await;
             self.count_rejected();
@@ -162,39 +180,65 @@ impl Peer<'_> {
                 self.session.close(CloseReason::Overflow(held));
                 continue;
             }
-            let wait = self.session.poll_timeout();
-            let reads = self.session.wants_input();
-            tokio::select! {
-                biased;
-                Some(reason) = kicked.recv() => self.session.close(reason),
-                Some((token, answer)) = self.answers.next(), if !self.answers.is_empty() => match answer {
-                    Some(Answer::Done(failed)) => self.session.respond(token, &failed),
-                    Some(Answer::List(part)) => self.on_list(token, part).await,
-                    None => self.session.close(CloseReason::Superseded),
-                },
-                ready = self.stream.writable(), if written < output.len() => {
-                    match ready.and_then(|()| self.stream.try_write(&output[written..])) {
-                        Ok(count) => written += count,
-                        Err(error) => self.on_error(&error),
-                    }
-                }
-                ready = self.stream.readable(), if reads => match ready {
-                    Ok(()) => self.read(),
-                    Err(error) => self.on_error(&error),
-                },
-                () = at(wait) => self.session.handle_timeout(Instant::now()),
+            let deadline = self.session.poll_timeout();
+            if let Some(deadline) = deadline.filter(|_| due != deadline) {
+                alarm.as_mut().reset(deadline.into());
+            }
+            due = deadline;
+            let alarm = due.is_some().then(|| alarm.as_mut());
+            let mut waits = (&mut *kicked, &output[written..], alarm);
+            match poll_fn(|context| self.poll(context, &mut waits)).await {
+                Woken::Kicked(reason) => self.session.close(reason),
+                Woken::Answered(token, Some(Answer::Done(failed))) => self.session.respond(token, &failed),
+                Woken::Answered(token, Some(Answer::List(part))) => self.on_list(token, part).await,
+                Woken::Answered(_, None) => self.session.close(CloseReason::Superseded),
+                Woken::Written(Ok(count)) => written += count,
+                Woken::Read(Ok(0)) => self.session.close(CloseReason::ClosedByPeer),
+                Woken::Read(Ok(_)) => {}
+                Woken::Read(Err(error)) | Woken::Written(Err(error)) => self.on_error(&error),
+                Woken::Time => self.session.handle_timeout(Instant::now()),
             }
         }
     }
 
-    /// The buffer lives on the stack, and only for this call: an idle session costs no buffer.
-    fn read(&mut self) {
-        let mut buffer = [0; READ];
-        match self.stream.try_read(&mut buffer) {
-            Ok(0) => self.session.close(CloseReason::ClosedByPeer),
-            Ok(count) => self.session.handle_input(Instant::now(), &buffer[..count]),
-            Err(error) => self.on_error(&error),
+    /// What comes first in this order: to be closed, an answer of the owner, room for `output`, input if it is wanted, time.
+    fn poll(
+        &mut self,
+        context: &mut Context<'_>,
+        (kicked, output, alarm): &mut (&mut mpsc::Receiver<CloseReason>, &[u8], Option<Pin<&mut Sleep>>),
+    ) -> Poll<Woken> {
+        if let Poll::Ready(Some(reason)) = kicked.poll_recv(context) {
+            return Poll::Ready(Woken::Kicked(reason));
         }
+        // An empty set is asked to no avail, and remembers nothing.
+        if !self.answers.is_empty()
+            && let Poll::Ready(Some((token, answer))) = self.answers.poll_next_unpin(context)
+        {
+            return Poll::Ready(Woken::Answered(token, answer));
+        }
+        if !output.is_empty()
+            && let Poll::Ready(outcome) = Pin::new(&mut self.stream).poll_write(context, output)
+        {
+            return Poll::Ready(Woken::Written(outcome));
+        }
+        if self.session.wants_input()
+            && let Poll::Ready(outcome) = self.poll_read(context)
+        {
+            return Poll::Ready(Woken::Read(outcome));
+        }
+        alarm.as_mut().map_or(Poll::Pending, |alarm| alarm.as_mut().poll(context).map(|()| Woken::Time))
+    }
+
+    /// The buffer lives on the stack, and only for this call: an idle session costs no buffer. It is much larger than what
+    /// comes at once, as a rule: a read that does not fill it need not be followed by one that finds nothing.
+    fn poll_read(&mut self, context: &mut Context<'_>) -> Poll<io::Result<usize>> {
+        let mut bytes = [const { MaybeUninit::uninit() }; READ];
+        let mut buffer = ReadBuf::uninit(&mut bytes);
+        ready!(Pin::new(&mut self.stream).poll_read(context, &mut buffer))?;
+        if !buffer.filled().is_empty() {
+            self.session.handle_input(Instant::now(), buffer.filled());
+        }
+        Poll::Ready(Ok(buffer.filled().len()))
     }
 
     fn on_error(&mut self, error: &io::Error) {
@@ -319,13 +363,6 @@ async fn write_all(stream: &TcpStream, mut bytes: &[u8]) -> io::Result<()> {
         }
     }
     Ok(())
-}
-
-async fn at(when: Option<Instant>) {
-    match when {
-        Some(when) => sleep_until(when.into()).await,
-        None => std::future::pending().await,
-    }
 }
 
 #[cfg(test)]
