@@ -29,7 +29,7 @@ use super::ne::input::{From, Input, ListPart, ListStep, SessionId};
 use super::ne::keys::Tally;
 use super::ne::limits::{Limits, Share};
 use crate::control::exceptions::Listing;
-use crate::necp::{Access, CloseReason, NeEvent, NeSession, Rejections, SessionConfig, Token};
+use crate::necp::{Access, CloseReason, HealthAnswer, NeEvent, NeSession, Rejections, SessionConfig, Token};
 
 /// Bytes read at once.
 const READ: usize = 16 * 1024;
@@ -102,6 +102,8 @@ struct Peer<'a> {
     /// The list that is being sent.
     sending: Option<Token>,
     joined: bool,
+    /// The health that the owner was told last, since the last START or STOP.
+    told: Vec<HealthAnswer>,
     /// What of the session's rejections was counted.
     rejected: Rejections,
 }
@@ -130,6 +132,7 @@ pub async fn serve(
         lists: BTreeMap::new(),
         sending: None,
         joined: false,
+        told: Vec::new(),
         rejected: Rejections::default(),
     };
     let reason = peer.run(&mut kicked).await;
@@ -259,10 +262,12 @@ impl Peer<'_> {
                     self.patron.joined.store(true, Ordering::Relaxed);
                     // The session sends on what was begun, and forgets the rest.
                     self.lists.retain(|token, _| Some(*token) == self.sending);
+                    self.told.clear();
                     let done = self.await_answer(token);
                     Input::Opened { from, kick: self.patron.kick.clone(), done }
                 }
                 NeEvent::Operations { token, operations } => {
+                    self.told.clear();
                     let done = self.await_answer(token);
                     Input::Operations { from, operations, done }
                 }
@@ -277,7 +282,12 @@ impl Peer<'_> {
                     self.sending = Some(token);
                     self.list_step(token, ListStep::Read(listing, max))
                 }
-                NeEvent::Health(answers) => Input::Health { from, answers },
+                // Most answers are those of before; what a START has made new knows nothing of them yet.
+                NeEvent::Health(answers) if answers == self.told => continue,
+                NeEvent::Health(answers) => {
+                    self.told.clone_from(&answers);
+                    Input::Health { from, answers }
+                }
                 NeEvent::Notice(notice) => {
                     if self.patron.limits.voices().may_speak(from.server) {
                         tracing::info!(server = %from.server, "{notice}");
