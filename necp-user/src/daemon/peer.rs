@@ -13,7 +13,7 @@ use std::io;
 use std::mem::MaybeUninit;
 use std::net::IpAddr;
 use std::pin::{Pin, pin};
-use std::sync::Arc;
+use std::sync::{Arc, LazyLock};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll, ready};
 use std::time::{Duration, Instant};
@@ -40,6 +40,15 @@ const LAST_WORDS: Duration = Duration::from_secs(1);
 const UNSENT: u32 = 32 * 1024;
 /// Bytes that are read and thrown away while a connection is being closed.
 const DISCARD: usize = 64 * 1024;
+
+/// Ticks in a keepalive interval. On them fall the deadlines of all sessions, so that one wake-up serves many.
+const TICKS: u32 = 256;
+
+/// The jitter of keepalives that are this long apart (draft §5.5: a fifth), less what a deadline may have to wait for its
+/// tick.
+pub fn jitter(keepalive: Duration) -> Duration {
+    keepalive / 5 - keepalive / TICKS
+}
 
 /// How a connection ended.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -102,6 +111,8 @@ struct Peer<'a> {
     /// The list that is being sent.
     sending: Option<Token>,
     joined: bool,
+    /// Between two ticks.
+    tick: Duration,
     /// The health that the owner was told last, since the last START or STOP.
     told: Vec<HealthAnswer>,
     /// What of the session's rejections was counted.
@@ -117,7 +128,7 @@ pub async fn serve(
     owner: mpsc::Sender<Input>,
 ) -> Ended {
     let server = patron.server;
-    let silence = config.keepalive * 3;
+    let (silence, tick) = (config.keepalive * 3, config.keepalive / TICKS);
     if let Err(error) = prepare(&stream, silence) {
         tracing::debug!(%server, %error, "socket options");
     }
@@ -132,6 +143,7 @@ pub async fn serve(
         lists: BTreeMap::new(),
         sending: None,
         joined: false,
+        tick,
         told: Vec::new(),
         rejected: Rejections::default(),
     };
@@ -185,7 +197,7 @@ impl Peer<'_> {
             }
             let deadline = self.session.poll_timeout();
             if let Some(deadline) = deadline.filter(|_| due != deadline) {
-                alarm.as_mut().reset(deadline.into());
+                alarm.as_mut().reset(self.tick_from(deadline).into());
             }
             due = deadline;
             let alarm = due.is_some().then(|| alarm.as_mut());
@@ -202,6 +214,17 @@ impl Peer<'_> {
                 Woken::Time => self.session.handle_timeout(Instant::now()),
             }
         }
+    }
+
+    /// The first common tick that is not before a deadline; one that is over is due at once.
+    fn tick_from(&self, deadline: Instant) -> Instant {
+        static FIRST: LazyLock<Instant> = LazyLock::new(Instant::now);
+        let since = deadline.saturating_duration_since(*FIRST);
+        if deadline <= Instant::now() || self.tick.is_zero() {
+            return deadline;
+        }
+        let tick = self.tick.as_nanos() as u64;
+        *FIRST + Duration::from_nanos((since.as_nanos() as u64).next_multiple_of(tick))
     }
 
     /// What comes first in this order: to be closed, an answer of the owner, room for `output`, input if it is wanted, time.
