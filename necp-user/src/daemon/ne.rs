@@ -20,6 +20,7 @@ pub mod owner;
 pub mod vips;
 
 use std::collections::{BTreeSet, HashMap};
+use std::num::NonZero;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -57,6 +58,9 @@ use crate::plane::{AttachMode, Plane, PlaneConfig};
 
 /// How long the network may take to be asked at the end.
 const GOODBYE: Duration = Duration::from_secs(3);
+
+/// CPUs for each of which there is a thread that serves sessions.
+const CPUS_PER_WORKER: usize = 8;
 
 /// Nice value of all threads, unless they were given another one.
 const PRIORITY: libc::c_int = -10;
@@ -142,12 +146,15 @@ pub fn run(args: &Args) -> ExitCode {
     }
 }
 
-/// What all of it runs on; the owner on the thread that blocks on it, the sessions on its workers.
+/// What all of it runs on: the owner on the thread that blocks on it, the sessions on one worker, or on one for every
+/// [`CPUS_PER_WORKER`]. A message is small work: a worker that wakes another one to share it costs more than it takes off.
 ///
 /// # Errors
 /// If no thread can be had.
 pub fn runtime() -> std::io::Result<Runtime> {
-    tokio::runtime::Builder::new_multi_thread().enable_all().build()
+    let cpus = std::thread::available_parallelism().map_or(1, NonZero::get);
+    let workers = (cpus / CPUS_PER_WORKER).max(1);
+    tokio::runtime::Builder::new_multi_thread().worker_threads(workers).enable_all().build()
 }
 
 /// A loss must be in the maps at once, also when others want all CPUs. All threads inherit it. Whoever has started us with a
