@@ -23,6 +23,7 @@ use futures_util::stream::FuturesUnordered;
 use tokio::io::{AsyncRead as _, AsyncWrite as _, ReadBuf};
 use tokio::net::TcpStream;
 use tokio::sync::{mpsc, oneshot};
+use tokio::task::yield_now;
 use tokio::time::{Sleep, sleep, timeout};
 
 use super::ne::input::{From, Input, ListPart, ListStep, SessionId};
@@ -200,7 +201,7 @@ impl Peer<'_> {
                 alarm.as_mut().reset(self.tick_from(deadline).into());
             }
             due = deadline;
-            let alarm = due.is_some().then(|| alarm.as_mut());
+            let alarm = due.is_some().then_some(alarm.as_mut());
             let mut waits = (&mut *kicked, &output[written..], alarm);
             match poll_fn(|context| self.poll(context, &mut waits)).await {
                 Woken::Kicked(reason) => self.session.close(reason),
@@ -209,6 +210,8 @@ impl Peer<'_> {
                 Woken::Answered(_, None) => self.session.close(CloseReason::Superseded),
                 Woken::Written(Ok(count)) => written += count,
                 Woken::Read(Ok(0)) => self.session.close(CloseReason::ClosedByPeer),
+                // There is more, of one who floods us perhaps: it is somebody else's turn.
+                Woken::Read(Ok(READ)) => yield_now().await,
                 Woken::Read(Ok(_)) => {}
                 Woken::Read(Err(error)) | Woken::Written(Err(error)) => self.on_error(&error),
                 Woken::Time => self.session.handle_timeout(Instant::now()),
