@@ -21,6 +21,7 @@ pub mod daemon;
 pub mod demo;
 pub mod echo;
 pub mod flood;
+pub mod floor;
 pub mod frame;
 pub mod frames;
 pub mod hand;
