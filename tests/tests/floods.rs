@@ -229,7 +229,7 @@ fn quoting(scene: &Scene) -> Vec<Vec<u8>> {
         let header = [[3, 1, 0, 0, 0, 0, 0, 0], [11, 0, 0, 0, 0, 0, 0, 0], [3, 4, 0, 0, 0, 0, 2, 0]];
         icmp_error(scene.to_mac, Ipv4Addr::new(11, 1, 1, 1), header[number as usize % 3], &quoted)
     };
-    let held = scene.held.iter().map(Conversation::local);
+    let held = scene.held.iter().map(Conversation::local_v4);
     let strangers = (0..FRAMES).map(|number| scene.stranger(number, TALK_AT_VIP).source);
     (0..).zip(held.chain(strangers)).map(|(number, to)| error(to, number)).collect()
 }

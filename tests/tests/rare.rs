@@ -73,7 +73,7 @@ fn a_router_tells_the_server_what_it_cannot_send() -> Result<()> {
         let line = one_server(forwarding)?;
         let at_client = RawSocket::open(line.bed().client(), "eth0")?;
         let mut talk = line.talk(1)?;
-        let client = talk[0].local();
+        let client = talk[0].local_v4();
         // What the server has sent last says what it would send next.
         let mut next = None;
         while let Some(bytes) = at_client.receive(Duration::from_millis(300), |bytes| {
