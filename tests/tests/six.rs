@@ -1,6 +1,7 @@
 //! IPv6: servers that join over it, and clients of IPv6 VIPs, beside those of IPv4.
 
 use std::{
+    collections::BTreeSet,
     io::Read as _,
     net::{Ipv6Addr, SocketAddr, SocketAddrV6, TcpStream},
     time::Duration,
@@ -11,8 +12,9 @@ use necp_tests::{
     both::{Both, names},
     daemon::{NetworkElement, ServerElement},
     netns::{Namespace, wait_until},
-    topology::{NE, NE6, Topology, VIP, VIP6, server_address6},
+    topology::{CLIENT6, NE, NE6, Topology, VIP, VIP6, server_address6},
 };
+use serde_json::Value;
 
 const SOON: Duration = Duration::from_secs(10);
 
@@ -45,6 +47,73 @@ fn each_family_has_the_servers_that_joined_over_it() -> Result<()> {
         ensure!(both.who(VIP6.into(), 60)? == names(&["s1", "s2"]), "s1 has started again");
         Ok(())
     })
+}
+
+#[test]
+fn one_agent_serves_both_families() -> Result<()> {
+    let bed = Topology::builder().servers(2).vip_on_servers(false).ipv6().build()?;
+    let mut both = Both::start_in(bed, &["l2", "gre"], "", |_| Ok(String::new()))?;
+    let (vip, vip6, nes) = (VIP.to_string(), VIP6.to_string(), [NE.into(), NE6.into()]);
+    both.join(0, &nes, "l2", &["--vip", &vip, "--vip", &vip6, "--drain", "0"])?;
+    both.join(1, &nes, "gre", &["--vip", &vip, "--vip", &vip6, "--drain", "0", "--decap"])?;
+    let (one, two, all) = (names(&["s1"]), names(&["s2"]), names(&["s1", "s2"]));
+    let who =
+        |both: &Both| -> Result<[BTreeSet<String>; 2]> { Ok([both.who(VIP.into(), 40)?, both.who(VIP6.into(), 40)?]) };
+    assert_eq!(who(&both)?, [all.clone(), all.clone()]);
+    let status = command(&both, 0, &["status", "--agent"])?;
+    let known_as: Vec<_> = status["nes"].as_array().context("a list")?.iter().map(|ne| &ne["address"]).collect();
+    assert_eq!(known_as, ["10.0.0.11", "2001:db8:a::11"]);
+
+    // What is told is told in both sessions.
+    both.download(VIP.into(), 8, "2m", || {
+        both.download(VIP6.into(), 8, "2m", || {
+            command(&both, 0, &["drain"])?;
+            assert_eq!(who(&both)?, [two.clone(), two.clone()]);
+            Ok(())
+        })
+    })?;
+    command(&both, 0, &["resume"])?;
+    wait_until("s1 gets new flows again", SOON, || who(&both).is_ok_and(|who| who == [all.clone(), all.clone()]))?;
+
+    // An exception is told in the session of its family, and is not missed in the other one.
+    let results = |answers: Value| -> Vec<String> {
+        let answers = answers.as_array().cloned().unwrap_or_default();
+        answers.iter().map(|answer| answer["result"].as_str().unwrap_or("?").to_owned()).collect()
+    };
+    let client6 = format!("{CLIENT6}/128");
+    let told = command(&both, 0, &["except", "add", "--src", &client6])?;
+    assert_eq!(results(told), ["other-family", "accepted"]);
+    assert_eq!(who(&both)?, [all.clone(), two.clone()]);
+    let told = command(&both, 1, &["except", "add", "--src", "198.18.0.0/15", "--port", "tcp/80"])?;
+    assert_eq!(results(told), ["accepted", "other-family"]);
+    assert_eq!(who(&both)?, [one.clone(), two.clone()]);
+    let told = command(&both, 0, &["except", "del", "--src", &client6])?;
+    assert_eq!(results(told), ["other-family", "accepted"]);
+    // Without an address it is about flows of either family.
+    command(&both, 1, &["except", "reset"])?;
+    let told = command(&both, 1, &["except", "add", "--port", "tcp/80"])?;
+    assert_eq!(results(told), ["accepted", "accepted"]);
+    assert_eq!(who(&both)?, [one.clone(), one.clone()]);
+
+    // It leaves in both, and takes both addresses with it.
+    let agent = both.agents[0].as_mut().context("an agent")?;
+    assert!(agent.process().terminate(SOON)?.success());
+    let output = both.bed.server(0).ns().command("ip").args(["addr", "show", "dev", "lo"]).output()?;
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert!(!text.contains(&vip) && !text.contains(&vip6), "{text}");
+    command(&both, 1, &["except", "reset"])?;
+    assert_eq!(who(&both)?, [two.clone(), two]);
+    Ok(())
+}
+
+/// What a command of an agent prints as JSON; it must succeed.
+fn command(both: &Both, index: usize, args: &[&str]) -> Result<Value> {
+    let agent = both.agents[index].as_ref().context("an agent")?;
+    let output = agent.command(&[args, &["--json"]].concat())?;
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    let message = String::from_utf8_lossy(&output.stderr);
+    ensure!(output.status.success(), "`necp {}`: {text}{message}", args.join(" "));
+    serde_json::from_str(&text).with_context(|| text)
 }
 
 #[test]
