@@ -220,7 +220,15 @@ pub fn connect(
     }
 }
 
-fn connect_from(source: Option<SocketAddr>, to: SocketAddr, patience: Duration) -> io::Result<(SocketAddr, TcpStream)> {
+/// As [`connect`], over either family.
+///
+/// # Errors
+/// As there.
+pub fn connect_from(
+    source: Option<SocketAddr>,
+    to: SocketAddr,
+    patience: Duration,
+) -> io::Result<(SocketAddr, TcpStream)> {
     let socket = Socket::new(Domain::for_address(to), Type::STREAM, None)?;
     if let Some(source) = source {
         socket.set_reuse_address(true)?;

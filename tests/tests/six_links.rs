@@ -1,13 +1,19 @@
-//! IPv6 between two links: the network element stands between clients and servers, and sends on by the other interface.
+//! IPv6 over more than one link: the network element stands between clients and servers, and sends on by the other interface;
+//! or a router stands between it and a server.
 
-use std::time::Duration;
+use std::{
+    io::{Read as _, Write as _},
+    net::{Ipv6Addr, TcpStream},
+    thread,
+    time::Duration,
+};
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, ensure};
 use necp_tests::{
     both::{Both, names},
     conversation::{Conversation, all_answer, there_and_back},
     line::TALK,
-    netns::wait_until,
+    netns::{Namespace, wait_until},
     topology::{NE6, Topology, VIP6, server_address6},
 };
 
@@ -40,6 +46,13 @@ fn serves(both: &Both) -> Result<()> {
     all_answer("afterwards", &mut talk)
 }
 
+/// What a host knows of the way there; `none` if it is as wide as the link.
+fn path_mtu(ns: &Namespace, to: Ipv6Addr) -> Result<String> {
+    let output = ns.command("ip").args(["-6", "route", "get", &to.to_string()]).output()?;
+    let route = String::from_utf8_lossy(&output.stdout).into_owned();
+    Ok(route.split_whitespace().skip_while(|word| *word != "mtu").nth(1).unwrap_or("none").to_owned())
+}
+
 fn packets(both: &Both, reason: &str) -> Option<u64> {
     let status = both.ne.status().ok()?;
     status["packets"].as_array()?.iter().find(|row| row["reason"] == reason)?["packets"].as_u64()
@@ -62,9 +75,7 @@ fn ipv6_gre_between_two_links() -> Result<()> {
     let both = between_two_links("gre", &["--decap"])?;
     serves(&both)?;
     // What was too long for the tunnel the client was told of, on its own link (RFC 2473 §7.1).
-    let output = both.bed.client().command("ip").args(["-6", "route", "get", &VIP6.to_string()]).output()?;
-    let route = String::from_utf8_lossy(&output.stdout).into_owned();
-    assert!(route.contains(" mtu 1456 "), "{route}");
+    assert_eq!(path_mtu(both.bed.client(), VIP6)?, "1456");
     wait_until("that is counted", SOON, || packets(&both, "too-big") > Some(0))
 }
 
@@ -84,4 +95,82 @@ fn ipv6_layer_3_between_two_links() -> Result<()> {
     all_answer("s1 is drained", &mut talk)?;
     assert!(talk.iter().any(|one| one.server() == "s1"), "s1 had none of 40");
     wait_until("replies are counted", SOON, || packets(&both, "reply") > Some(0))
+}
+
+/// Puts a router between the switch and the first server: `near` is its end towards the network element, `far` that towards the
+/// server, which keeps its address.
+fn router_before_the_server(bed: &Topology) -> Result<Namespace> {
+    let (server, router) = (bed.server(0), Namespace::create(bed.name(), "router")?);
+    let own = server_address6(0);
+    router.sysctl(&[("net/ipv6/conf/all/forwarding", "1"), ("net/ipv6/conf/default/accept_dad", "0")])?;
+    let (port, name) = (server.name(), router.name());
+    bed.switch().ip_batch(&format!(
+        "link set {port} netns {name}\nlink add r0 type veth peer name near netns {name}\nlink set r0 master br0 up\n"
+    ))?;
+    router.ip_batch(&format!(
+        "link set {port} name far\nlink set far up\nlink set near up\naddr add 2001:db8:a::fe/64 dev near\n\
+         addr add 2001:db8:b::fe/64 dev far\nroute add {own}/128 dev far\nroute add 2001:db8:c::/64 dev near\n"
+    ))?;
+    server.ns().ip_batch(&format!(
+        "route del 2001:db8:c::/64 dev eth0\naddr flush dev eth0 scope global\naddr add {own}/128 dev eth0\naddr add 2001:db8:b::11/64 dev eth0\n\
+         route add default via 2001:db8:b::fe dev eth0\n"
+    ))?;
+    bed.ne().ip_batch(&format!("route add {own}/128 via 2001:db8:a::fe dev eth0\n"))?;
+    Ok(router)
+}
+
+#[test]
+fn an_ipv6_path_that_becomes_narrower_is_found() -> Result<()> {
+    let bed = Topology::builder().servers(1).ipv6().build()?;
+    let router = router_before_the_server(&bed)?;
+    // What is forgotten after 10 minutes is forgotten sooner here.
+    bed.ne().sysctl(&[("net/ipv6/route/mtu_expires", "6")])?;
+    let mut both = Both::start_in(bed, &["gre"], "", |_| Ok(String::new()))?;
+    let own = server_address6(0);
+    both.join(0, &[NE6.into()], "gre", &["--decap", "--source", &own.to_string()])?;
+    let (client, ne, server) = (both.bed.client(), both.bed.ne(), both.bed.server(0).ns());
+
+    let mut held = client.run(|| TcpStream::connect((VIP6, TALK)))?;
+    held.set_read_timeout(Some(SOON))?;
+    held.read_exact(&mut [0; 3])?;
+    back_again(&held, 1)?;
+    assert_eq!((path_mtu(client, VIP6)?.as_str(), path_mtu(ne, own)?.as_str()), ("1456", "none"));
+
+    both.download(VIP6.into(), 3, "1500k", || {
+        router.ip_batch("link set far mtu 1400\n")?;
+        server.ip_batch("link set eth0 mtu 1400\n")?;
+        // The router says so to the tunnel's beginning (RFC 4443 §3.2), and that to the client: 44 bytes less.
+        back_again(&held, 2)?;
+        assert_eq!((path_mtu(client, VIP6)?.as_str(), path_mtu(ne, own)?.as_str()), ("1356", "1400"));
+        there_and_back(client, (VIP6, TALK))
+    })?;
+
+    // The path is wide again, and the kernel forgets; a new route has the daemon look, which it does every minute anyway.
+    router.ip_batch("link set far mtu 1500\n")?;
+    server.ip_batch("link set eth0 mtu 1500\n")?;
+    wait_until("the kernel has forgotten", SOON, || path_mtu(ne, own).is_ok_and(|mtu| mtu == "none"))?;
+    ne.ip_batch("route add 2001:db8:ffff::/64 dev eth0\n")?;
+    wait_until("the tunnel is as wide as before", SOON, || {
+        let flushed = client.command("ip").args(["-6", "route", "flush", "cache"]).status();
+        flushed.is_ok_and(|status| status.success())
+            && back_again(&held, 3).is_ok()
+            && path_mtu(client, VIP6).is_ok_and(|mtu| mtu == "1456")
+    })
+}
+
+/// Sends more than fits a window over a held connection, and expects it back.
+fn back_again(stream: &TcpStream, seed: u32) -> Result<()> {
+    let sent: Vec<u8> = (0..100_000u32).flat_map(|n| (n ^ seed).wrapping_mul(0x9e37_79b1).to_le_bytes()).collect();
+    let back = thread::scope(|scope| {
+        let writer = scope.spawn(|| {
+            let mut stream = stream;
+            stream.write_all(&sent)
+        });
+        let (mut reader, mut back) = (stream, vec![0; sent.len()]);
+        reader.read_exact(&mut back).context("not all came back")?;
+        writer.join().expect("the writer does not panic")?;
+        Ok::<_, anyhow::Error>(back)
+    })?;
+    ensure!(back == sent, "what came back is not what was sent");
+    Ok(())
 }
