@@ -3,6 +3,7 @@
 use crate::{
     frame::Frame,
     rare::{FragmentKey, FragmentPlace},
+    rewrite::l2::Mac,
     six::{
         head::{Walk, walk},
         routed,
@@ -31,9 +32,9 @@ pub trait Device {
     /// Takes this many bytes from the frame's end.
     fn shorten(&self, bytes: u32) -> bool;
     /// MAC address of the interface that the frame came in by.
-    fn own_mac(&self) -> [u8; 6];
+    fn own_mac(&self) -> Mac;
     /// MAC address of the interface with this index in [`names::PORTS`](crate::abi::names::PORTS).
-    fn port_mac(&self, index: u32) -> Option<[u8; 6]>;
+    fn port_mac(&self, index: u32) -> Option<Mac>;
     /// Whether one more ICMP error may be sent now; it counts as sent.
     fn may_tell(&self) -> bool;
     /// Remembers from now on where a datagram's first part went.
@@ -107,9 +108,9 @@ pub enum Way {
         /// The kernel's index of it.
         link: u32,
         /// MAC address of the next hop.
-        to: [u8; 6],
+        to: Mac,
         /// MAC address of the interface.
-        from: [u8; 6],
+        from: Mac,
     },
     /// Out by an interface with this MTU, which is too small.
     TooBig(u16),

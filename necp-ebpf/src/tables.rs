@@ -5,6 +5,7 @@ use crate::{
     choice::{Chosen, NewFlow},
     exceptions::{ExceptionBucketWords, ExceptionMasksWords, ExceptionWords, Tuple, name6, prefix6},
     flows::{FlowBucketWords, FlowWord},
+    rewrite::l2::Mac,
     room::insert_into,
     routed::Reply,
     six::digest,
@@ -200,9 +201,8 @@ impl NextHop {
 
     /// The MAC address.
     #[inline(always)]
-    pub const fn mac(self) -> [u8; 6] {
-        let [a, b, c, d, e, f, ..] = self.0.to_ne_bytes();
-        [a, b, c, d, e, f]
+    pub const fn mac(self) -> Mac {
+        Mac::of(self.0)
     }
 
     /// [`ALIVE`] and the others.

@@ -16,7 +16,7 @@ use necp_ebpf::{
     parse::{L2_LEN, datagram, parse, ports},
     path::decide,
     rare::{self, FragmentKey, FragmentPlace},
-    rewrite::l2,
+    rewrite::l2::{self, Mac},
     routed, six,
     steer::Decision,
     verdict::{Action, Reason},
@@ -133,7 +133,7 @@ struct Family {
 
 impl Family {
     fn four(device: &Buffer<'_>, view: &View<'_>) -> Self {
-        let decision = decide(&device.frame(), OWN_MAC, view);
+        let decision = decide(&device.frame(), OWN_MAC.into(), view);
         let ending = match decision.action() {
             Action::Transmit if matches!(decision.next_hop.forwarding(), GRE | LAYER_3) => {
                 routed::send(device, view, decision.server, decision.reason as u32, L2_LEN)
@@ -159,7 +159,7 @@ impl Family {
     }
 
     fn six(device: &Buffer<'_>, view: &View<'_>) -> Self {
-        let decision = six::decide(&device.frame(), OWN_MAC, view);
+        let decision = six::decide(&device.frame(), OWN_MAC.into(), view);
         let ending = match decision.action() {
             Action::Transmit if matches!(decision.next_hop.forwarding(), GRE | LAYER_3) => {
                 six::routed::send(device, view, decision.server, decision.reason as u32, L2_LEN)
@@ -276,12 +276,12 @@ impl Device for Buffer<'_> {
         })
     }
 
-    fn own_mac(&self) -> [u8; 6] {
-        OWN_MAC
+    fn own_mac(&self) -> Mac {
+        OWN_MAC.into()
     }
 
-    fn port_mac(&self, index: u32) -> Option<[u8; 6]> {
-        [OWN_MAC, OTHER_MAC].get(index as usize).copied()
+    fn port_mac(&self, index: u32) -> Option<Mac> {
+        [OWN_MAC, OTHER_MAC].get(index as usize).map(|mac| Mac::from(*mac))
     }
 
     fn may_tell(&self) -> bool {

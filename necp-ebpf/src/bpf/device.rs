@@ -12,6 +12,7 @@ use necp_ebpf::{
     flows::opaque,
     frame::Frame,
     rare::{FRAGMENT_TIME, FragmentKey, FragmentPlace, IPV4, IPV6, skip_tags},
+    rewrite::l2::Mac,
     six::{
         head::{Walk, walk},
         routed,
@@ -93,12 +94,12 @@ impl Device for Interface {
     }
 
     #[inline(always)]
-    fn own_mac(&self) -> [u8; 6] {
+    fn own_mac(&self) -> Mac {
         maps::own_port().1
     }
 
     #[inline(always)]
-    fn port_mac(&self, index: u32) -> Option<[u8; 6]> {
+    fn port_mac(&self, index: u32) -> Option<Mac> {
         let (own, mac) = maps::own_port();
         if index == own { Some(mac) } else { maps::port_mac(index) }
     }
@@ -201,17 +202,19 @@ impl Interface {
         let answer = unsafe { bpf_fib_lookup(self.0.cast(), (&raw mut *lookup).cast(), size, 0) };
         let word = |index: usize| {
             // SAFETY: within the structure. Volatile, so that words are read as such: parts of them may not be aligned.
-            unsafe { (&raw const lookup.0).cast::<u32>().add(index).read_volatile().to_ne_bytes() }
+            unsafe { (&raw const lookup.0).cast::<u32>().add(index).read_volatile() }
         };
+        let two = |first: u32, second: u32| (u32::from_le(second) as u64) << 32 | u32::from_le(first) as u64;
         match answer as u32 {
             // Others' interfaces may not take packets from here.
             BPF_FIB_LKUP_RET_SUCCESS if !self.came_in_by(lookup.0[2]) && !maps::is_ours(lookup.0[2]) => Way::Kernel,
             BPF_FIB_LKUP_RET_SUCCESS => {
-                let ([a, b, c, d], [e, f, g, h], [i, j, k, l]) = (word(13), word(14), word(15));
-                Way::Out { link: lookup.0[2], from: [a, b, c, d, e, f], to: [g, h, i, j, k, l] }
+                let (from, to) = (two(word(13), word(14)), two(word(14), word(15)));
+                // The second address begins in the middle of a word.
+                Way::Out { link: lookup.0[2], from: Mac::of(from.to_le()), to: Mac::of((to >> 16).to_le()) }
             }
             BPF_FIB_LKUP_RET_FRAG_NEEDED => {
-                let [_, _, a, b] = word(1);
+                let [_, _, a, b] = word(1).to_ne_bytes();
                 Way::TooBig(u16::from_ne_bytes([a, b]))
             }
             _ => Way::Kernel,

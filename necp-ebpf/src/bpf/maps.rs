@@ -17,6 +17,7 @@ use necp_ebpf::{
     exceptions::{ExceptionBucketWords, ExceptionMasksWords, ExceptionWords, Tuple, prefix6},
     flows::{FlowBucketWords, FlowWord},
     rare::{FragmentKey, FragmentPlace},
+    rewrite::l2::Mac,
     room::insert_into,
     routed::Reply,
     six,
@@ -90,17 +91,16 @@ static INTERCEPTS: u32 = 0;
 
 /// The interface that this instance of the program runs on: its index in `ports`, its MAC address.
 #[inline(always)]
-pub(super) fn own_port() -> (u32, [u8; 6]) {
+pub(super) fn own_port() -> (u32, Mac) {
     // SAFETY: both are initialised and never written while the program is loaded.
     let (index, mac) = unsafe { ((&raw const PORT_INDEX).read_volatile(), (&raw const PORT_MAC).read_volatile()) };
-    let [a, b, c, d, e, f, ..] = mac.to_ne_bytes();
-    (index, [a, b, c, d, e, f])
+    (index, Mac::of(mac))
 }
 
 /// The MAC address of another interface, if there is one.
 #[inline(always)]
-pub(super) fn port_mac(index: u32) -> Option<[u8; 6]> {
-    PORTS.get(index).filter(|port| port.ifindex != 0).map(|port| port.mac)
+pub(super) fn port_mac(index: u32) -> Option<Mac> {
+    PORTS.get(index).filter(|port| port.ifindex != 0).map(|port| port.mac.into())
 }
 
 /// Sends the packet out by another interface.

@@ -17,7 +17,7 @@ use necp_ebpf::{
     parse::{L2_LEN, parse},
     path::decide,
     rare,
-    rewrite::l2,
+    rewrite::l2::{self, Mac},
     routed, six,
     steer::Decision,
     verdict::{Action, Reason},
@@ -136,13 +136,7 @@ fn necp_six_ports(ctx: XdpContext) -> u32 {
 }
 
 #[inline(always)]
-fn transmit<const SIX: bool>(
-    ctx: &XdpContext,
-    frame: &Frame,
-    decision: Decision,
-    own_index: u32,
-    own_mac: [u8; 6],
-) -> u32 {
+fn transmit<const SIX: bool>(ctx: &XdpContext, frame: &Frame, decision: Decision, own_index: u32, own_mac: Mac) -> u32 {
     let length = frame.len() as u64;
     if matches!(decision.next_hop.forwarding(), GRE | LAYER_3) {
         let (server, reason) = (decision.server, decision.reason as u32);

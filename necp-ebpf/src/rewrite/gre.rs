@@ -11,7 +11,7 @@ use network_types::ip::Ipv4Hdr;
 
 use super::{
     ipv4::{self, DONT_FRAGMENT, Header},
-    l2,
+    l2::{self, Mac},
 };
 use crate::frame::Frame;
 
@@ -34,9 +34,9 @@ pub struct Outer {
     /// Destination address, likewise.
     pub destination: u32,
     /// MAC address of the next hop.
-    pub to: [u8; 6],
+    pub to: Mac,
     /// MAC address of the interface.
-    pub from: [u8; 6],
+    pub from: Mac,
 }
 
 /// Wraps the datagram that was at `l3` before the frame grew by [`OVERHEAD`]; it has more than one hop to live.

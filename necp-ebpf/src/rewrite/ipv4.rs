@@ -4,7 +4,7 @@ use core::mem::offset_of;
 
 use network_types::ip::Ipv4Hdr;
 
-use super::checksum::{fold, mend};
+use super::checksum::fold;
 use crate::frame::Frame;
 
 /// A header without options.
@@ -54,9 +54,9 @@ pub fn write(datagram: &Frame, header: &Header) -> bool {
 #[inline(always)]
 pub fn count_hop(datagram: &Frame) -> bool {
     let (ttl_at, check_at) = (offset_of!(Ipv4Hdr, ttl), offset_of!(Ipv4Hdr, check));
-    let (Some(old), Some(check)) = (datagram.read::<u16>(ttl_at), datagram.read::<u16>(check_at)) else { return false };
-    // Time to live and protocol are one 16-bit word of the header.
-    let [ttl, protocol] = old.to_ne_bytes();
-    let new = u16::from_ne_bytes([ttl.wrapping_sub(1), protocol]);
-    datagram.write(ttl_at, new) && datagram.write(check_at, mend(check, old as u32, new as u32))
+    let (Some(ttl), Some(check)) = (datagram.read::<u8>(ttl_at), datagram.read::<u16>(check_at)) else { return false };
+    // Time to live is the first byte of a 16-bit word of the header. One less there is one more here, with its carry.
+    let check = check as u32 + u16::from_ne_bytes([1, 0]) as u32;
+    let check = (check + (check >= 0xffff) as u32) as u16;
+    datagram.write(ttl_at, ttl.wrapping_sub(1)) && datagram.write(check_at, check)
 }

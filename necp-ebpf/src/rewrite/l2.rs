@@ -2,27 +2,50 @@
 
 use crate::{frame::Frame, parse::L2_LEN};
 
+/// A MAC address in one register, its first byte in the lowest eight bits: as six bytes, the compiler would take it apart.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Mac(u64);
+
+impl Mac {
+    /// The first six bytes of a word as it stands in memory.
+    #[inline(always)]
+    pub const fn of(word: u64) -> Self {
+        Self(u64::from_le(word) & 0xffff_ffff_ffff)
+    }
+}
+
+impl From<[u8; 6]> for Mac {
+    #[inline(always)]
+    fn from([a, b, c, d, e, f]: [u8; 6]) -> Self {
+        Self(u64::from_le_bytes([a, b, c, d, e, f, 0, 0]))
+    }
+}
+
 /// Where the EtherType, or the first tag, stands.
 const TYPE: usize = 12;
 /// One VLAN tag (IEEE 802.1Q).
 const TAG_LEN: usize = 4;
 
+/// Both addresses of a frame.
+#[repr(C, packed)]
+#[derive(Clone, Copy)]
+struct Addresses {
+    first: u64,
+    rest: u32,
+}
+
 /// Addresses the frame to the server's MAC; `source` is the MAC of the interface that it leaves by.
 #[inline(always)]
-pub fn rewrite(frame: &Frame, destination: [u8; 6], source: [u8; 6]) -> bool {
-    let [a, b, c, d, e, f] = destination;
-    let [g, h, i, j, k, l] = source;
-    // Three whole words instead of twelve bytes: this is a cost per packet.
-    let words = [u32::from_ne_bytes([a, b, c, d]), u32::from_ne_bytes([e, f, g, h]), u32::from_ne_bytes([i, j, k, l])];
-    frame.write(0, words)
+pub fn rewrite(frame: &Frame, Mac(destination): Mac, Mac(source): Mac) -> bool {
+    // A word and a half instead of twelve bytes: this is a cost per packet.
+    let (first, rest) = ((destination | source << 48).to_le(), ((source >> 16) as u32).to_le());
+    frame.write(0, Addresses { first, rest })
 }
 
 /// Whether the frame is addressed to this MAC.
 #[inline(always)]
-pub fn is_for(frame: &Frame, mac: [u8; 6]) -> bool {
-    let [a, b, c, d, e, f] = mac;
-    frame.read::<u32>(0) == Some(u32::from_ne_bytes([a, b, c, d]))
-        && frame.read::<u16>(4) == Some(u16::from_ne_bytes([e, f]))
+pub fn is_for(frame: &Frame, Mac(mac): Mac) -> bool {
+    frame.read::<u32>(0) == Some((mac as u32).to_le()) && frame.read::<u16>(4) == Some(((mac >> 32) as u16).to_le())
 }
 
 /// Copies what follows the MAC addresses, tags and EtherType, from where it stood before the frame grew by `grown` bytes;
@@ -39,8 +62,7 @@ pub fn take_along(frame: &Frame, l3: usize, grown: usize) -> bool {
 
 /// Addresses the frame to where it came from before it grew by `grown` bytes; `own` is this interface's MAC.
 #[inline(always)]
-pub fn turn_round_from(frame: &Frame, grown: usize, own: [u8; 6]) -> bool {
-    let (Some(high), Some(low)) = (frame.read::<u32>(grown + 6), frame.read::<u16>(grown + 10)) else { return false };
-    let ([a, b, c, d], [e, f]) = (high.to_ne_bytes(), low.to_ne_bytes());
-    rewrite(frame, [a, b, c, d, e, f], own)
+pub fn turn_round_from(frame: &Frame, grown: usize, own: Mac) -> bool {
+    let (Some(first), Some(rest)) = (frame.read::<u32>(grown + 6), frame.read::<u16>(grown + 10)) else { return false };
+    rewrite(frame, Mac((u16::from_le(rest) as u64) << 32 | u32::from_le(first) as u64), own)
 }

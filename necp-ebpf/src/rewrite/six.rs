@@ -10,7 +10,11 @@ use core::mem::offset_of;
 
 use network_types::{ip::Ipv6Hdr, udp::UdpHdr};
 
-use super::{checksum::fold, l2, l3::End};
+use super::{
+    checksum::fold,
+    l2::{self, Mac},
+    l3::End,
+};
 use crate::{frame::Frame, packet::protocol, six::head::ICMPV6, tables::Address6};
 
 /// Bytes that come before the datagram in GRE.
@@ -68,9 +72,9 @@ pub struct Outer {
     /// Destination address.
     pub destination: Address6,
     /// MAC address of the next hop.
-    pub to: [u8; 6],
+    pub to: Mac,
     /// MAC address of the interface.
-    pub from: [u8; 6],
+    pub from: Mac,
 }
 
 /// Wraps the datagram that was at `l3` before the frame grew by [`OVERHEAD`]; it has more than one hop to live. The outer header

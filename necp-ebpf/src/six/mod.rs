@@ -27,7 +27,7 @@ use crate::{
     hash::{fold6, service_bucket},
     packet::{Packet, entry_key, protocol},
     parse::{L2_LEN, transport},
-    rewrite::l2,
+    rewrite::l2::{self, Mac},
     steer::{Decision, find_entry, steer_to, whose_at},
     tables::{Address6, Addresses6, NextHop, Tables, halves},
     verdict::Reason,
@@ -42,6 +42,9 @@ pub struct Packet6 {
     pub packet: Packet,
 }
 
+/// What is left to [`rare`], whatever that finds it to be.
+const LEFT: Reason = Reason::Fragment;
+
 /// Whether an untagged frame is of this family.
 #[inline(always)]
 pub fn is_ipv6(frame: &Frame) -> bool {
@@ -50,7 +53,7 @@ pub fn is_ipv6(frame: &Frame) -> bool {
 
 /// Decides about an untagged IPv6 frame that came in by an interface with this MAC address.
 #[inline(always)]
-pub fn decide<T: Tables>(frame: &Frame, own_mac: [u8; 6], tables: &T) -> Decision {
+pub fn decide<T: Tables>(frame: &Frame, own_mac: Mac, tables: &T) -> Decision {
     match parse(frame) {
         Ok(_) if !l2::is_for(frame, own_mac) => Decision::unsteered(Reason::OtherHost),
         Ok(packet) => match tables.six(packet.addresses) {
@@ -70,7 +73,7 @@ pub fn parse(frame: &Frame) -> Result<Packet6, Reason> {
         return Err(Reason::Malformed);
     }
     if !matches!(ip.next_hdr, protocol::TCP | protocol::UDP) {
-        return Err(Reason::Fragment);
+        return Err(LEFT);
     }
     let addresses = Addresses6 { source: halves(ip.src_addr), destination: halves(ip.dst_addr) };
     let mut packet = Packet { protocol: ip.next_hdr, ..Packet::default() };

@@ -33,7 +33,9 @@ use necp_user::plane::BENCH_WRAPPER;
 /// Every figure is net: a small wrapper writes the frame of the next flow and calls the program; the same wrapper with a
 /// program that does nothing is the floor, measured right before and after. Needs root.
 #[derive(Parser)]
-#[command(after_help = "Examples:\n  cargo xtask bench\n  cargo xtask bench --rounds 301 --json")]
+#[command(
+    after_help = "Examples:\n  cargo xtask bench\n  cargo xtask bench --rounds 301 --json\n  cargo xtask bench -- --only gre"
+)]
 struct Args {
     /// Rounds of each measurement, short ones, so that a slow spell of the machine spoils few; the median is shown
     #[arg(long, default_value_t = 101)]
@@ -41,6 +43,9 @@ struct Args {
     /// Packets in a round
     #[arg(long, default_value_t = 200_000)]
     packets: u32,
+    /// Only the cases whose name contains this, in either case of letters
+    #[arg(long, value_name = "TEXT", default_value = "")]
+    only: String,
     /// Print JSON: a list of {case, flows, ns, min_ns, aim_ns}
     #[arg(long)]
     json: bool,
@@ -231,7 +236,8 @@ fn main() -> Result<()> {
         println!("{:<30}{:>16}{:>16}{:>16}   aims", "", "1 flow", "65,536", "1,048,576");
     }
     let mut rows = Vec::new();
-    for case in Case::ALL {
+    let wanted = args.only.to_lowercase();
+    for case in Case::ALL.into_iter().filter(|case| case.name().to_lowercase().contains(&wanted)) {
         let mut cells = Vec::new();
         for (flows, aim) in FLOWS.into_iter().zip(case.aims()) {
             // Flows without a visible beginning may take half of the table.

@@ -126,7 +126,10 @@ impl Bed {
             14 => self.read(),
             _ => match script.byte() {
                 0 => self.ne.close(crate::necp::CloseReason::Shutdown),
-                which @ 1..=63 if self.forger.is_some() => self.init(script, which),
+                which @ 1..=63 if self.forger.is_some() => {
+                    self.init(script, which >> 3, DEMANDS[usize::from(which & 7)]);
+                }
+                id @ 128..=143 if self.forger.is_some() => self.init(script, id, self.received.unused()),
                 64..=79 if self.forger.is_some() => self.take_offer(),
                 80..=87 => self.ask_extension(script),
                 88..=127 if self.forger.is_none() => self.wide(script),
@@ -144,9 +147,9 @@ impl Bed {
     }
 
     /// INIT of an authenticated session, at any time.
-    fn init(&mut self, script: &mut Script<'_>, which: u8) {
-        let header = Header::new(Opcode::INIT, Flags::NONE, (which >> 3).into(), 1);
-        let unit = Init { authenticate: Some(DEMANDS[usize::from(which & 7)]) }.unit();
+    fn init(&mut self, script: &mut Script<'_>, id: u8, demand: u64) {
+        let header = Header::new(Opcode::INIT, Flags::NONE, id.into(), 1);
+        let unit = Init { authenticate: Some(demand) }.unit();
         let bytes = self.made(script, &header, &[unit]);
         self.input(&bytes);
     }

@@ -195,6 +195,11 @@ pub(super) struct Received {
     /// demanded and granted.
     next: Option<u64>,
     starts: BTreeMap<u64, u32>,
+    /// The greatest number that any message had, and whether the peer never demanded one that was used, or a smaller one.
+    greatest: Option<u64>,
+    keeps_order: bool,
+    /// The last number of a message other than INIT_ACK.
+    last: Option<u64>,
     /// Some message was signed, other than INIT: from then on all are.
     signed: bool,
     /// Messages as they came.
@@ -217,6 +222,9 @@ impl Received {
             buffer: Vec::new(),
             next: None,
             starts: BTreeMap::new(),
+            greatest: None,
+            keeps_order: true,
+            last: None,
             signed: false,
             recorded: Vec::new(),
             demands: Vec::new(),
@@ -243,6 +251,11 @@ impl Received {
             rest = after;
         }
         self.buffer = rest.to_vec();
+    }
+
+    /// A number that was never used nor demanded, for a peer that keeps the rules.
+    pub(super) fn unused(&self) -> u64 {
+        self.greatest.unwrap_or(0).saturating_add(1 << 34)
     }
 
     /// Between two pieces of output that are all of it, no message is in progress.
@@ -310,6 +323,8 @@ impl Received {
         let demands = sent.judge.as_ref().map_or(&[][..], |judge| &judge.demands);
         if is_success(&header, Opcode::INIT_ACK) {
             assert!(demands.contains(&(header.request_id, number)), "{header:?} has another number than INIT demands");
+            self.keeps_order &= self.greatest < Some(number);
+            self.greatest = self.greatest.max(Some(number));
             if let Some(start) = number.checked_add(1) {
                 *self.starts.entry(start).or_default() += 1;
             }
@@ -325,6 +340,9 @@ impl Received {
             let start = self.starts.get_mut(&number).filter(|left| !follows && **left > 0);
             let starts = start.map(|left| *left -= 1).is_some();
             assert!(starts || follows || first, "{header:?} instead of {:?}", self.next);
+            let anew = self.last < Some(number);
+            assert!(anew || !self.keeps_order, "{header:?} after {:?}", self.last);
+            (self.last, self.greatest) = (Some(number), self.greatest.max(Some(number)));
             self.next = number.checked_add(1);
             self.signed = true;
         }
