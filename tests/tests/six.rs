@@ -10,7 +10,9 @@ use std::{
 use anyhow::{Context as _, Result, ensure};
 use necp_tests::{
     both::{Both, names},
+    conversation::{Conversation, all_answer},
     daemon::{NetworkElement, ServerElement},
+    line::TALK,
     netns::{Namespace, wait_until},
     topology::{CLIENT6, NE, NE6, Topology, VIP, VIP6, server_address6},
 };
@@ -64,14 +66,17 @@ fn one_agent_serves_both_families() -> Result<()> {
     let known_as: Vec<_> = status["nes"].as_array().context("a list")?.iter().map(|ne| &ne["address"]).collect();
     assert_eq!(known_as, ["10.0.0.11", "2001:db8:a::11"]);
 
+    both.download(VIP.into(), 8, "4m", || Ok(()))?;
+    both.download(VIP6.into(), 8, "4m", || Ok(()))?;
+
     // What is told is told in both sessions.
-    both.download(VIP.into(), 8, "2m", || {
-        both.download(VIP6.into(), 8, "2m", || {
-            command(&both, 0, &["drain"])?;
-            assert_eq!(who(&both)?, [two.clone(), two.clone()]);
-            Ok(())
-        })
-    })?;
+    let client = both.bed.client();
+    let mut talk = Conversation::open_many(client, 20, (VIP, TALK))?;
+    talk.extend(Conversation::open_many(client, 20, (VIP6, TALK))?);
+    command(&both, 0, &["drain"])?;
+    assert_eq!(who(&both)?, [two.clone(), two.clone()]);
+    all_answer("s1 is drained", &mut talk)?;
+    assert!(talk.iter().any(|one| one.server() == "s1"), "s1 had none of 40");
     command(&both, 0, &["resume"])?;
     wait_until("s1 gets new flows again", SOON, || who(&both).is_ok_and(|who| who == [all.clone(), all.clone()]))?;
 

@@ -39,7 +39,7 @@ fn serves(both: &Both) -> Result<()> {
     assert_eq!(both.who(VIP6.into(), 40)?, names(&["s1", "s2"]));
     let client = both.bed.client();
     let mut talk = Conversation::open_many(client, 40, (VIP6, TALK))?;
-    both.download(VIP6.into(), 12, "8m", || all_answer("downloads are under way", &mut talk))?;
+    both.download(VIP6.into(), 12, "4m", || all_answer("downloads are under way", &mut talk))?;
     for _ in 0..4 {
         there_and_back(client, (VIP6, TALK))?;
     }
