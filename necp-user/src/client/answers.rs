@@ -114,6 +114,17 @@ pub enum ExceptError {
     TooMany(usize),
 }
 
+/// Why services were started, or taken back, at no network element.
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+pub enum ServeError {
+    /// The same service twice.
+    #[error("the service {0} is offered twice; a service has one forwarding type")]
+    Twice(ServiceKey),
+    /// Something that is no service: protocol 0, or port 0 of TCP or UDP.
+    #[error("{0} is no service")]
+    NoService(ServiceKey),
+}
+
 /// The first of many, and how many there are.
 fn list(items: &[impl fmt::Display]) -> String {
     const SHOWN: usize = 4;

@@ -42,6 +42,7 @@
 //!   that are wanted are installed again, with what is left of their time, and then the services are started (or, while
 //!   drained, stopped).
 //! - Services that an NE refuses are asked for again, at growing distances.
+//! - Services may come and go at any time: [`Client::serve`], [`Client::withdraw`].
 //! - KEEPALIVEs are sent and answered (§5.5); the health closure is asked for each service that an NE asks about.
 //!
 //! # What comes back
@@ -88,17 +89,17 @@ use tokio::sync::{Mutex, mpsc, oneshot, watch};
 use tokio::time::timeout_at;
 
 pub use address::{NeAddress, ParseNeError};
-pub use answers::{Answers, ExceptError, Listing, NeError, NotEverywhere};
+pub use answers::{Answers, ExceptError, Listing, NeError, NotEverywhere, ServeError};
 pub use builder::{Builder, JoinError};
 pub use health::HealthIndex;
 pub use peer::{NeState, Standing};
 pub use wish::Wanted;
 
-use builder::Settings;
+use builder::{Settings, check_offers};
 use peer::{Command, Outcome, Peer, SharedWish, What};
 use wish::Wish;
 
-use crate::necp::{Exception, Filter, Flows};
+use crate::necp::{Exception, Filter, Flows, ServiceKey, ServiceUnit};
 
 /// Commands that may wait for each network element.
 const QUEUE: usize = 64;
@@ -134,7 +135,7 @@ impl Client {
 
     fn start(settings: Settings) -> Self {
         let settings = Arc::new(settings);
-        let wish = SharedWish::new(Wish::new(settings.max_exceptions));
+        let wish = SharedWish::new(Wish::new(settings.offers.clone(), settings.max_exceptions));
         let leave = watch::Sender::new(false);
         let peers = settings.nes.iter().map(|ne| {
             let (commands, received) = mpsc::channel(QUEUE);
@@ -241,6 +242,28 @@ impl Client {
         self.tell(What::Query(filter), self.shared.settings.answer_within, |_| {}).await
     }
 
+    /// The services, and how their packets are wanted, whatever the network elements made of them.
+    #[must_use]
+    pub fn offers(&self) -> Vec<ServiceUnit> {
+        self.shared.wish.lock().offers().to_vec()
+    }
+
+    /// Starts services beside the others (§5.6.1), or changes how their packets are wanted, for future flows. After
+    /// [`Self::drain`] they wait for [`Self::resume`].
+    ///
+    /// # Errors
+    /// If one of them cannot be; then nothing was started.
+    pub async fn serve(&self, offers: &[ServiceUnit]) -> Result<Answers<()>, ServeError> {
+        check_offers(offers)?;
+        Ok(self.tell_start(What::Serve(offers.into()), |wish| wish.offer(offers)).await)
+    }
+
+    /// Takes services back (§5.6.3): where it succeeds, no new flow of theirs comes from there any more. One that was not
+    /// offered counts as taken back.
+    pub async fn withdraw(&self, services: &[ServiceKey]) -> Answers<()> {
+        self.tell_start(What::Withdraw(services.into()), |wish| wish.withdraw(services)).await
+    }
+
     /// Stops all services (§5.6.3): where it succeeds, no new flow comes from there any more. Sessions, exceptions and
     /// established flows stay. Waits for the answers at most `limit`.
     pub async fn drain(&self, limit: Duration) -> Answers<()> {
@@ -249,7 +272,7 @@ impl Client {
 
     /// Starts all services again after [`Self::drain`].
     pub async fn resume(&self) -> Answers<()> {
-        self.tell(What::Start, self.shared.settings.answer_within, |wish| wish.serving = true).await.done()
+        self.tell_start(What::Start, |wish| wish.serving = true).await
     }
 
     /// Closes all sessions, and returns when they are closed, within about a second. The network elements send no new flow
@@ -268,9 +291,14 @@ impl Client {
         match standing {
             Standing::Away(_) => false,
             Standing::Joined { started, refused, stopped, .. } => {
-                *stopped || started.len() + refused.len() >= self.shared.settings.offers.len()
+                let answered = |key: ServiceKey| started.contains(&key) || refused.contains(&key);
+                *stopped || self.shared.wish.lock().offers().iter().all(|offer| answered(offer.key()))
             }
         }
+    }
+
+    async fn tell_start(&self, what: What, change: impl FnOnce(&mut Wish)) -> Answers<()> {
+        self.tell(what, self.shared.settings.answer_within, change).await.done()
     }
 
     /// As [`Self::request`], for a change that cannot fail.

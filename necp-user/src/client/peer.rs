@@ -19,7 +19,7 @@ use super::builder::Settings;
 use super::dial::dial;
 use super::session::Session;
 use super::wish::Wish;
-use crate::necp::{Backoff, Exception, Filter, Flows, ServiceKey};
+use crate::necp::{Backoff, Exception, Filter, Flows, ServiceKey, ServiceUnit};
 use crate::secret::Identity;
 
 /// What one network element thinks of this server, as far as is known here.
@@ -81,6 +81,10 @@ pub(super) enum What {
     Start,
     /// STOP of everything.
     Stop,
+    /// START of these, unless everything is stopped.
+    Serve(Arc<[ServiceUnit]>),
+    /// STOP of these.
+    Withdraw(Arc<[ServiceKey]>),
     Add(Arc<[Exception]>),
     Delete(Arc<[Flows]>),
     Reset,

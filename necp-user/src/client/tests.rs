@@ -1,6 +1,7 @@
 //! The client as a whole, over real TCP, against the network element's protocol machine.
 
 mod proxy;
+mod serve;
 
 use super::fake_ne::{INSTALLER, Manner, Ne};
 use super::*;

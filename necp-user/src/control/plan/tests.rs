@@ -3,7 +3,7 @@
 use necp_ebpf::{
     abi::{ACCEPTS, FIRST_SERVER},
     host::Owned,
-    slot::TRACKED,
+    slot::{SlotWord, TRACKED},
 };
 
 use super::{
