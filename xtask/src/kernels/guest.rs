@@ -20,7 +20,7 @@ const MODULES: [&str; 3] = ["drivers/net/veth", "net/bridge/bridge", "net/ipv4/i
 /// Programs of this host that the tests start.
 const TOOLS: [&str; 2] = ["busybox", "ip"];
 /// Seconds after which a guest is given up.
-const PATIENCE: &str = "600";
+const PATIENCE: &str = "1200";
 /// In MiB: the maps of the daemon's defaults, twice over.
 const MEMORY: &str = "2048";
 
