@@ -6,7 +6,7 @@
 //! are in network byte order unless a field says otherwise; everything else is in the host's.
 
 /// Raised whenever a record below, or what a field means, changes: pinned maps of another layout are never reused.
-pub const LAYOUT_VERSION: u32 = 6;
+pub const LAYOUT_VERSION: u32 = 7;
 
 /// Map and object names, as `bpftool` and the pin directory show them (at most 15 bytes, the kernel's limit).
 pub mod names {
@@ -44,6 +44,8 @@ pub mod names {
     pub const STAGES: &str = "stages";
     /// `LpmTrie<[u8; 8], u32>`: addresses that count when a packet crosses this host, see [`AddressSet`](super::AddressSet).
     pub const CROSSINGS: &str = "crossings";
+    /// `LpmTrie<[u8; 20], u32>`: the same of IPv6.
+    pub const CROSSINGS6: &str = "crossings6";
     /// `PerCpuArray<Allowance>`: one entry, how many ICMP errors may still be sent.
     pub const ALLOWANCE: &str = "allowance";
     /// `Array<Layout>`: one entry, what the other maps were created with.
@@ -62,8 +64,10 @@ pub mod names {
     pub const REPLIES: &str = "REPLIES";
     /// Read-only global: 1 if some farm intercepts what crosses this host, else 0 and no packet is asked about it.
     pub const INTERCEPTS: &str = "INTERCEPTS";
+    /// Read-only global: the same of IPv6.
+    pub const INTERCEPTS6: &str = "INTERCEPTS6";
     /// All maps that outlive the daemon, by name.
-    pub const PINNED: [&str; 18] = [
+    pub const PINNED: [&str; 19] = [
         SERVICES,
         SLOTS,
         SERVERS,
@@ -80,6 +84,7 @@ pub mod names {
         FRAGMENTS,
         STAGES,
         CROSSINGS,
+        CROSSINGS6,
         ALLOWANCE,
         LAYOUT,
     ];
@@ -185,6 +190,8 @@ pub const SERVICE6: u8 = 5;
 pub const REPLY6: u8 = 6;
 /// In [`Service::state`]: [`VIP`] of IPv6. `address` is its fold, `vip` says which.
 pub const VIP6: u8 = 7;
+/// In [`Service::state`]: [`INTERCEPT`] of IPv6.
+pub const INTERCEPT6: u8 = 8;
 /// VIPs of one protocol and port whose servers may ask for layer 3: a reply looks at each of them.
 pub const REPLY_VIPS: u32 = 16;
 /// In [`Service::id`]: records of this service count against the quota of flows that show no beginning.
@@ -321,14 +328,17 @@ pub enum Stage {
     SixRare,
     /// What of that has ports.
     SixPorts,
+    /// What of IPv6 is for no VIP, if some farm intercepts it.
+    SixCrossing,
 }
 
 /// Entries of [`names::STAGES`].
-pub const MAX_STAGES: u32 = 6 * MAX_PORTS;
+pub const MAX_STAGES: u32 = Stage::ALL.len() as u32 * MAX_PORTS;
 
 impl Stage {
     /// All of them.
-    pub const ALL: [Self; 6] = [Self::Rare, Self::Ports, Self::Crossing, Self::Six, Self::SixRare, Self::SixPorts];
+    pub const ALL: [Self; 7] =
+        [Self::Rare, Self::Ports, Self::Crossing, Self::Six, Self::SixRare, Self::SixPorts, Self::SixCrossing];
 
     /// The program's name.
     pub const fn program(self) -> &'static str {
@@ -339,6 +349,7 @@ impl Stage {
             Self::Six => "necp_six",
             Self::SixRare => "necp_six_rare",
             Self::SixPorts => "necp_six_ports",
+            Self::SixCrossing => "necp_six_cross",
         }
     }
 
@@ -349,11 +360,12 @@ impl Stage {
     }
 }
 
-/// A set of addresses that [`names::CROSSINGS`] holds as prefixes: the first four bytes of its keys. The address follows.
+/// A set of addresses that [`names::CROSSINGS`] and [`names::CROSSINGS6`] hold as prefixes: the first four bytes of their keys. The
+/// address follows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct AddressSet(pub [u8; 4]);
 
-/// Prefixes of all sets together.
+/// Prefixes of all sets together, of one family.
 pub const MAX_CROSSINGS: u32 = 16_384;
 
 impl AddressSet {

@@ -23,6 +23,7 @@ pub struct View<'a> {
     flows: &'a [FlowBucketWords],
     exceptions: ExceptionTables<'a>,
     crossings: &'a [Crossing],
+    crossings6: &'a [Crossing6],
     vips6: &'a [VipWords],
     addresses6: Option<Addresses6>,
     memory: PhantomData<&'a ()>,
@@ -30,6 +31,9 @@ pub struct View<'a> {
 
 /// A prefix of a set of addresses: the set, network and mask as they stand in a header.
 pub type Crossing = (AddressSet, u32, u32);
+
+/// The same of IPv6.
+pub type Crossing6 = (AddressSet, Address6, Address6);
 
 /// [`Address6`](crate::abi::Address6), as words.
 pub type VipWords = [Word; 2];
@@ -72,6 +76,7 @@ impl<'a> View<'a> {
             flows,
             exceptions,
             crossings: &[],
+            crossings6: &[],
             vips6,
             addresses6: None,
             memory: PhantomData,
@@ -79,8 +84,8 @@ impl<'a> View<'a> {
     }
 
     /// The same tables with these sets of addresses; without, all are empty.
-    pub fn with_crossings(self, crossings: &'a [Crossing]) -> Self {
-        Self { crossings, ..self }
+    pub fn with_crossings(self, crossings: &'a [Crossing], crossings6: &'a [Crossing6]) -> Self {
+        Self { crossings, crossings6, ..self }
     }
 
     /// All slots.
@@ -247,6 +252,11 @@ impl Tables for View<'_> {
     fn is_in(&self, set: AddressSet, address: u32) -> bool {
         self.crossings.iter().any(|&(of, network, mask)| of == set && address & mask == network)
     }
+
+    fn is_in6(&self, set: AddressSet, [high, low]: Address6) -> bool {
+        let within = |network: Address6, mask: Address6| [high & mask[0], low & mask[1]] == network;
+        self.crossings6.iter().any(|&(of, network, mask)| of == set && within(network, mask))
+    }
 }
 
 /// Tables of a process's own.
@@ -260,6 +270,7 @@ pub struct Owned {
     exception_index: alloc::vec::Vec<ExceptionBucketWords>,
     exceptions: alloc::vec::Vec<ExceptionWords>,
     crossings: alloc::vec::Vec<Crossing>,
+    crossings6: alloc::vec::Vec<Crossing6>,
 }
 
 /// Farms of tables of a process's own that may have exceptions.
@@ -284,6 +295,7 @@ impl Owned {
             exception_index: exceptions::no_index(EXCEPTIONS),
             exceptions: exceptions::no_records(EXCEPTIONS),
             crossings: alloc::vec::Vec::new(),
+            crossings6: alloc::vec::Vec::new(),
         }
     }
 
@@ -294,8 +306,9 @@ impl Owned {
     }
 
     /// Fills the sets of addresses.
-    pub fn set_crossings(&mut self, crossings: alloc::vec::Vec<Crossing>) {
+    pub fn set_crossings(&mut self, crossings: alloc::vec::Vec<Crossing>, crossings6: alloc::vec::Vec<Crossing6>) {
         self.crossings = crossings;
+        self.crossings6 = crossings6;
     }
 
     /// The tables, to be read and written.
@@ -310,6 +323,6 @@ impl Owned {
         };
         // SAFETY: both are borrowed exclusively for as long as the view lives.
         let view = unsafe { View::new(services, &self.slots, servers, &self.flows, &self.vips6, exceptions) };
-        view.with_crossings(&self.crossings)
+        view.with_crossings(&self.crossings, &self.crossings6)
     }
 }

@@ -20,7 +20,7 @@ use crate::{
     packet::{Packet, protocol},
     parse::{Part, ports},
     rare::{head, quoted, remember, send},
-    steer::{Decision, find_entry, steer_to, whose_at},
+    steer::{Decision, find_entry, find_service, steer_to, whose_at},
     tables::{NextHop, Tables},
     verdict::Reason,
 };
@@ -83,6 +83,10 @@ pub fn whose<T: Tables>(packet: &Packet, tables: &T) -> Option<(u32, NextHop)> {
 /// What becomes of an ICMP error about an intercepted flow, if it is about one that a server has.
 #[inline(always)]
 fn about<T: Tables>(packet: &Packet, tables: &T) -> Option<Decision> {
+    // What a VIP's farm has no server for is the host's.
+    if find_service(packet, tables).is_some() {
+        return None;
+    }
     let (server, next_hop) = whose(packet, tables)?;
     let reason = if next_hop.is_reachable() { Reason::Quoted } else { Reason::NoNextHop };
     // Intercepted packets are never translated, so what is quoted is right for the server as it stands.

@@ -1,6 +1,6 @@
 //! What the rest of the path needs to know of a packet.
 
-use crate::abi::{INTERCEPT, REPLY, REPLY6, VIP};
+use crate::abi::{INTERCEPT, INTERCEPT6, REPLY, REPLY6, VIP};
 
 /// TCP flag bits, as in byte 13 of the TCP header (RFC 9293 §3.1).
 pub mod tcp {
@@ -74,6 +74,12 @@ impl Packet {
     #[inline(always)]
     pub const fn intercept_key(&self) -> u64 {
         entry_key(0, self.destination_port, self.protocol, INTERCEPT)
+    }
+
+    /// The same of IPv6.
+    #[inline(always)]
+    pub const fn intercept_key6(&self) -> u64 {
+        entry_key(0, self.destination_port, self.protocol, INTERCEPT6)
     }
 
     /// The first eight bytes of the entry of the VIP with this number that this packet may be a reply from.

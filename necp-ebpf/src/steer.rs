@@ -9,7 +9,7 @@
 //! choice. A service that is opted out of tracking knows no flows, so each of its packets is a new one.
 
 use crate::{
-    abi::{ALWAYS_TRACKED, DIRECT, INTERCEPT, NONE, Service, ServiceBucket, UNTRACKED},
+    abi::{ALWAYS_TRACKED, DIRECT, INTERCEPT, INTERCEPT6, NONE, Service, ServiceBucket, UNTRACKED},
     choice::{Chosen, NewFlow},
     exceptions::Tuple,
     flows::{FlowWord, Found, find, flow_key, insert},
@@ -243,7 +243,8 @@ impl<'a, T: Tables> At<'a, T> {
         }
         // What an exception cuts through stays so, on record; what finds no server may find one with its next packet, unless it
         // crosses this host: then it has found its destination.
-        let host_s = chosen.server() == DIRECT && !chosen.is_excepted() && self.service.state != INTERCEPT;
+        let crosses = matches!(self.service.state, INTERCEPT | INTERCEPT6);
+        let host_s = chosen.server() == DIRECT && !chosen.is_excepted() && !crosses;
         let write = if host_s {
             Write::Nothing
         } else {

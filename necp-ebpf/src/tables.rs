@@ -8,7 +8,7 @@ use crate::{
     rewrite::l2::Mac,
     room::insert_into,
     routed::Reply,
-    six::digest,
+    six::{digest, intercept::digest_crossing},
     word::Word,
 };
 
@@ -40,6 +40,8 @@ pub trait Tables {
     fn far_end(&self, server: u32) -> Option<FarEnd>;
     /// Whether an address, as it stands in a header, is in this set.
     fn is_in(&self, set: AddressSet, address: u32) -> bool;
+    /// The same of an IPv6 address.
+    fn is_in6(&self, set: AddressSet, address: Address6) -> bool;
     /// The IPv6 VIP of this index.
     fn vip6(&self, index: u32) -> Option<Address6>;
     /// [`far_end`](Self::far_end) of a server that is reached by IPv6.
@@ -106,6 +108,11 @@ pub trait Tables {
     #[inline(always)]
     fn digest6(&self, source: Address6, port: u16, seed: u64) -> u64 {
         digest(source, port, seed)
+    }
+    /// [`digest_crossing`] of the IPv6 packet that these tables are for.
+    #[inline(always)]
+    fn digest_crossing6(&self, port: u16, seed: u64) -> u64 {
+        digest_crossing(self.addresses6().unwrap_or_default(), port, seed)
     }
     /// [`name6`] of the packet's addresses, of which so many bits count, under the exceptions' seed.
     #[inline(always)]

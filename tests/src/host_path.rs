@@ -10,7 +10,7 @@ use necp_ebpf::{
     abi::{GRE, ICMP_BURST, LAYER_3, MAX_SERVERS, ServerStats},
     device::{Device, Ending, Out, Routed, Routed6, Way},
     frame::Frame,
-    host::{Crossing, Owned, View},
+    host::{Crossing, Crossing6, Owned, View},
     intercept,
     packet::Packet,
     parse::{L2_LEN, datagram, parse, ports},
@@ -71,8 +71,8 @@ impl HostPath {
     }
 
     /// Fills the sets of addresses that count when a packet crosses this host.
-    pub fn set_crossings(&mut self, crossings: Vec<Crossing>) {
-        self.tables.set_crossings(crossings);
+    pub fn set_crossings(&mut self, crossings: Vec<Crossing>, crossings6: Vec<Crossing6>) {
+        self.tables.set_crossings(crossings, crossings6);
     }
 
     /// What this server id got so far.
@@ -142,7 +142,7 @@ impl Family {
             Action::Drop => Ending::drop(decision.reason),
             _ if decision.reason.is_rare() => match rare::handle(device, view) {
                 Some(ending) if ending.reason() == Reason::NotIp as u32 && device.datagram6_at() != 0 => {
-                    return Self { decision, ending: six_rare(device, view) };
+                    return Self { decision, ending: unless_crossing(six_rare(device, view), device, view) };
                 }
                 Some(ending) => ending,
                 None => rare::with_ports(device, view),
@@ -174,12 +174,16 @@ impl Family {
             _ => None,
         };
         let sent = reply.map(|(vip, server)| six::routed::send_reply(device, view, L2_LEN, vip, server));
-        Self { decision, ending: sent.unwrap_or(ending) }
+        Self { decision, ending: unless_crossing(sent.unwrap_or(ending), device, view) }
     }
 }
 
 fn six_rare(device: &Buffer<'_>, view: &View<'_>) -> Ending {
     six::rare::handle(device, view).unwrap_or_else(|| six::rare::with_ports(device, view))
+}
+
+fn unless_crossing(ending: Ending, device: &Buffer<'_>, view: &View<'_>) -> Ending {
+    if intercept::is_open(ending) { six::intercept::handle(device, view) } else { ending }
 }
 
 /// A test run's first buffer: a page without headroom and the kernel's own notes.

@@ -15,7 +15,7 @@ use aya::{
     },
     programs::{TestRunOptions, Xdp},
 };
-use ipnet::Ipv4Net;
+use ipnet::IpNet;
 use necp_ebpf::{
     abi::{AddressSet, Allowance, ICMP_BURST, Layout, Port, Stage, exception_buckets, exception_records, names},
     host::View,
@@ -88,6 +88,7 @@ impl Kernel {
             exceptions,
             replies: all,
             intercepts: all,
+            intercepts6: all,
         };
         let plane = Plane::open(&config)?;
         let loaded = load_program(&pin, &plane.layout(), all)
@@ -128,7 +129,7 @@ impl Kernel {
     ///
     /// # Panics
     /// Never: the plane is only taken away when this is dropped.
-    pub fn set_crossings(&mut self, wanted: &BTreeSet<(AddressSet, Ipv4Net)>) -> Result<()> {
+    pub fn set_crossings(&mut self, wanted: &BTreeSet<(AddressSet, IpNet)>) -> Result<()> {
         Ok(self.plane.as_mut().expect("the plane lives as long as this").set_crossings(wanted)?)
     }
 
@@ -271,7 +272,8 @@ fn load_program(pin: &std::path::Path, layout: &Layout, all: bool) -> Result<Ebp
         .override_global(names::EXCEPTION_BUCKET_MASK, &exception_mask, true)
         .override_global(names::EXCEPTION_SEED, &layout.exception_seed, true)
         .override_global(names::REPLIES, &all, true)
-        .override_global(names::INTERCEPTS, &all, true);
+        .override_global(names::INTERCEPTS, &all, true)
+        .override_global(names::INTERCEPTS6, &all, true);
     for name in names::PINNED {
         loader.map_pin_path(name, pin.join(name));
     }

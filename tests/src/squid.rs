@@ -3,6 +3,7 @@
 use std::{fs, path::PathBuf, time::Duration};
 
 use anyhow::{Context as _, Result, ensure};
+use necp_user::necp::message::Family;
 
 use crate::{netns::Namespace, process::Process, topology::Topology};
 
@@ -19,13 +20,17 @@ pub struct Squid {
 }
 
 impl Squid {
-    /// Starts it, and redirects to it what comes in by `eth0` for this TCP port, whatever the address.
+    /// Starts it, and redirects to it what of one family comes in by `eth0` for this TCP port, whatever the address.
     ///
     /// # Errors
     /// With squid's output or nft's, if it does not come up.
-    pub fn start(topology: &Topology, ns: &Namespace, name: &str, port: u16) -> Result<Self> {
+    pub fn start(topology: &Topology, ns: &Namespace, name: &str, family: Family, port: u16) -> Result<Self> {
         let config = topology.dir().join(format!("squid-{name}.conf"));
-        fs::write(&config, configuration(name))?;
+        let (any, table) = match family {
+            Family::V4 => ("0.0.0.0", "ip"),
+            Family::V6 => ("[::]", "ip6"),
+        };
+        fs::write(&config, configuration(name, any))?;
         // What names its shared memory, of letters and digits only.
         let service: String =
             format!("{}{name}", topology.name()).chars().filter(char::is_ascii_alphanumeric).collect();
@@ -35,7 +40,7 @@ impl Squid {
         let mut squid = Self { process, service };
         squid.process.wait_until("squid listens", Duration::from_secs(10), |_| ns.listens(INTERCEPT))?;
         let rules = format!(
-            "table ip proxy {{ chain in {{ type nat hook prerouting priority dstnat; \
+            "table {table} proxy {{ chain in {{ type nat hook prerouting priority dstnat; \
              iifname \"eth0\" tcp dport {port} redirect to :{INTERCEPT}; }}; }}"
         );
         let output = ns.command("nft").arg(rules).output().context("nft does not start")?;
@@ -56,10 +61,10 @@ impl Drop for Squid {
     }
 }
 
-fn configuration(name: &str) -> String {
+fn configuration(name: &str, any: &str) -> String {
     format!(
-        "http_port 0.0.0.0:{INTERCEPT} intercept
-http_port 0.0.0.0:{FORWARD}
+        "http_port {any}:{INTERCEPT} intercept
+http_port {any}:{FORWARD}
 visible_hostname {name}
 pid_filename none
 cache_log /dev/null

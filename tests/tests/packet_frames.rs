@@ -2,8 +2,8 @@
 
 use necp_ebpf::verdict::Reason;
 use necp_tests::frames::{
-    history::{Bench, Tally},
-    judge::Difference,
+    history::{Bench, LEAST_INTERCEPTED, Tally},
+    judge::{Crossing, Difference},
     kept,
 };
 
@@ -28,6 +28,10 @@ fn reaches_everything(tally: &Tally) {
     for (difference, count) in Difference::ALL.into_iter().zip(tally.differences) {
         assert!(count > 0, "{difference:?} never came: {tally:?}");
     }
+    for (crossing, count) in Crossing::ALL.into_iter().zip(tally.crossings) {
+        assert!(count > 0, "{crossing:?} never came: {tally:?}");
+    }
+    assert!(tally.intercepted() * LEAST_INTERCEPTED > tally.frames, "few were intercepted: {tally:?}");
 }
 
 #[test]

@@ -24,6 +24,7 @@ fn the_kernel_takes_the_program_as_the_daemon_loads_it_and_is_far_from_its_limit
         exceptions: exception_records(DEFAULT_EXCEPTIONS),
         replies: true,
         intercepts: true,
+        intercepts6: true,
     };
     let before: Vec<u32> = loaded_programs().flatten().map(|program| program.id()).collect();
     let plane = bed.ns.run(|| Plane::open(&config)).unwrap_or_else(|error| panic!("{error}"));

@@ -159,7 +159,16 @@ fn a_recorded_flow_stays_where_every_flow_should_be_on_record_and_cannot() {
 
 #[test]
 fn no_intercepted_flow_moves_and_those_begun_before_the_first_start_stay_direct() {
-    let played = run(Promise::Every, &of(Kind::Intercept, AMPLE), number("NECP_TRACKING_CASES", 100_000) / 4);
+    intercepted(Kind::Intercept);
+}
+
+#[test]
+fn no_intercepted_flow_of_ipv6_moves_and_those_begun_before_the_first_start_stay_direct() {
+    intercepted(Kind::SixIntercept);
+}
+
+fn intercepted(kind: Kind) {
+    let played = run(Promise::Every, &of(kind, AMPLE), number("NECP_TRACKING_CASES", 100_000) / 4);
     assert_eq!(played.moved, 0);
     for reason in [Reason::NewUnrecorded, Reason::Legacy, Reason::BadTables, Reason::NotOurs, Reason::NoServer] {
         assert_eq!(played.reasons[reason as usize], 0, "{reason:?}: the test's own tables are at fault");

@@ -65,6 +65,8 @@ static FRAGMENTS: LruHashMap<FragmentKey, FragmentPlace, { MAX_FRAGMENTS as usiz
 static STAGES: ProgramArray<{ MAX_STAGES as usize }> = ProgramArray::new();
 #[btf_map(name = "crossings")]
 static CROSSINGS: LpmTrie<[u32; 2], u32, { MAX_CROSSINGS as usize }> = LpmTrie::new();
+#[btf_map(name = "crossings6")]
+static CROSSINGS6: LpmTrie<[u32; 5], u32, { MAX_CROSSINGS as usize }> = LpmTrie::new();
 #[btf_map(name = "allowance")]
 static ALLOWANCE: PerCpuArray<Allowance, 1> = PerCpuArray::new();
 /// Of the IPv6 packet that this CPU is at. Each instance of the program has its own.
@@ -88,6 +90,8 @@ static EXCEPTION_SEED: u64 = 0;
 static REPLIES: u32 = 0;
 #[unsafe(no_mangle)]
 static INTERCEPTS: u32 = 0;
+#[unsafe(no_mangle)]
+static INTERCEPTS6: u32 = 0;
 
 /// The interface that this instance of the program runs on: its index in `ports`, its MAC address.
 #[inline(always)]
@@ -134,6 +138,13 @@ pub(super) fn expects_replies() -> bool {
 pub(super) fn intercepts() -> bool {
     // SAFETY: initialised and never written while the program is loaded.
     unsafe { (&raw const INTERCEPTS).read_volatile() != 0 }
+}
+
+/// The same of IPv6.
+#[inline(always)]
+pub(super) fn intercepts6() -> bool {
+    // SAFETY: as above.
+    unsafe { (&raw const INTERCEPTS6).read_volatile() != 0 }
 }
 
 /// Hands the frame to another program; returns only if it is not there.
@@ -204,6 +215,10 @@ pub(super) fn count_reply(server: u32) {
 /// A key of `crossings`: its length in bits, the set, the address.
 #[repr(C, align(8))]
 struct CrossingWords([u32; 3]);
+
+/// A key of `crossings6`: its length in bits and the set in one word, the address.
+#[repr(C, align(8))]
+struct CrossingWords6([u64; 3]);
 
 /// The kernel's tables, for packets of IPv4, or for one of IPv6.
 pub(super) struct Maps<const SIX: bool>;
@@ -346,6 +361,11 @@ impl<const SIX: bool> Tables for Maps<SIX> {
     }
 
     #[inline(always)]
+    fn is_in6(&self, set: AddressSet, [high, low]: [u64; 2]) -> bool {
+        is_in_set6(u32::from_ne_bytes(set.0) as u64, high, low) != 0
+    }
+
+    #[inline(always)]
     fn choose(&self, flow: NewFlow) -> Chosen {
         let [a, b, c, d] = flow.to_words();
         Chosen(if SIX { choose_server6(a, b, c, d) } else { choose_server(a, b, c, d) })
@@ -378,6 +398,11 @@ impl<const SIX: bool> Tables for Maps<SIX> {
     #[inline(always)]
     fn digest6(&self, [high, low]: [u64; 2], port: u16, seed: u64) -> u64 {
         digest_flow(high, low, port as u64, seed)
+    }
+
+    #[inline(always)]
+    fn digest_crossing6(&self, port: u16, seed: u64) -> u64 {
+        digest_crossing(port as u64, seed)
     }
 
     #[inline(always)]
@@ -472,4 +497,26 @@ extern "C" fn server_of_reply6(rest: u64, vip: u64) -> u64 {
 #[inline(never)]
 extern "C" fn digest_flow(high: u64, low: u64, port: u64, seed: u64) -> u64 {
     six::digest([high, low], port as u16, seed)
+}
+
+/// [`digest_crossing`](six::intercept::digest_crossing) of the packet whose addresses this CPU keeps.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn digest_crossing(port: u64, seed: u64) -> u64 {
+    six::intercept::digest_crossing(MAPS6.addresses6().unwrap_or_default(), port as u16, seed)
+}
+
+/// [`Tables::is_in6`]: a function, because the key would take too much of the caller's stack.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn is_in_set6(set: u64, high: u64, low: u64) -> u64 {
+    let mut words = CrossingWords6([0; 3]);
+    let [a, b, c, d] = (u32::BITS + u128::BITS).to_ne_bytes();
+    let [e, f, g, h] = (set as u32).to_ne_bytes();
+    for (word, value) in words.0.iter_mut().zip([u64::from_ne_bytes([a, b, c, d, e, f, g, h]), high, low]) {
+        // SAFETY: an exclusive reference. Volatile, for the reason given above.
+        unsafe { core::ptr::from_mut(word).write_volatile(value) };
+    }
+    // SAFETY: a key is these words, and its alignment is one byte.
+    CROSSINGS6.get(unsafe { &*(&raw const words).cast::<Key<[u32; 5]>>() }).is_some() as u64
 }

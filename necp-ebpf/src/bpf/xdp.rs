@@ -101,7 +101,7 @@ fn necp_six(ctx: XdpContext) -> u32 {
         Action::Transmit => transmit::<true>(&ctx, &Interface(ctx.ctx).frame(), decision, own_index, own_mac),
         Action::Drop => finish(decision.reason, XDP_DROP),
         _ if decision.reason == Reason::NotOurs && maps::expects_replies() => match whose_reply6(ctx.ctx) {
-            0 => finish(Reason::NotOurs, XDP_PASS),
+            0 => end_unless_crossing6(&ctx, Ending::new(Reason::NotOurs, Out::Pass)),
             reply => {
                 let (vip, server) = ((reply >> 32) as u32, reply as u32);
                 end(&ctx, Interface(ctx.ctx).send_reply6(&MAPS, L2_LEN, vip, server))
@@ -110,6 +110,8 @@ fn necp_six(ctx: XdpContext) -> u32 {
         _ => {
             if decision.reason.is_rare() {
                 maps::leave_to(&ctx, Stage::SixRare);
+            } else if decision.reason == Reason::NotOurs && maps::intercepts6() {
+                maps::leave_to(&ctx, Stage::SixCrossing);
             }
             finish(decision.reason, XDP_PASS)
         }
@@ -121,7 +123,7 @@ fn necp_six(ctx: XdpContext) -> u32 {
 #[inline(always)]
 fn necp_six_rare(ctx: XdpContext) -> u32 {
     if let Some(ending) = six::rare::handle(&Interface(ctx.ctx), &MAPS) {
-        return end(&ctx, ending);
+        return end_unless_crossing6(&ctx, ending);
     }
     maps::leave_to(&ctx, Stage::SixPorts);
     finish(Reason::Malformed, XDP_PASS)
@@ -132,6 +134,14 @@ fn necp_six_rare(ctx: XdpContext) -> u32 {
 #[inline(always)]
 fn necp_six_ports(ctx: XdpContext) -> u32 {
     let ending = six::rare::with_ports(&Interface(ctx.ctx), &MAPS);
+    end_unless_crossing6(&ctx, ending)
+}
+
+/// What the others of IPv6 find to be for no VIP, if some farm intercepts it.
+#[xdp(frags)]
+#[inline(always)]
+fn necp_six_cross(ctx: XdpContext) -> u32 {
+    let ending = six::intercept::handle(&Interface(ctx.ctx), &MAPS);
     end(&ctx, ending)
 }
 
@@ -173,6 +183,15 @@ fn finish(reason: Reason, verdict: u32) -> u32 {
 fn end_unless_crossing(ctx: &XdpContext, ending: Ending) -> u32 {
     if maps::intercepts() && intercept::is_open(ending) {
         maps::leave_to(ctx, Stage::Crossing);
+    }
+    end(ctx, ending)
+}
+
+/// The same of IPv6.
+#[inline(always)]
+fn end_unless_crossing6(ctx: &XdpContext, ending: Ending) -> u32 {
+    if maps::intercepts6() && intercept::is_open(ending) {
+        maps::leave_to(ctx, Stage::SixCrossing);
     }
     end(ctx, ending)
 }

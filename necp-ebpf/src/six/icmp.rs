@@ -51,7 +51,7 @@ const KNOWN: u8 = 4;
 /// Type of an echo request (§4.1).
 const ECHO: u8 = 128;
 /// Says the sender of what it quotes: unreachable, too big, time exceeded, parameter problem.
-const STEERED: core::ops::RangeInclusive<u8> = 1..=KNOWN;
+pub(super) const STEERED: core::ops::RangeInclusive<u8> = 1..=KNOWN;
 
 impl Error {
     const fn reason(self) -> Reason {
@@ -183,7 +183,7 @@ fn to_server<D: Device, T: Tables>(device: &D, tables: &T, l3: usize, head: &Hea
 
 /// The packet that an ICMP error quotes, as far as its flow goes, and where it stands.
 #[inline(always)]
-fn quoted<D: Device>(device: &D, l3: usize, head: &Head) -> Option<(Packet6, Quote)> {
+pub(super) fn quoted<D: Device>(device: &D, l3: usize, head: &Head) -> Option<(Packet6, Quote)> {
     let icmp = head.walk.transport();
     let inner_at = l3 + icmp + ICMP_LEN;
     let walk = device.walk6(inner_at);

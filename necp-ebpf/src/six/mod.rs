@@ -6,10 +6,11 @@
 //! [`intercept`](crate::intercept), two flows of a service are taken for one with odds of 2⁻⁴⁸, and the seed should be a secret.
 //!
 //! Two programs more, as for IPv4: this is the fast path, for whole, untagged packets without extension headers; [`rare`] has
-//! the rest. What crosses this host is not intercepted.
+//! the rest. What crosses this host is for [`intercept`].
 
 pub mod head;
 pub mod icmp;
+pub mod intercept;
 pub mod rare;
 pub mod routed;
 

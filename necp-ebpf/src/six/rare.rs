@@ -83,7 +83,7 @@ fn is_for_vip<T: Tables>(six: &T) -> bool {
 }
 
 #[inline(always)]
-fn remember<D: Device, T: Tables>(device: &D, six: &T, head: &Head, server: u32, vip: u32) {
+pub(super) fn remember<D: Device, T: Tables>(device: &D, six: &T, head: &Head, server: u32, vip: u32) {
     if matches!(head.walk.part(), Part::First) {
         device.remember(&FragmentKey::of6(head, six), FragmentPlace { at: 0, server, vip });
     }

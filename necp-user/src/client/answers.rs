@@ -80,6 +80,10 @@ pub enum NeError {
     /// It refused these exceptions; those that were asked for beside them are installed.
     #[error("refused {}", list(.0))]
     Exceptions(Vec<Flows>),
+    /// These exceptions are of the other address family than the session with it, and there is no session that they
+    /// concern; those that were asked for beside them are installed.
+    #[error("the session with it is of the other address family: not asked for {}", list(.0))]
+    OtherFamily(Vec<Flows>),
     /// It refused the request as a whole.
     #[error("refused")]
     Refused,
@@ -108,6 +112,17 @@ pub enum ExceptError {
     /// The limit of [`Builder::max_exceptions`](super::Builder::max_exceptions); nothing was added.
     #[error("more than {0} exceptions at a time; delete some, or let them expire")]
     TooMany(usize),
+}
+
+/// Why services were started, or taken back, at no network element.
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+pub enum ServeError {
+    /// The same service twice.
+    #[error("the service {0} is offered twice; a service has one forwarding type")]
+    Twice(ServiceKey),
+    /// Something that is no service: protocol 0, or port 0 of TCP or UDP.
+    #[error("{0} is no service")]
+    NoService(ServiceKey),
 }
 
 /// The first of many, and how many there are.

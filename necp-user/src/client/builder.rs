@@ -8,6 +8,7 @@ use thiserror::Error;
 
 use super::Client;
 use super::address::NeAddress;
+use super::answers::ServeError;
 use super::health::{Health, HealthIndex};
 use crate::necp::{ServiceKey, ServiceUnit};
 use crate::secret::Identity;
@@ -16,6 +17,7 @@ use crate::secret::tcp_security::Protection;
 /// All that the tasks of a client need to know.
 pub(super) struct Settings {
     pub(super) nes: Vec<NeAddress>,
+    /// At first.
     pub(super) offers: Vec<ServiceUnit>,
     pub(super) health: Health,
     pub(super) health_timeout: Duration,
@@ -44,12 +46,9 @@ pub enum JoinError {
     /// The same network element twice.
     #[error("the network element {0} is named twice")]
     NeTwice(NeAddress),
-    /// The same service twice.
-    #[error("the service {0} is offered twice; a service has one forwarding type")]
-    ServiceTwice(ServiceKey),
-    /// Something that is no service: protocol 0, or port 0 of TCP or UDP.
-    #[error("{0} is no service")]
-    NoService(ServiceKey),
+    /// Its services.
+    #[error(transparent)]
+    Services(#[from] ServeError),
     /// The source and a network element's address are of different families.
     #[error("{ne} cannot be dialled from {from}: one is IPv4, the other IPv6")]
     Family {
@@ -99,7 +98,7 @@ impl Builder {
         self
     }
 
-    /// A service to start everywhere, and how its packets are wanted (§5.6.1).
+    /// A service to start everywhere, and how its packets are wanted (§5.6.1). [`Client::serve`] adds others later.
     pub fn serve(mut self, offer: ServiceUnit) -> Self {
         self.settings.offers.push(offer);
         self
@@ -207,20 +206,26 @@ impl Settings {
                 return Err(JoinError::Family { ne: ne.clone(), from });
             }
         }
-        for (at, offer) in self.offers.iter().enumerate() {
-            if ServiceUnit::parse(&offer.unit()).is_err() {
-                return Err(JoinError::NoService(offer.key()));
-            }
-            if self.offers[..at].iter().any(|other| other.key() == offer.key()) {
-                return Err(JoinError::ServiceTwice(offer.key()));
-            }
-        }
+        check_offers(&self.offers)?;
         let (millis, day) = (Duration::from_millis, Duration::from_secs(86_400));
         in_range("keepalive interval", self.keepalive, millis(10), millis(3_600_000))?;
         in_range("longest time between two attempts", self.retry_max, millis(1000), day)?;
         in_range("time for an answer", self.answer_within, millis(1), day)?;
         in_range("time for the health closure", self.health_timeout, millis(1), day)
     }
+}
+
+/// Whether they can be started, as far as is known here.
+pub(super) fn check_offers(offers: &[ServiceUnit]) -> Result<(), ServeError> {
+    for (at, offer) in offers.iter().enumerate() {
+        if ServiceUnit::parse(&offer.unit()).is_err() {
+            return Err(ServeError::NoService(offer.key()));
+        }
+        if offers[..at].iter().any(|other| other.key() == offer.key()) {
+            return Err(ServeError::Twice(offer.key()));
+        }
+    }
+    Ok(())
 }
 
 fn in_range(name: &'static str, value: Duration, least: Duration, most: Duration) -> Result<(), JoinError> {
@@ -240,8 +245,8 @@ mod tests {
         let cases = [
             (Client::builder(), JoinError::NoNe),
             (one().ne(ne("10.0.0.1:3262")), JoinError::NeTwice(ne("10.0.0.1"))),
-            (one().serve(offer(80)).serve(offer(80)), JoinError::ServiceTwice(offer(80).key())),
-            (one().serve(offer(0)), JoinError::NoService(offer(0).key())),
+            (one().serve(offer(80)).serve(offer(80)), ServeError::Twice(offer(80).key()).into()),
+            (one().serve(offer(0)), ServeError::NoService(offer(0).key()).into()),
             (one().source([0u16; 8].into()), JoinError::Family { ne: ne("10.0.0.1"), from: [0u16; 8].into() }),
             (one(), JoinError::NoRuntime),
         ];

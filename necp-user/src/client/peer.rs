@@ -19,7 +19,7 @@ use super::builder::Settings;
 use super::dial::dial;
 use super::session::Session;
 use super::wish::Wish;
-use crate::necp::{Backoff, Exception, Filter, Flows, ServiceKey};
+use crate::necp::{Backoff, Exception, Filter, Flows, ServiceKey, ServiceUnit};
 use crate::secret::Identity;
 
 /// What one network element thinks of this server, as far as is known here.
@@ -60,7 +60,20 @@ pub(super) struct Command {
     pub(super) done: Done,
 }
 
-pub(super) type Done = oneshot::Sender<Result<Listing, NeError>>;
+pub(super) type Done = oneshot::Sender<Outcome>;
+
+/// What came of a command.
+pub(super) struct Outcome {
+    pub(super) answer: Result<Listing, NeError>,
+    /// Exceptions that the network element was not asked for: they are of the other family than the session.
+    pub(super) others: Vec<Flows>,
+}
+
+impl From<Result<Listing, NeError>> for Outcome {
+    fn from(answer: Result<Listing, NeError>) -> Self {
+        Self { answer, others: Vec::new() }
+    }
+}
 
 #[derive(Debug, Clone)]
 pub(super) enum What {
@@ -68,6 +81,10 @@ pub(super) enum What {
     Start,
     /// STOP of everything.
     Stop,
+    /// START of these, unless everything is stopped.
+    Serve(Arc<[ServiceUnit]>),
+    /// STOP of these.
+    Withdraw(Arc<[ServiceKey]>),
     Add(Arc<[Exception]>),
     Delete(Arc<[Flows]>),
     Reset,
@@ -109,7 +126,7 @@ impl Inbox {
     /// Until the order to leave: no session, nothing can be done.
     async fn decline(&mut self, why: &str) {
         while let Some(command) = self.next_if(true).await {
-            let _ = command.done.send(Err(NeError::Away(why.to_owned())));
+            let _ = command.done.send(Err(NeError::Away(why.to_owned())).into());
         }
     }
 }

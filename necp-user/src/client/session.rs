@@ -15,11 +15,11 @@ use tokio::time::{sleep_until, timeout};
 
 use super::answers::{Listing, NeError};
 use super::health::ask;
-use super::peer::{Command, Done, Inbox, Peer, Standing, What};
+use super::peer::{Command, Done, Inbox, Outcome, Peer, Standing, What};
 use super::refused::Refused;
 use crate::necp::{
-    Backoff, CloseReason, Credentials, Family, Flows, Listed, Query, RequestId, SeEvent, SeSession, ServiceKey,
-    ServiceUnit, SessionConfig, Token,
+    Backoff, CloseReason, Credentials, Exception, Family, Flows, Listed, Query, RequestId, SeEvent, SeSession,
+    ServiceKey, ServiceUnit, SessionConfig, Token,
 };
 
 /// An authenticated list of exceptions is held back until it is verified: half a million wide ones, or twice as many basic ones.
@@ -38,9 +38,9 @@ pub(super) struct Session<'a> {
     pending: BTreeMap<RequestId, Pending>,
     health: HealthAnswers,
     refused: Refused,
-    /// The latest START or STOP: the one that counts.
-    latest: Option<RequestId>,
-    /// Whether that was a STOP which was acknowledged.
+    /// How often everything was started or stopped: answers to what was asked before the last time count no more.
+    turns: u64,
+    /// Whether the last time it was a STOP, which was acknowledged.
     stopped: bool,
     ne_health: Option<u8>,
     local: Option<IpAddr>,
@@ -48,13 +48,26 @@ pub(super) struct Session<'a> {
 
 /// A request that waits for its answer. Dropped without one, whoever asked is told that the session was lost.
 enum Pending {
-    Start(Option<Done>),
-    Stop(Option<Done>),
-    Except(Done),
+    Start(Services),
+    /// STOP of everything.
+    Stop(Services),
+    /// STOP of some.
+    Withdraw(Services),
+    /// With what the element was not asked for.
+    Except(Done, Vec<Flows>),
     /// Exceptions that the element has forgotten, and how many.
     Again(usize),
     Reset(Done),
     Query(Done, List),
+}
+
+/// What was asked to be started or stopped.
+struct Services {
+    keys: Vec<ServiceKey>,
+    /// [`Session::turns`] at the time.
+    turn: u64,
+    /// Whoever asked.
+    done: Option<Done>,
 }
 
 /// A list as it comes in.
@@ -79,7 +92,7 @@ impl<'a> Session<'a> {
             refused: Refused::new(peer.settings.retry_max),
             peer,
             backoff,
-            latest: None,
+            turns: 0,
             stopped: false,
             ne_health: None,
             local: None,
@@ -157,19 +170,24 @@ impl<'a> Session<'a> {
         let Command { what, done } = command;
         if !self.machine.is_ready() {
             // Ready will find what is wanted.
-            let _ = done.send(Err(NeError::Away("the session is not open yet".into())));
+            let _ = done.send(Err(NeError::Away("the session is not open yet".into())).into());
             return;
         }
         match what {
             What::Start => self.start(Some(done)),
             What::Stop => self.stop(Some(done)),
+            What::Serve(offers) => self.serve(&offers, done),
+            What::Withdraw(services) => self.withdraw(services.to_vec(), done),
             What::Add(exceptions) => {
-                let id = self.machine.except_add(&exceptions);
-                self.pending.insert(id, Pending::Except(done));
+                let (ours, others): (Vec<Exception>, Vec<Exception>) =
+                    exceptions.iter().copied().partition(|one| self.concerns(&one.flows));
+                let others = others.iter().map(|one| one.flows).collect();
+                self.except(&ours, others, done, SeSession::except_add);
             }
             What::Delete(flows) => {
-                let id = self.machine.except_del(&flows);
-                self.pending.insert(id, Pending::Except(done));
+                let (ours, others): (Vec<Flows>, Vec<Flows>) =
+                    flows.iter().copied().partition(|flows| self.concerns(flows));
+                self.except(&ours, others, done, SeSession::except_del);
             }
             What::Reset => {
                 let id = self.machine.except_reset();
@@ -180,6 +198,22 @@ impl<'a> Session<'a> {
                 self.pending.insert(id, Pending::Query(done, List::default()));
             }
         }
+    }
+
+    /// Asks for what concerns this session; the others are for sessions of the other family.
+    fn except<T>(
+        &mut self,
+        ours: &[T],
+        others: Vec<Flows>,
+        done: Done,
+        ask: impl FnOnce(&mut SeSession, &[T]) -> RequestId,
+    ) {
+        if ours.is_empty() && !others.is_empty() {
+            let _ = done.send(Outcome { answer: Ok(Listing::default()), others });
+            return;
+        }
+        let id = ask(&mut self.machine, ours);
+        self.pending.insert(id, Pending::Except(done, others));
     }
 
     fn work(&mut self) {
@@ -197,13 +231,14 @@ impl<'a> Session<'a> {
             SeEvent::Excepted { id, failed } => self.on_excepted(id, failed),
             SeEvent::Reset { id, done } => {
                 if let Some(Pending::Reset(asked)) = self.pending.remove(&id) {
-                    let _ = asked.send(if done { Ok(Listing::default()) } else { Err(NeError::Refused) });
+                    let answer = if done { Ok(Listing::default()) } else { Err(NeError::Refused) };
+                    let _ = asked.send(answer.into());
                 }
             }
             SeEvent::Listed { id, entries, last } => self.on_listed(id, entries, last),
             SeEvent::ListFailed { id } => {
                 if let Some(Pending::Query(asked, _)) = self.pending.remove(&id) {
-                    let _ = asked.send(Err(NeError::Refused));
+                    let _ = asked.send(Err(NeError::Refused).into());
                 }
             }
             SeEvent::NeHealth(index) => {
@@ -249,33 +284,57 @@ impl<'a> Session<'a> {
     }
 
     fn start(&mut self, done: Option<Done>) {
-        if self.peer.settings.offers.is_empty() {
+        let offers = self.offers();
+        if offers.is_empty() {
             tracing::info!(ne = %self.peer.ne, "nothing to serve");
         }
-        self.refused = Refused::new(self.peer.settings.retry_max);
-        self.send_start(&self.peer.settings.offers, done);
-    }
-
-    fn send_start(&mut self, offers: &[ServiceUnit], done: Option<Done>) {
-        self.stopped = false;
-        let id = self.machine.start(offers);
-        self.latest = Some(id);
-        self.pending.insert(id, Pending::Start(done));
+        self.turn();
+        self.send_start(&offers, done);
     }
 
     fn stop(&mut self, done: Option<Done>) {
+        self.turn();
+        let keys: Vec<ServiceKey> = self.offers().iter().map(ServiceUnit::key).collect();
+        let id = self.machine.stop(&keys);
+        self.pending.insert(id, Pending::Stop(Services { keys, turn: self.turns, done }));
+    }
+
+    fn serve(&mut self, offers: &[ServiceUnit], done: Done) {
+        if self.peer.wish.lock().serving {
+            self.send_start(offers, Some(done));
+        } else {
+            // They are started with the others.
+            let _ = done.send(Ok(Listing::default()).into());
+        }
+    }
+
+    fn withdraw(&mut self, keys: Vec<ServiceKey>, done: Done) {
+        self.refused.forget(&keys);
+        let id = self.machine.stop(&keys);
+        self.pending.insert(id, Pending::Withdraw(Services { keys, turn: self.turns, done: Some(done) }));
+    }
+
+    /// Everything is started or stopped: what was asked before counts no more.
+    fn turn(&mut self) {
+        self.turns += 1;
         self.refused = Refused::new(self.peer.settings.retry_max);
-        let services: Vec<ServiceKey> = self.peer.settings.offers.iter().map(ServiceUnit::key).collect();
-        let id = self.machine.stop(&services);
-        self.latest = Some(id);
-        self.pending.insert(id, Pending::Stop(done));
+        self.stopped = false;
+    }
+
+    fn send_start(&mut self, offers: &[ServiceUnit], done: Option<Done>) {
+        let keys = offers.iter().map(ServiceUnit::key).collect();
+        let id = self.machine.start(offers);
+        self.pending.insert(id, Pending::Start(Services { keys, turn: self.turns, done }));
+    }
+
+    fn offers(&self) -> Vec<ServiceUnit> {
+        self.peer.wish.lock().offers().to_vec()
     }
 
     /// Asks for what was refused again, if it is time.
     fn ask_again(&mut self) {
         if let Some(again) = self.refused.take_due(Instant::now()) {
-            let offers = self.peer.settings.offers.iter();
-            let units: Vec<_> = offers.filter(|unit| again.contains(&unit.key())).copied().collect();
+            let units: Vec<_> = self.offers().into_iter().filter(|unit| again.contains(&unit.key())).collect();
             self.send_start(&units, None);
         }
     }
@@ -286,48 +345,54 @@ impl<'a> Session<'a> {
     }
 
     fn on_acked(&mut self, id: RequestId, failed: Vec<ServiceKey>) {
-        let counts = self.latest == Some(id);
         let done = match self.pending.remove(&id) {
-            Some(Pending::Start(done)) => {
+            Some(Pending::Start(asked)) => {
                 // Else it is a START that STOP has overtaken.
-                if counts {
-                    self.on_started(&failed);
+                if asked.turn == self.turns {
+                    self.on_started(&asked.keys, &failed);
                 }
-                done
+                asked.done
             }
-            Some(Pending::Stop(done)) => {
-                if counts {
-                    self.on_stopped(&failed);
+            Some(Pending::Stop(asked)) => {
+                if asked.turn == self.turns {
+                    self.stopped = failed.is_empty();
+                    self.on_stopped("everything", &failed);
                 }
-                done
+                asked.done
+            }
+            Some(Pending::Withdraw(asked)) => {
+                self.on_stopped(&list(&asked.keys), &failed);
+                asked.done
             }
             _ => return,
         };
         self.publish();
         if let Some(done) = done {
             let answer = if failed.is_empty() { Ok(Listing::default()) } else { Err(NeError::Services(failed)) };
-            let _ = done.send(answer);
+            let _ = done.send(answer.into());
         }
     }
 
-    fn on_stopped(&mut self, failed: &[ServiceKey]) {
+    fn on_stopped(&self, what: &str, failed: &[ServiceKey]) {
         let ne = &self.peer.ne;
-        self.stopped = failed.is_empty();
         if failed.is_empty() {
-            tracing::info!(%ne, "stopped; no new flows from there");
+            tracing::info!(%ne, "stopped {what}; no new flows of it from there");
         } else {
             tracing::warn!(%ne, "STOP failed for {}; new flows may still come", list(failed));
         }
     }
 
-    fn on_started(&mut self, failed: &[ServiceKey]) {
-        let (ne, offers) = (&self.peer.ne, &self.peer.settings.offers);
-        let started = self.refused.asked(offers, failed);
+    fn on_started(&mut self, asked: &[ServiceKey], failed: &[ServiceKey]) {
+        let (ne, offers) = (&self.peer.ne, self.offers());
+        let started: Vec<_> = asked.iter().filter(|key| !failed.contains(key)).copied().collect();
         if !started.is_empty() {
             tracing::info!(%ne, "started {}", list(&started));
         }
-        if self.refused.answered(Instant::now(), failed) {
-            let units: Vec<_> = offers.iter().filter(|unit| failed.contains(&unit.key())).map(offer).collect();
+        // What was taken back meanwhile is not asked for again.
+        let units: Vec<_> = offers.iter().filter(|unit| failed.contains(&unit.key())).collect();
+        let refused: Vec<_> = units.iter().map(|unit| unit.key()).collect();
+        if self.refused.answered(Instant::now(), asked, &refused) {
+            let units: Vec<_> = units.into_iter().map(offer).collect();
             tracing::warn!(
                 %ne,
                 "refused {}: that service or forwarding type is not offered to this server there, or (l2) it is not on \
@@ -340,9 +405,9 @@ impl<'a> Session<'a> {
     fn on_excepted(&mut self, id: RequestId, failed: Vec<Flows>) {
         let ne = &self.peer.ne;
         match self.pending.remove(&id) {
-            Some(Pending::Except(done)) => {
+            Some(Pending::Except(done, others)) => {
                 let answer = if failed.is_empty() { Ok(Listing::default()) } else { Err(NeError::Exceptions(failed)) };
-                let _ = done.send(answer);
+                let _ = done.send(Outcome { answer, others });
             }
             Some(Pending::Again(count)) if failed.is_empty() => {
                 tracing::info!(%ne, "installed {count} exceptions again")
@@ -367,7 +432,7 @@ impl<'a> Session<'a> {
         if last && let Some(Pending::Query(done, list)) = self.pending.remove(&id) {
             let mut entries: Vec<_> = list.entries.into_iter().collect();
             entries.sort_unstable_by_key(|entry| (entry.installer, entry.flows));
-            let _ = done.send(Ok(Listing { entries, more: list.more }));
+            let _ = done.send(Ok(Listing { entries, more: list.more }).into());
         }
     }
 

@@ -4,13 +4,15 @@
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
-use crate::necp::{Exception, Flows, Scope};
+use crate::necp::{Exception, Flows, Scope, ServiceKey, ServiceUnit};
 
-/// Whether to serve, and which exceptions to install.
+/// What to serve, and which exceptions to install.
 #[derive(Debug)]
 pub(super) struct Wish {
     /// Whether the services are to be started.
     pub(super) serving: bool,
+    /// In the order in which they were offered first.
+    offers: Vec<ServiceUnit>,
     exceptions: BTreeMap<Flows, Kept>,
     max_exceptions: usize,
     last_stamp: Stamp,
@@ -40,8 +42,28 @@ pub struct Wanted {
 }
 
 impl Wish {
-    pub(super) fn new(max_exceptions: usize) -> Self {
-        Self { serving: true, exceptions: BTreeMap::new(), max_exceptions, last_stamp: Stamp(0) }
+    pub(super) fn new(offers: Vec<ServiceUnit>, max_exceptions: usize) -> Self {
+        Self { serving: true, offers, exceptions: BTreeMap::new(), max_exceptions, last_stamp: Stamp(0) }
+    }
+
+    /// The services, and how their packets are wanted.
+    pub(super) fn offers(&self) -> &[ServiceUnit] {
+        &self.offers
+    }
+
+    /// Wants to serve these too, or in another way.
+    pub(super) fn offer(&mut self, offers: &[ServiceUnit]) {
+        for offer in offers {
+            match self.offers.iter_mut().find(|other| other.key() == offer.key()) {
+                Some(other) => *other = *offer,
+                None => self.offers.push(*offer),
+            }
+        }
+    }
+
+    /// Wants to serve these no more.
+    pub(super) fn withdraw(&mut self, services: &[ServiceKey]) {
+        self.offers.retain(|offer| !services.contains(&offer.key()));
     }
 
     /// Wants these too, or anew; all or, if they are too many, none (`None`).
@@ -130,7 +152,7 @@ mod tests {
     fn what_is_left_of_the_time_is_installed_and_never_none() {
         let start = Instant::now();
         let after = |millis| start + Duration::from_millis(millis);
-        let mut wish = Wish::new(9);
+        let mut wish = Wish::new(Vec::new(), 9);
         wish.add(start, &[exception(1, 0), exception(2, 10), exception(3, 3600), exception(4, u32::MAX)])
             .expect("room");
         let ttls = |wish: &mut Wish, now| wish.exceptions(now).iter().map(|wanted| wanted.ttl).collect::<Vec<_>>();
@@ -146,7 +168,7 @@ mod tests {
     #[test]
     fn the_limit_counts_what_is_alive_once() {
         let start = Instant::now();
-        let mut wish = Wish::new(2);
+        let mut wish = Wish::new(Vec::new(), 2);
         wish.add(start, &[exception(1, 1), exception(2, 0)]).expect("room");
         wish.add(start, &[exception(1, 1), exception(2, 0), exception(2, 7)]).expect("nothing new");
         assert_eq!(wish.add(start, &[exception(1, 0), exception(3, 0)]), None, "one too many");
@@ -158,7 +180,7 @@ mod tests {
     #[test]
     fn a_wish_that_was_renewed_is_not_taken_back_by_an_old_refusal() {
         let now = Instant::now();
-        let mut wish = Wish::new(9);
+        let mut wish = Wish::new(Vec::new(), 9);
         let first = wish.add(now, &[exception(1, 0)]).expect("room");
         let second = wish.add(now, &[exception(1, 0)]).expect("room");
         wish.remove_if(&exception(1, 0).flows, first);

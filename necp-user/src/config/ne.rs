@@ -26,7 +26,7 @@ use std::num::NonZeroU8;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use ipnet::{IpNet, Ipv4Net};
+use ipnet::IpNet;
 use thiserror::Error;
 
 use super::strict::{self, FileError, Mistake};
@@ -75,7 +75,7 @@ pub struct FarmConfig {
     /// The virtual addresses; none if it intercepts.
     pub vips: Vec<IpAddr>,
     /// Destinations whose packets it takes as they cross this host; none if it has virtual addresses.
-    pub intercept: Vec<Ipv4Net>,
+    pub intercept: Vec<IpNet>,
     /// What may be started on each of them.
     pub services: Vec<ServiceKey>,
     /// What servers may ask for and this build can do.
@@ -253,9 +253,9 @@ impl NeConfig {
         farms.flat_map(|farm| &farm.forwarding).any(|one| by.contains(one))
     }
 
-    /// Whether some farm takes what crosses this host.
-    pub fn intercepts(&self) -> bool {
-        self.farms.iter().any(|farm| !farm.intercept.is_empty())
+    /// Whether some farm takes what of this family crosses this host.
+    pub fn intercepts(&self, family: Family) -> bool {
+        self.farms.iter().any(|farm| farm.intercepts(family))
     }
 
     /// All files with keys, each once.
@@ -278,8 +278,12 @@ impl FarmConfig {
 
     /// Whether it has something to serve over this family.
     pub fn serves(&self, family: Family) -> bool {
-        let intercepts = !self.intercept.is_empty() && family == Family::V4;
-        intercepts || self.vips.iter().any(|vip| Family::of(*vip) == family)
+        self.intercepts(family) || self.vips.iter().any(|vip| Family::of(*vip) == family)
+    }
+
+    /// Whether it takes what of this family crosses this host.
+    pub fn intercepts(&self, family: Family) -> bool {
+        self.intercept.iter().any(|net| Family::of(net.addr()) == family)
     }
 
     /// Whether a server of this address may join.

@@ -1,13 +1,17 @@
 //! Farms, server elements and their offers: what the network element knows, and what changes it.
 
 use std::{
-    collections::{BTreeMap, BTreeSet, VecDeque},
+    collections::{BTreeMap, VecDeque},
     net::IpAddr,
-    sync::Arc,
     time::{Duration, Instant},
 };
 
 use necp_ebpf::abi;
+
+mod state;
+
+use state::{FarmState, HostNumbers};
+pub(super) use state::{Host, Offer, OfferState, ServiceState, Session};
 
 use super::{
     config::{ClusterConfig, ConfigError, Family, Forwarding, ServiceKey},
@@ -16,7 +20,6 @@ use super::{
     layout::{Layout, PlacedService},
     offers::Offers,
     plan::Ledger,
-    slots::Member,
     weight::{self, Health},
 };
 
@@ -141,84 +144,6 @@ pub struct Cluster {
     /// Sessions or offers came or went: whether there is a panic is to be reviewed before the next plan.
     pub(super) review: bool,
     notices: VecDeque<Notice>,
-}
-
-/// An SE's host.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Host {
-    /// What records call it, [`abi::Server::host`]; 0: there was no number left.
-    pub(super) number: u16,
-    pub(super) session: Session,
-    pub(super) on_link: bool,
-    pub(super) hop: Option<Hop>,
-    /// It had a next hop once: before that it is given no slots.
-    pub(super) known: bool,
-    /// Since when its neighbour entry has been FAILED.
-    pub(super) gone: Option<Instant>,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Session {
-    /// Never, or not since a restart.
-    Absent,
-    Up,
-    Lost {
-        since: Instant,
-    },
-}
-
-/// A server id in use.
-#[derive(Clone, Debug)]
-pub(super) struct Offer {
-    pub(super) key: OfferKey,
-    pub(super) service: usize,
-    pub(super) state: OfferState,
-    pub(super) alive: bool,
-    pub(super) health: Health,
-    /// Beginning of its slow start.
-    pub(super) joined: Option<Instant>,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum OfferState {
-    Started,
-    Stopped,
-    /// Serves, until its SE says something or the time has come.
-    Adopted {
-        until: Instant,
-    },
-}
-
-#[derive(Clone, Debug)]
-pub(super) struct ServiceState {
-    pub(super) members: Vec<Member>,
-    /// The slot table wanted.
-    pub(super) owners: Arc<[u32]>,
-    /// It has had a server.
-    pub(super) served: bool,
-    /// The region's slots are not this service's yet.
-    pub(super) fresh: bool,
-    /// Members may have changed.
-    pub(super) dirty: bool,
-    /// The table may differ from the maps'.
-    pub(super) unwritten: bool,
-    /// Changes that wait for the table.
-    pub(super) changes: Vec<Change>,
-}
-
-#[derive(Clone, Debug, Default)]
-pub(super) struct FarmState {
-    /// Servers that were lost with most of the others and go on serving.
-    pub(super) kept: BTreeSet<IpAddr>,
-}
-
-impl Host {
-    const UNKNOWN: Self =
-        Self { number: 0, session: Session::Absent, on_link: false, hop: None, known: false, gone: None };
-
-    pub(super) fn reachable(&self) -> bool {
-        self.hop.is_some() && self.gone.is_none()
-    }
 }
 
 impl Cluster {
@@ -547,67 +472,6 @@ impl Cluster {
         }
         let capacity = self.config.farms[offer.key.farm].capacity_of(address);
         weight::weight(offer.health.level(), capacity, offer.joined, self.config.slow_start, now)
-    }
-}
-
-/// Numbers of hosts in use, for the records of servers and exceptions: none is two hosts'.
-#[derive(Debug, Default)]
-pub(super) struct HostNumbers {
-    taken: BTreeSet<u16>,
-}
-
-impl HostNumbers {
-    /// A number that is free, this one if it is; 0 if none is.
-    pub(super) fn take(&mut self, wanted: u16) -> u16 {
-        let number = match wanted {
-            1.. if !self.taken.contains(&wanted) => wanted,
-            _ => self.free(),
-        };
-        if number != 0 {
-            self.taken.insert(number);
-        }
-        number
-    }
-
-    fn give_back(&mut self, number: u16) {
-        self.taken.remove(&number);
-    }
-
-    /// The one after the last, else the first gap: a number rests for as long as it can.
-    fn free(&self) -> u16 {
-        match self.taken.last() {
-            Some(&last) if last < u16::MAX => last + 1,
-            Some(_) => (1..=u16::MAX).find(|number| !self.taken.contains(number)).unwrap_or(0),
-            None => 1,
-        }
-    }
-}
-
-impl ServiceState {
-    /// Those of all services.
-    pub(super) fn all(layout: &Layout, config: &ClusterConfig) -> Vec<Self> {
-        layout.services.iter().map(|placed| Self::new(placed, config.farms[placed.farm].intercepts())).collect()
-    }
-
-    /// What is intercepted goes on its way until a server takes it, as it did before.
-    fn new(placed: &PlacedService, intercepts: bool) -> Self {
-        let nobody = if intercepts { abi::DIRECT } else { abi::NONE };
-        Self {
-            members: Vec::new(),
-            owners: vec![nobody; placed.size as usize].into(),
-            served: intercepts,
-            fresh: true,
-            dirty: false,
-            unwritten: true,
-            changes: Vec::new(),
-        }
-    }
-
-    pub(super) fn touch(&mut self, change: Change) {
-        self.dirty = true;
-        if self.changes.last() != Some(&change) {
-            self.changes.push(change);
-        }
     }
 }
 

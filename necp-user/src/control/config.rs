@@ -3,11 +3,11 @@
 use std::{
     collections::BTreeMap,
     fmt,
-    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    net::{IpAddr, Ipv6Addr},
     time::Duration,
 };
 
-use ipnet::{IpNet, Ipv4Net};
+use ipnet::IpNet;
 use necp_ebpf::{abi, hash::fold6, packet::protocol};
 
 /// Servers that join over it serve the VIPs of it.
@@ -80,7 +80,7 @@ pub struct FarmConfig {
     /// The VIPs; all offer all services, to servers of their family. None if the farm intercepts.
     pub vips: Vec<IpAddr>,
     /// Destinations whose packets it takes when they cross this host, other than to VIPs and to this host itself.
-    pub intercept: Vec<Ipv4Net>,
+    pub intercept: Vec<IpNet>,
     /// What may be served.
     pub services: Vec<ServiceKey>,
     /// What forwarding types servers may ask for.
@@ -142,11 +142,11 @@ impl FarmConfig {
         !self.intercept.is_empty()
     }
 
-    /// Addresses of its services in the service table: its VIPs of one family, or 0.0.0.0 for what it intercepts.
+    /// Addresses of its services in the service table: its VIPs of one family, or 0.0.0.0 or :: for what it intercepts of it.
     pub fn fronts(&self, family: Family) -> impl Iterator<Item = IpAddr> {
-        const CROSSING: &[IpAddr] = &[IpAddr::V4(Ipv4Addr::UNSPECIFIED)];
-        let all = if self.intercepts() { CROSSING } else { &self.vips };
-        all.iter().copied().filter(move |front| Family::of(*front) == family)
+        let is_of = move |address: IpAddr| Family::of(address) == family;
+        let crossing = self.intercept.iter().any(|net| is_of(net.addr())).then(|| family.any().addr());
+        crossing.into_iter().chain(self.vips.iter().copied().filter(move |vip| is_of(*vip)))
     }
 
     /// Families that its services are offered on: each service has a slot table for each.
@@ -460,6 +460,8 @@ fn is_prime(number: u32) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use std::net::Ipv4Addr;
+
     use super::*;
 
     fn farm(name: &str, prefix: &str) -> FarmConfig {
@@ -494,7 +496,7 @@ mod tests {
         let portless = FarmConfig { services: vec![ServiceKey { protocol: 6, port: 0 }], ..good() };
         assert!(matches!(check(vec![portless]), Err(ConfigError::Service { .. })));
         let interception = ConfigError::Interception("a".into());
-        let intercept: Vec<Ipv4Net> = vec!["0.0.0.0/0".parse().expect("a prefix")];
+        let intercept: Vec<IpNet> = vec!["0.0.0.0/0".parse().expect("a prefix")];
         let both = FarmConfig { intercept: intercept.clone(), ..good() };
         assert_eq!(check(vec![both.clone()]), Err(interception.clone()));
         let layer_3 = FarmConfig { vips: Vec::new(), forwarding: vec![Forwarding::Layer3], ..both.clone() };

@@ -35,7 +35,7 @@ pub struct PlacedService {
 /// One entry of the service table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Frontend {
-    /// The VIP; 0.0.0.0 for what crosses this host.
+    /// The VIP; 0.0.0.0 or :: for what crosses this host.
     pub vip: IpAddr,
     /// Index in [`Layout::services`].
     pub service: usize,
@@ -361,6 +361,7 @@ fn state_of(vip: IpAddr) -> u8 {
     match vip {
         IpAddr::V4(vip) if vip.is_unspecified() => abi::INTERCEPT,
         IpAddr::V4(_) => 1,
+        IpAddr::V6(vip) if vip.is_unspecified() => abi::INTERCEPT6,
         IpAddr::V6(_) => abi::SERVICE6,
     }
 }

@@ -2,7 +2,7 @@
 
 use std::net::IpAddr;
 
-use ipnet::Ipv4Net;
+use ipnet::IpNet;
 use necp_ebpf::abi;
 
 use super::{
@@ -28,7 +28,7 @@ pub struct FarmStatus {
     /// Its VIPs.
     pub vips: Vec<IpAddr>,
     /// Destinations whose packets it intercepts.
-    pub intercept: Vec<Ipv4Net>,
+    pub intercept: Vec<IpNet>,
     /// Most of its servers were lost at once: they are kept in the slot tables.
     pub alarm: bool,
     /// In the order of the configuration.

@@ -79,8 +79,8 @@ Example configuration:
   servers = [\"10.0.0.0/24\"]
   key_file = \"/etc/necp/web.key\"
 
-Interception: intercept = [\"0.0.0.0/0\"] (destinations) in place of vips takes the farm's services out of what this host
-routes, and to its servers, which are proxies then.
+Interception: intercept = [\"0.0.0.0/0\", \"::/0\"] (destinations) in place of vips takes the farm's services out of what
+this host routes, and to its servers, which are proxies then.
 
 IPv6: vips = [\"192.0.2.10\", \"2001:db8:f::10\"] and servers = [\"10.0.0.0/24\", \"2001:db8:a::/64\"]; who joins over IPv6
 serves the IPv6 VIPs, who joins over IPv4 those of IPv4.
@@ -370,11 +370,12 @@ fn follow_hangups(mut reload: impl FnMut() -> [Reloaded; 2] + Send) -> anyhow::R
 /// Makes the kernel route what the packet path leaves to it.
 fn prepare_routing(config: &NeConfig) -> HostRouting {
     if config.serves(Family::V6) {
-        let missing = HostRouting::missing6(&config.interfaces, config.routes(Family::V6, &[Gre, L3]));
+        let routes = config.routes(Family::V6, &[Gre, L3]) || config.intercepts(Family::V6);
+        let missing = HostRouting::missing6(&config.interfaces, routes);
         missing.iter().for_each(|problem| tracing::warn!("{problem}"));
     }
     if !config.routes(Family::V4, &[Gre, L3]) {
-        let missing = if config.intercepts() { HostRouting::missing(&config.interfaces) } else { Vec::new() };
+        let missing = if config.intercepts(Family::V4) { HostRouting::missing(&config.interfaces) } else { Vec::new() };
         missing.iter().for_each(|problem| tracing::warn!("{problem}"));
         return HostRouting::default();
     }
@@ -421,7 +422,8 @@ pub(super) fn plane_config(config: &NeConfig) -> PlaneConfig {
         flow_buckets: necp_ebpf::abi::DEFAULT_FLOW_BUCKETS,
         exceptions: necp_ebpf::abi::exception_records(necp_ebpf::abi::DEFAULT_EXCEPTIONS),
         replies: config.allows(L3),
-        intercepts: config.intercepts(),
+        intercepts: config.intercepts(Family::V4),
+        intercepts6: config.intercepts(Family::V6),
     }
 }
 

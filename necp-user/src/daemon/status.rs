@@ -10,7 +10,7 @@ pub mod render;
 use std::borrow::Cow;
 use std::net::IpAddr;
 
-use ipnet::Ipv4Net;
+use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
 pub use client::{Args, fetch, run};
@@ -83,7 +83,7 @@ pub struct Farm {
     pub vips: Vec<IpAddr>,
     /// Destinations whose packets it intercepts.
     #[serde(default)]
-    pub intercept: Vec<Ipv4Net>,
+    pub intercept: Vec<IpNet>,
     /// Whether its servers must prove who they are, by a key.
     #[serde(default)]
     pub authenticated: bool,

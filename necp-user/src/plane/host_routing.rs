@@ -23,7 +23,7 @@ pub enum HostRoutingError {
     NotForwarding(String),
     /// It does not route IPv6.
     #[error(
-        "the kernel does not route IPv6: replies of l3 servers need it; set it with `sysctl -w net.ipv6.conf.all.forwarding=1` (and net.ipv6.conf.IF.accept_ra=2 where this host learns its routes from router advertisements)"
+        "the kernel does not route IPv6: replies of l3 servers, and what farms with `intercept` let through, need it; set it with `sysctl -w net.ipv6.conf.all.forwarding=1` (and net.ipv6.conf.IF.accept_ra=2 where this host learns its routes from router advertisements)"
     )]
     NotForwarding6,
     /// It has no IPv6.

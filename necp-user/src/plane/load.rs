@@ -130,7 +130,7 @@ fn load_program(config: &PlaneConfig, layout: &Layout, index: u32, mac: [u8; 6])
     let mask = layout.flow_buckets - 1;
     let exception_buckets = exception_buckets(layout.exceptions);
     let exception_mask = exception_buckets - 1;
-    let (replies, intercepts) = (u32::from(config.replies), u32::from(config.intercepts));
+    let [replies, intercepts, intercepts6] = [config.replies, config.intercepts, config.intercepts6].map(u32::from);
     let mut loader = EbpfLoader::new();
     loader
         .override_global(names::PORT_INDEX, &index, true)
@@ -140,6 +140,7 @@ fn load_program(config: &PlaneConfig, layout: &Layout, index: u32, mac: [u8; 6])
         .override_global(names::EXCEPTION_SEED, &layout.exception_seed, true)
         .override_global(names::REPLIES, &replies, true)
         .override_global(names::INTERCEPTS, &intercepts, true)
+        .override_global(names::INTERCEPTS6, &intercepts6, true)
         .map_max_entries(names::SLOTS, layout.slots)
         .map_max_entries(names::FLOWS, layout.flow_buckets)
         .map_max_entries(names::EXCEPTIONS, layout.exceptions)

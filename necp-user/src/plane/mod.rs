@@ -56,6 +56,8 @@ pub struct PlaneConfig {
     pub replies: bool,
     /// Whether some farm intercepts: then packets that are no VIP's may be for it.
     pub intercepts: bool,
+    /// The same of IPv6.
+    pub intercepts6: bool,
 }
 
 /// One interface of a [`Plane`].

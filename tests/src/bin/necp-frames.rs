@@ -9,8 +9,8 @@ use anyhow::{Context as _, Result};
 use clap::Parser;
 use necp_ebpf::verdict::Reason;
 use necp_tests::frames::{
-    history::{Bench, Tally},
-    judge::Difference,
+    history::{Bench, LEAST_INTERCEPTED, Tally},
+    judge::{Crossing, Difference},
     kept,
 };
 
@@ -60,6 +60,11 @@ fn main() -> Result<ExitCode> {
         }
     }
     report(bench.tally(), started);
+    let Tally { frames, .. } = *bench.tally();
+    if args.history.is_none() && bench.tally().intercepted() * LEAST_INTERCEPTED < frames {
+        eprintln!("fewer than one frame in {LEAST_INTERCEPTED} was intercepted: this shows too little of it");
+        return Ok(ExitCode::FAILURE);
+    }
     Ok(ExitCode::SUCCESS)
 }
 
@@ -71,4 +76,11 @@ fn report(tally: &Tally, started: Instant) {
     let differences =
         Difference::ALL.into_iter().zip(tally.differences).map(|(what, count)| format!("{what:?} {count}"));
     println!("agreed differences: {}", differences.collect::<Vec<_>>().join(", "));
+    let crossings = Crossing::ALL.into_iter().zip(tally.crossings).map(|(what, count)| format!("{what:?} {count}"));
+    let share = 100.0 * tally.intercepted() as f64 / tally.frames.max(1) as f64;
+    println!(
+        "intercepted: {} frames, {share:.1} % ({})",
+        tally.intercepted(),
+        crossings.collect::<Vec<_>>().join(", ")
+    );
 }

@@ -1,4 +1,4 @@
-//! Takes the rules of just-enough tracking away one by one and requires that a test notices.
+//! Takes the rules of just-enough tracking and of interception away one by one and requires that a test notices.
 //!
 //! `cargo run -p necp-tests --bin necp-mutants [PART OF A RULE'S NAME]...`, from the workspace's root. The sources are copied
 //! and changed in the copy. Takes about half a minute a rule, so it is not part of `cargo xtask test`.
@@ -30,6 +30,9 @@ const COLLECT: &str = "necp-user/src/control/collect.rs";
 const HISTORIES: &str = "property_tracking";
 const SCHEDULES: &str = "property_interleaving";
 const PACKETS: &str = "packets";
+const FRAMES: &str = "packet_frames";
+const INTERCEPT: &str = "necp-ebpf/src/intercept.rs";
+const SIX_INTERCEPT: &str = "necp-ebpf/src/six/intercept.rs";
 
 const MUTANTS: &[Mutant] = &[
     Mutant {
@@ -341,6 +344,68 @@ const MUTANTS: &[Mutant] = &[
         rule: "a redundant record goes only if it is alone",
         test: SCHEDULES,
         edits: &[(COLLECT, " && class.alone(view, key)", "")],
+    },
+    Mutant {
+        rule: "intercepted: not what is for this host",
+        test: FRAMES,
+        edits: &[(INTERCEPT, "\n        && !tables.is_in(AddressSet::OWN, packet.destination)", "")],
+    },
+    Mutant {
+        rule: "intercepted: not what may be a proxy's own",
+        test: FRAMES,
+        edits: &[(
+            INTERCEPT,
+            "\n        && !tables.is_in(AddressSet::servers(service.farm as u32), packet.source)",
+            "",
+        )],
+    },
+    Mutant {
+        rule: "intercepted: errors go to whoever sent what they quote",
+        test: FRAMES,
+        edits: &[(INTERCEPT, ".filter(|quoted| quoted.source == head.packet.destination)", "")],
+    },
+    Mutant {
+        rule: "intercepted: errors are about the other direction",
+        test: FRAMES,
+        edits: &[(INTERCEPT, "about(&quoted.turned_round(), tables)", "about(&quoted, tables)")],
+    },
+    Mutant {
+        rule: "intercepted: no errors about what a VIP sent",
+        test: FRAMES,
+        edits: &[(
+            INTERCEPT,
+            "if find_service(packet, tables).is_some()",
+            "if false && find_service(packet, tables).is_some()",
+        )],
+    },
+    Mutant {
+        rule: "intercepted: parts follow the first",
+        test: FRAMES,
+        edits: &[(INTERCEPT, "    remember(device, &head, decision.server, 0);\n", "    let _ = remember::<D>;\n")],
+    },
+    Mutant {
+        rule: "intercepted, IPv6: not what is for this host",
+        test: FRAMES,
+        edits: &[(SIX_INTERCEPT, "\n        && !six.is_in6(AddressSet::OWN, destination)", "")],
+    },
+    Mutant {
+        rule: "intercepted, IPv6: not what may be a proxy's own",
+        test: FRAMES,
+        edits: &[(SIX_INTERCEPT, "\n        && !six.is_in6(AddressSet::servers(farm), source)", "")],
+    },
+    Mutant {
+        rule: "intercepted, IPv6: errors go to whoever sent what they quote",
+        test: FRAMES,
+        edits: &[(SIX_INTERCEPT, "if quoted.addresses.source != to", "if false && quoted.addresses.source != to")],
+    },
+    Mutant {
+        rule: "intercepted, IPv6: no errors about what a VIP sent",
+        test: FRAMES,
+        edits: &[(
+            SIX_INTERCEPT,
+            "if find_service(&packet, &six).is_some()",
+            "if false && find_service(&packet, &six).is_some()",
+        )],
     },
 ];
 

@@ -12,10 +12,10 @@ use rand::{RngExt as _, SeedableRng as _, rngs::SmallRng};
 
 use super::{
     guard::{NOW, Room},
-    judge::{Deed, Difference, Parts, judge},
+    judge::{Crossing, Deed, Difference, Ground, Judged, Parts, judge},
     mutate::mutate,
     once_in,
-    scene::{Change, FLOW_BUCKETS, SERVERS, SLOTS, Scene},
+    scene::{Change, FLOW_BUCKETS, SERVERS, SLOTS, Scene, crossing::Rules},
     stack::Stack,
 };
 use crate::{
@@ -24,11 +24,13 @@ use crate::{
 };
 
 /// Frames of a history of random ones.
-const RANDOM: usize = 500;
+const RANDOM: usize = 1000;
 /// Headers that a history cuts at every point.
 const CUT: usize = 6;
 /// Bytes at the beginning of a frame, each of which a history gives every value.
 const BYTES: usize = 80;
+/// One frame of so many must be intercepted, or a run shows too little of it.
+pub const LEAST_INTERCEPTED: u64 = 100;
 /// The kernel takes no less than an Ethernet header, and makes several buffers of what is longer than about 3.5 KiB.
 const KERNEL: std::ops::RangeFrom<usize> = 14..;
 
@@ -43,6 +45,15 @@ pub struct Tally {
     pub reasons: [u64; REASONS as usize],
     /// By [`Difference`].
     pub differences: [u64; Difference::ALL.len()],
+    /// By [`Crossing`].
+    pub crossings: [u64; Crossing::ALL.len()],
+}
+
+impl Tally {
+    /// Frames that a farm intercepted: packets, later parts, and errors about them.
+    pub fn intercepted(&self) -> u64 {
+        [Crossing::Taken, Crossing::Part, Crossing::Error].map(|what| self.crossings[what as usize]).iter().sum()
+    }
 }
 
 /// A relation that does not hold.
@@ -77,6 +88,7 @@ pub struct Bench {
     kernel: Option<Kernel>,
     room: Room,
     out: Vec<u8>,
+    rules: Rules,
     parts: Parts,
     tally: Tally,
     /// ICMP errors since both sides were last allowed a burst.
@@ -104,6 +116,7 @@ impl Bench {
             kernel: None,
             room: Room::new()?,
             out: Vec::new(),
+            rules: Rules::default(),
             parts: Parts::default(),
             tally: Tally::default(),
             told: 0,
@@ -157,7 +170,7 @@ impl Bench {
         frames(history, &mut random, |frame, random| {
             NOW[2].store(number, Ordering::Relaxed);
             if once_in(random, 20) {
-                self.change(Scene::change(random));
+                self.change(Scene::change(random)).map_err(|error| sums(seed, history, format!("{error:#}")))?;
             }
             self.frame(frame, number, care).map_err(|wrong| {
                 let frame = Some((number, frame.to_vec()));
@@ -172,6 +185,8 @@ impl Bench {
     /// Fresh tables, and no parts of datagrams.
     fn install(&mut self, scene: &Scene) -> Result<()> {
         scene.install(self.host.view());
+        self.rules.clone_from(scene.rules());
+        self.install_crossings()?;
         self.host.forget_fragments();
         self.parts.clear();
         if let Some(kernel) = &self.kernel {
@@ -181,11 +196,22 @@ impl Bench {
         Ok(())
     }
 
-    fn change(&mut self, change: Change) {
+    fn install_crossings(&mut self) -> Result<()> {
+        let (four, six) = self.rules.words();
+        self.host.set_crossings(four, six);
+        self.kernel.as_mut().map_or(Ok(()), |kernel| kernel.set_crossings(&self.rules.crossings))
+    }
+
+    fn change(&mut self, change: Change) -> Result<()> {
         change.apply(self.host.view());
         if let Some(kernel) = &self.kernel {
             change.apply(kernel.view());
         }
+        if matches!(change, Change::Own) {
+            self.rules.come_or_go();
+            self.install_crossings()?;
+        }
+        Ok(())
     }
 
     /// One frame through the host build and, if there is one, the kernel.
@@ -198,7 +224,8 @@ impl Bench {
             return Err("the host build wrote beside the frame".into());
         }
         let deed = Deed { verdict, reason, frame: &self.room.memory()[now] };
-        let difference = judge(frame, deed, self.host.view(), &mut self.parts)?;
+        let ground = Ground { tables: self.host.view(), rules: &self.rules };
+        let Judged { difference, crossing } = judge(frame, deed, ground, &mut self.parts)?;
         let kernel = self.kernel.as_ref().filter(|_| KERNEL.contains(&frame.len()));
         if let Some(kernel) = kernel {
             compare(kernel, frame, deed, &mut self.out, care)?;
@@ -212,6 +239,9 @@ impl Bench {
         self.tally.reasons[reason as usize] += 1;
         if let Some(difference) = difference {
             self.tally.differences[difference as usize] += 1;
+        }
+        if let Some(crossing) = crossing {
+            self.tally.crossings[crossing as usize] += 1;
         }
         Ok(reason)
     }

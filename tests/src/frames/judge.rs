@@ -9,12 +9,22 @@
 //!    and of ICMP errors that are made here are valid.
 //! 5. An ICMP error goes to the sender, from the address that he asked, and quotes what he sent.
 //! 6. A later part of a datagram goes where its first one went ([`Parts`]).
-//! 7. An ICMP error that goes to a server quotes a packet from the VIP; where all owners are servers, all of those do.
+//! 7. An ICMP error that goes to a server quotes a packet from the VIP, or from whom an intercepted flow is to; where all owners
+//!    are servers, all of those do.
+//! 8. What a farm that intercepts is to take, by the scene's own word ([`Rules`]), is a service's packet, and nothing else ever
+//!    goes to its servers. A reply of a layer-3 server's is one exactly if its flow is on record.
+//! 9. A service's packet goes to a server of its farm that slots or flow table name, as the reason says, and no new flow where
+//!    an exception forbids; it is cut through only for a cause.
 
 mod parts;
+mod placed;
 mod quote;
 mod sent;
+mod service;
 mod six;
+#[cfg(test)]
+mod tests;
+mod tuple;
 
 use std::ops::Range;
 
@@ -27,8 +37,9 @@ use necp_ebpf::{
 };
 
 pub use self::parts::Parts;
+use self::{placed::Flows, tuple::Tuple};
 use super::{
-    scene::{SERVICES, VIP, is_server, is_server6},
+    scene::{FIRST_PROXY, crossing::Rules},
     stack::{fold, sum},
 };
 use crate::kernel::{OWN_MAC, Verdict};
@@ -52,6 +63,8 @@ pub enum Class {
     NotOurs,
     /// TCP or UDP for a service, whole or the first part of it.
     Ours,
+    /// TCP, UDP or SCTP to others, which a farm is to intercept, whole or the first part of it: a server's reply may be among these.
+    Crossing,
     /// IPv6 with more extension headers than are looked at, or one that leads elsewhere.
     Extended,
     /// IPv6 that ends within an extension header: whether that is one too many is not said.
@@ -67,15 +80,17 @@ impl Class {
             Reason::Fragment => &[Self::FirstPart, Self::LaterPart],
             Reason::Part | Reason::StrayPart => &[Self::LaterPart],
             Reason::NotOurs => &[Self::NotOurs],
-            Reason::Reply | Reason::ReplyRouted => &[Self::NotOurs, Self::FirstPart, Self::LaterPart, Self::Icmp],
+            Reason::Reply | Reason::ReplyRouted => {
+                &[Self::NotOurs, Self::Crossing, Self::FirstPart, Self::LaterPart, Self::Icmp]
+            }
             Reason::Icmp | Reason::Quoted | Reason::Echo => &[Self::Icmp],
             Reason::Extended => &[Self::Extended, Self::Unread],
             Reason::OtherHost => &[Self::OtherHost],
             // Of packets to a server, and of its replies.
             Reason::TooBig | Reason::Expired | Reason::Untold => {
-                &[Self::Ours, Self::NotOurs, Self::FirstPart, Self::LaterPart, Self::Icmp]
+                &[Self::Ours, Self::NotOurs, Self::Crossing, Self::FirstPart, Self::LaterPart, Self::Icmp]
             }
-            Reason::NoNextHop | Reason::Fragmenting => &[Self::Ours, Self::LaterPart, Self::Icmp],
+            Reason::NoNextHop | Reason::Fragmenting => &[Self::Ours, Self::Crossing, Self::LaterPart, Self::Icmp],
             Reason::NoServer
             | Reason::Direct
             | Reason::Plain
@@ -87,7 +102,7 @@ impl Class {
             | Reason::NewUnrecorded
             | Reason::Repeated
             | Reason::Confirmed
-            | Reason::BadTables => &[Self::Ours],
+            | Reason::BadTables => &[Self::Ours, Self::Crossing],
         }
     }
 }
@@ -127,58 +142,137 @@ impl Difference {
     ];
 }
 
-/// A frame's class, and which difference decided it.
-pub fn class(frame: &[u8]) -> (Class, Option<Difference>) {
-    let Ok(ethernet) = Ethernet2Slice::from_slice_without_fcs(frame) else { return (Class::Malformed, None) };
+/// What became of a frame that crosses this host, and that a farm takes, or would but for one thing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(usize)]
+pub enum Crossing {
+    /// It went to one of the farm's servers.
+    Taken,
+    /// A later part went there.
+    Part,
+    /// An ICMP error about such a flow went there.
+    Error,
+    /// It was cut through.
+    Direct,
+    /// It was dropped, answered, or left without a server.
+    Unsent,
+    /// A layer-3 server's reply, which comes first.
+    Reply,
+    /// A VIP's service comes first.
+    Vip,
+    /// It is for this host.
+    Own,
+    /// It may be one of the farm's servers' own.
+    Fetch,
+}
+
+impl Crossing {
+    /// All of them, in the order of their numbers.
+    pub const ALL: [Self; 9] = [
+        Self::Taken,
+        Self::Part,
+        Self::Error,
+        Self::Direct,
+        Self::Unsent,
+        Self::Reply,
+        Self::Vip,
+        Self::Own,
+        Self::Fetch,
+    ];
+}
+
+/// What the judge made of a frame.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Judged {
+    /// Which difference decided its class.
+    pub difference: Option<Difference>,
+    /// How it was one for interception.
+    pub crossing: Option<Crossing>,
+}
+
+/// What a frame is.
+struct Seen {
+    class: Class,
+    difference: Option<Difference>,
+    /// Of what is for this host and neither ICMP nor a later part: who speaks to whom; and whether it is a SYN.
+    tuple: Option<(Tuple, bool)>,
+}
+
+impl Seen {
+    const fn of(class: Class, difference: Option<Difference>) -> Self {
+        Self { class, difference, tuple: None }
+    }
+}
+
+fn see(frame: &[u8], rules: &Rules) -> Seen {
+    let Ok(ethernet) = Ethernet2Slice::from_slice_without_fcs(frame) else { return Seen::of(Class::Malformed, None) };
     let l3 = match datagram_at(frame) {
         Ok((l3, Family::Four)) => l3,
-        Ok((l3, Family::Six)) => return six::class(&frame[l3..], ethernet.destination() == OWN_MAC),
-        Err(difference) => return (Class::NotIp, difference),
+        Ok((l3, Family::Six)) => {
+            return six::see(&frame[l3..], ethernet.destination() == OWN_MAC, rules);
+        }
+        Err(difference) => return Seen::of(Class::NotIp, difference),
     };
-    let Some((header, payload)) = ipv4(&frame[l3..]) else { return (Class::Malformed, None) };
+    let Some((header, payload)) = ipv4(&frame[l3..]) else { return Seen::of(Class::Malformed, None) };
     let offset = header.fragments_offset().value();
     if header.protocol() == ip_number::TCP && offset == 1 {
-        return (Class::Malformed, Some(Difference::TinyPart));
+        return Seen::of(Class::Malformed, Some(Difference::TinyPart));
     }
     if ethernet.destination() != OWN_MAC {
-        return (Class::OtherHost, None);
+        return Seen::of(Class::OtherHost, None);
     }
     if offset > 0 {
-        return (Class::LaterPart, None);
+        return Seen::of(Class::LaterPart, None);
     }
-    of_transport(&header, payload)
+    see_transport(&header, payload, rules)
 }
 
-/// The class of a datagram, or of the first part of one, for this host.
-fn of_transport(header: &Ipv4HeaderSlice<'_>, payload: &[u8]) -> (Class, Option<Difference>) {
+/// A datagram, or the first part of one, for this host.
+fn see_transport(header: &Ipv4HeaderSlice<'_>, payload: &[u8], rules: &Rules) -> Seen {
     let first = header.more_fragments();
-    let (port, difference) = match header.protocol() {
-        ip_number::ICMP => return (Class::Icmp, Some(Difference::OtherProtocol)),
+    let malformed = |difference| Seen::of(Class::Malformed, difference);
+    let mut syn = false;
+    let (ports, difference) = match header.protocol() {
+        ip_number::ICMP => return Seen::of(Class::Icmp, Some(Difference::OtherProtocol)),
         ip_number::TCP => match TcpSlice::from_slice(payload) {
-            Ok(tcp) => (Some(tcp.destination_port()), None),
-            Err(_) => return (Class::Malformed, None),
+            Ok(tcp) => {
+                syn = opens(&tcp);
+                ([tcp.source_port(), tcp.destination_port()], None)
+            }
+            Err(_) => return malformed(None),
         },
         ip_number::UDP => match UdpHeaderSlice::from_slice(payload) {
-            Ok(udp) if udp.length() == 0 => return (Class::Malformed, Some(Difference::UdpLengthZero)),
-            Ok(udp) if first && udp.length() >= 8 => (Some(udp.destination_port()), Some(Difference::FirstOfUdp)),
+            Ok(udp) if udp.length() == 0 => return malformed(Some(Difference::UdpLengthZero)),
+            Ok(udp) if first && udp.length() >= 8 => {
+                ([udp.source_port(), udp.destination_port()], Some(Difference::FirstOfUdp))
+            }
             _ => match UdpSlice::from_slice(payload) {
-                Ok(udp) => (Some(udp.destination_port()), None),
-                Err(_) => return (Class::Malformed, None),
+                Ok(udp) => ([udp.source_port(), udp.destination_port()], None),
+                Err(_) => return malformed(None),
             },
         },
-        ip_number::AUTH => (None, Some(Difference::Authentication)),
-        _ => (None, Some(Difference::OtherProtocol)),
+        ip_number::AUTH => ([0; 2], Some(Difference::Authentication)),
+        _ => ([0; 2], Some(Difference::OtherProtocol)),
     };
-    let class = match port.is_some_and(|port| is_service(header.destination(), header.protocol().0, port)) {
-        true => Class::Ours,
-        false if first => Class::FirstPart,
-        false => Class::NotOurs,
-    };
-    (class, difference)
+    let tuple = Tuple::of(header, ports);
+    Seen { class: class_of(&tuple, first, rules), difference, tuple: Some((tuple, syn)) }
 }
 
-fn is_service(address: [u8; 4], protocol: u8, port: u16) -> bool {
-    address == VIP && SERVICES.contains(&(protocol, port))
+fn opens(tcp: &TcpSlice<'_>) -> bool {
+    tcp.syn() && !(tcp.ack() || tcp.rst() || tcp.fin())
+}
+
+/// The class of a datagram, or of the `first` part of one, that is for this host.
+fn class_of(tuple: &Tuple, first: bool, rules: &Rules) -> Class {
+    if service::of_vip(tuple).is_some() {
+        Class::Ours
+    } else if service::interceptor(tuple, rules).is_some() {
+        Class::Crossing
+    } else if first {
+        Class::FirstPart
+    } else {
+        Class::NotOurs
+    }
 }
 
 /// Which IP.
@@ -228,12 +322,23 @@ pub struct Deed<'a> {
     pub frame: &'a [u8],
 }
 
-/// Holds what was done with `frame` against the relations above, and takes note of first parts; which difference was needed.
+/// What the judge knows beside the frame: the tables as they are after it, and what those of them are to say that are found
+/// by tries and hashes.
+#[derive(Clone, Copy)]
+pub struct Ground<'a> {
+    /// The tables.
+    pub tables: View<'a>,
+    /// Prefixes and exceptions.
+    pub rules: &'a Rules,
+}
+
+/// Holds what was done with `frame` against the relations above, and takes note of first parts.
 ///
 /// # Errors
 /// The relation that does not hold.
-pub fn judge(frame: &[u8], deed: Deed<'_>, tables: View<'_>, parts: &mut Parts) -> Result<Option<Difference>, String> {
-    let (class, difference) = class(frame);
+pub fn judge(frame: &[u8], deed: Deed<'_>, ground: Ground<'_>, parts: &mut Parts) -> Result<Judged, String> {
+    let seen = see(frame, ground.rules);
+    let class = seen.class;
     if !Class::of(deed.reason).contains(&class) {
         return Err(format!("counted as {:?}, but to etherparse it is {class:?}", deed.reason));
     }
@@ -247,33 +352,67 @@ pub fn judge(frame: &[u8], deed: Deed<'_>, tables: View<'_>, parts: &mut Parts) 
         return Err(format!("{:?} for {:?}", deed.verdict, deed.reason));
     }
     let (l3, family) = datagram_at(frame).unwrap_or((14, Family::Four));
-    let from_server = || match family {
-        Family::Four => frame.get(l3 + 12..l3 + 16).is_some_and(is_server),
-        Family::Six => frame.get(l3 + 8..l3 + 24).is_some_and(is_server6),
-    };
-    if class == Class::NotOurs && deed.reason != Reason::NotOurs && !from_server() {
-        return Err(format!("{:?} for what is for no service and comes from no server", deed.reason));
-    }
-    let sent = sent::Sent { l3, family, before: frame, deed, tables };
-    match deed.reason.action() {
-        Action::Pass if deed.frame != frame => return Err("passed on, but changed".into()),
-        Action::Pass | Action::Drop => {}
-        Action::Answer => sent.answer()?,
-        Action::Transmit if deed.reason == Reason::Reply => sent.reply(1)?,
-        Action::Route if deed.reason == Reason::ReplyRouted => sent.reply(0)?,
-        Action::Transmit => sent.to_server().map(|_| ())?,
-        Action::Route => sent.to_be_fragmented().map(|_| ())?,
+    let sent = sent::Sent { l3, family, before: frame, deed, tables: ground.tables };
+    let to = sent.hold()?;
+    if let Some((tuple, opens)) = &seen.tuple {
+        hold_service(class, tuple, *opens, deed.reason, to, ground)?;
     }
     if class == Class::Icmp {
-        match family {
-            Family::Four => quote::hold(&frame[l3..], deed.reason, tables)?,
-            Family::Six => six::hold(&frame[l3..], deed.reason)?,
-        }
+        let message = match family {
+            Family::Four => quote::Message::of(&frame[l3..]),
+            Family::Six => six::message(&frame[l3..]),
+        };
+        message.ok_or("ICMP in no packet")?.hold(deed.reason, to, ground)?;
     }
-    if matches!(class, Class::Ours | Class::FirstPart | Class::LaterPart | Class::Icmp) {
+    if matches!(class, Class::Ours | Class::Crossing | Class::FirstPart | Class::LaterPart | Class::Icmp) {
         parts.hold(class, &sent)?;
     }
-    Ok(difference)
+    let crossing = crossing(&seen, deed.reason, to, ground.rules)?;
+    Ok(Judged { difference: seen.difference, crossing })
+}
+
+/// Relations 8 and 9 of a packet that is no error: what is a reply, and where a service's packets go.
+fn hold_service(
+    class: Class,
+    tuple: &Tuple,
+    opens: bool,
+    reason: Reason,
+    to: Option<u32>,
+    ground: Ground<'_>,
+) -> Result<(), String> {
+    if let Some(service) = service::of_vip(tuple) {
+        return Flows::of(&service, ground).hold(tuple, opens, reason, to);
+    }
+    if service::is_reply(tuple, ground) {
+        let right =
+            matches!(reason, Reason::Reply | Reason::ReplyRouted | Reason::TooBig | Reason::Expired | Reason::Untold);
+        return if right { Ok(()) } else { Err(format!("{reason:?} for a reply of a flow on record")) };
+    }
+    match service::interceptor(tuple, ground.rules) {
+        _ if matches!(reason, Reason::Reply | Reason::ReplyRouted) => {
+            Err(format!("{reason:?} for what belongs to no flow on record"))
+        }
+        Some(service) => Flows::of(&service, ground).hold(tuple, opens, reason, to),
+        None if matches!(reason, Reason::NotOurs | Reason::Fragment) => Ok(()),
+        None => Err(format!("{reason:?} for {class:?} to nobody's service")),
+    }
+}
+
+/// How a frame was one for interception; relation 8: what is for no farm goes to none of its servers.
+fn crossing(seen: &Seen, reason: Reason, to: Option<u32>, rules: &Rules) -> Result<Option<Crossing>, String> {
+    let taken = to.is_some_and(|id| id >= FIRST_PROXY);
+    match seen.class {
+        Class::Crossing if taken => Ok(Some(Crossing::Taken)),
+        Class::LaterPart if taken => Ok(Some(Crossing::Part)),
+        Class::Icmp if taken => Ok(Some(Crossing::Error)),
+        class if taken => Err(format!("captured, but it is {class:?}")),
+        Class::Crossing => Ok(Some(match reason {
+            Reason::Direct => Crossing::Direct,
+            Reason::Reply | Reason::ReplyRouted => Crossing::Reply,
+            _ => Crossing::Unsent,
+        })),
+        _ => Ok(seen.tuple.as_ref().and_then(|(tuple, _)| service::spared(tuple, rules))),
+    }
 }
 
 /// Whether the checksums of an IPv4 packet are valid.
@@ -304,202 +443,5 @@ impl Checksums {
     /// Valid wherever the other is.
     fn as_good_as(self, other: Self) -> bool {
         (self.header || !other.header) && (self.transport == Some(true) || other.transport != Some(true))
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::{
-        frame::{Flow, flags},
-        frames::scene::{self, Scene, server_mac},
-        host_path::HostPath,
-    };
-    use necp_ebpf::{
-        abi::{ACCEPTS, ALIVE, ExceptionMasks, FORWARDING_SHIFT, GRE, LAYER_2, LAYER_3, REACHABLE, Server},
-        slot::SlotWord,
-    };
-    use rand::{SeedableRng as _, rngs::SmallRng};
-    use std::net::SocketAddrV4;
-
-    fn flow(port: u16) -> Flow {
-        Flow {
-            source_mac: [2, 0, 0, 0, 8, 8],
-            destination_mac: OWN_MAC,
-            source: SocketAddrV4::new([198, 51, 100, 1].into(), 40_000),
-            destination: SocketAddrV4::new(VIP.into(), port),
-            ttl: 64,
-        }
-    }
-
-    /// The host build with server 2 behind interface `port`.
-    fn tables(port: u8) -> HostPath {
-        let mut host = HostPath::new(scene::SLOTS as usize, scene::FLOW_BUCKETS as usize);
-        Scene::random(&mut SmallRng::seed_from_u64(1)).install(host.view());
-        let flags = ALIVE | ACCEPTS | REACHABLE;
-        let server = Server { mac: server_mac(2), flags, port, forwarding: 1, ..Server::default() };
-        assert!(host.view().set_server(2, &server));
-        host
-    }
-
-    /// As it would come out for server 2.
-    fn sent(frame: &[u8]) -> Vec<u8> {
-        [&server_mac(2)[..], &OWN_MAC, &frame[12..]].concat()
-    }
-
-    fn says(frame: &[u8], verdict: Verdict, reason: Reason, out: &[u8]) -> Result<Option<Difference>, String> {
-        judge(frame, Deed { verdict, reason, frame: out }, tables(0).view(), &mut Parts::default())
-    }
-
-    #[test]
-    fn what_is_right_is_not_complained_of() {
-        let frame = flow(80).tcp(flags::ACK, 1, 1, b"hello");
-        assert_eq!(says(&frame, Verdict::Tx, Reason::Plain, &sent(&frame)), Ok(None));
-        assert_eq!(says(&frame, Verdict::Pass, Reason::NoServer, &frame), Ok(None));
-        let other = flow(82).tcp(flags::ACK, 1, 1, b"hello");
-        assert_eq!(says(&other, Verdict::Pass, Reason::NotOurs, &other), Ok(None));
-        let mut udp = flow(53).udp(b"hello");
-        udp[38..40].fill(0);
-        assert_eq!(says(&udp, Verdict::Pass, Reason::Malformed, &udp), Ok(Some(Difference::UdpLengthZero)));
-    }
-
-    #[test]
-    fn every_wrong_deed_is_noticed() {
-        let frame = flow(80).tcp(flags::ACK, 1, 1, b"hello");
-        let out = sent(&frame);
-        let wrong = |verdict, reason, out: &[u8]| says(&frame, verdict, reason, out).unwrap_err();
-        assert!(wrong(Verdict::Pass, Reason::Malformed, &frame).contains("to etherparse it is Ours"));
-        assert!(wrong(Verdict::Pass, Reason::NotOurs, &frame).contains("to etherparse it is Ours"));
-        assert!(wrong(Verdict::Drop, Reason::Plain, &frame).contains("Drop for Plain"));
-        assert!(wrong(Verdict::Aborted, Reason::NoServer, &frame).contains("Aborted for NoServer"));
-        assert!(wrong(Verdict::Pass, Reason::NoServer, &out).contains("passed on, but changed"));
-        assert!(wrong(Verdict::Redirect, Reason::Plain, &out).contains("at port 0"));
-        assert!(wrong(Verdict::Tx, Reason::Plain, &frame).contains("no server"));
-        let mut changed = out.clone();
-        changed[22] -= 1;
-        assert!(wrong(Verdict::Tx, Reason::Plain, &changed).contains("more than the MAC addresses"));
-        let short = &frame[..frame.len() - 1];
-        let malformed = says(short, Verdict::Tx, Reason::Plain, &sent(short)).unwrap_err();
-        assert!(malformed.contains("to etherparse it is Malformed"));
-        let deed = Deed { verdict: Verdict::Tx, reason: Reason::Plain, frame: &out };
-        assert!(judge(&frame, deed, tables(1).view(), &mut Parts::default()).unwrap_err().contains("at port 1"));
-        for forwarding in [GRE, LAYER_3] {
-            let mut host = tables(0);
-            let server = host.view().server(2).unwrap();
-            let flags = server.flags | forwarding << FORWARDING_SHIFT;
-            host.view().set_server(2, &Server { flags, forwarding, ..server });
-            assert!(judge(&frame, deed, host.view(), &mut Parts::default()).is_err(), "sent as to a layer-2 server");
-        }
-        let mut host = tables(0);
-        let server = host.view().server(2).unwrap();
-        host.view().set_server(2, &Server { flags: ALIVE, ..server });
-        assert!(
-            judge(&frame, deed, host.view(), &mut Parts::default())
-                .unwrap_err()
-                .contains("no server that can be reached")
-        );
-        assert!(wrong(Verdict::Tx, Reason::Expired, &out).contains("hops"));
-        assert!(wrong(Verdict::Pass, Reason::ReplyRouted, &frame).contains("to etherparse it is Ours"));
-    }
-
-    /// The host build with all slots owned by server 2, which takes this forwarding type.
-    fn owned(forwarding: u8) -> HostPath {
-        let mut host = tables(0);
-        let [a, b, c, d] = scene::server_address(2);
-        let address = [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, a, b, c, d];
-        let server = host.view().server(2).unwrap();
-        let flags = server.flags | forwarding << FORWARDING_SHIFT;
-        host.view().set_server(2, &Server { flags, forwarding, address, ..server });
-        host.view().set_exception_masks(0, &ExceptionMasks::default());
-        host.view().slots().iter().for_each(|slot| slot.store(SlotWord::plain(2).0));
-        host
-    }
-
-    /// A router's error about what was sent from one end to the other.
-    fn error_about(flow: &Flow, router: [u8; 4]) -> Vec<u8> {
-        let quoted = &flow.tcp(flags::ACK, 1, 1, b"even")[14..];
-        crate::frame::needs_fragmentation(OWN_MAC, router.into(), 1280, quoted)
-    }
-
-    #[test]
-    fn every_byte_that_should_have_stayed_is_noticed() {
-        let to_server = Flow { destination: SocketAddrV4::new(scene::server_address(2).into(), 8080), ..flow(8080) };
-        let mut first = flow(53).udp(b"hello, this is a part");
-        (first[20], first[21]) = (0x20, 0);
-        crate::frames::stack::mend_header(&mut first, 14);
-        let frames = [
-            (flow(8080).tcp(flags::SYN, 1, 0, b""), Reason::New),
-            (flow(53).udp(b"hello"), Reason::New),
-            (first, Reason::Record),
-            (error_about(&flow(8080).reversed(), [198, 51, 100, 9]), Reason::Quoted),
-            (to_server.reversed().tcp(flags::ACK, 1, 1, b"hello"), Reason::ReplyRouted),
-            (error_about(&to_server, scene::server_address(2)), Reason::ReplyRouted),
-            (error_about(&to_server, [198, 51, 100, 9]), Reason::ReplyRouted),
-        ];
-        for forwarding in [LAYER_2, LAYER_3] {
-            let mut host = owned(forwarding);
-            for (frame, reason) in
-                frames.iter().filter(|(_, reason)| forwarding == LAYER_3 || *reason != Reason::ReplyRouted)
-            {
-                let mut frame = frame.clone();
-                frame[..6].copy_from_slice(&OWN_MAC);
-                let out = host.run(&frame);
-                assert_eq!(out.reason, *reason, "forwarding type {forwarding}");
-                let mut says = |bytes: &[u8]| {
-                    let deed = Deed { verdict: out.verdict, reason: out.reason, frame: bytes };
-                    judge(&frame, deed, host.view(), &mut Parts::default())
-                };
-                says(&out.frame).unwrap();
-                for place in 0..out.frame.len() {
-                    let mut wrong = out.frame.clone();
-                    wrong[place] ^= 0x10;
-                    assert!(says(&wrong).is_err(), "{reason:?}, forwarding type {forwarding}, byte {place}");
-                }
-            }
-        }
-    }
-
-    #[test]
-    fn parts_and_errors_that_go_elsewhere_are_noticed() {
-        let mut host = owned(LAYER_2);
-        let mut parts = Parts::default();
-        let mut says = |frame: &[u8], verdict, reason, out: &[u8]| {
-            judge(frame, Deed { verdict, reason, frame: out }, host.view(), &mut parts)
-        };
-        let mut first = flow(443).udp(&[7; 64]);
-        (first[20], first[21]) = (0x20, 0);
-        let mut last = first.clone();
-        (last[20], last[21]) = (0, 9);
-        // Nobody has seen the first.
-        says(&last, Verdict::Drop, Reason::StrayPart, &last).unwrap();
-        assert!(says(&last, Verdict::Pass, Reason::Fragment, &last).is_err());
-        assert!(says(&last, Verdict::Tx, Reason::Part, &sent(&last)).is_err());
-        says(&first, Verdict::Tx, Reason::Plain, &sent(&first)).unwrap();
-        says(&last, Verdict::Tx, Reason::Part, &sent(&last)).unwrap();
-        assert!(says(&last, Verdict::Drop, Reason::StrayPart, &last).is_err());
-        assert!(says(&last, Verdict::Pass, Reason::Fragment, &last).is_err());
-        // An error about a flow of a service whose slots all have servers.
-        let error = error_about(&flow(80).reversed(), [198, 51, 100, 9]);
-        says(&error, Verdict::Tx, Reason::Quoted, &sent(&error)).unwrap();
-        assert!(says(&error, Verdict::Pass, Reason::Icmp, &error).unwrap_err().contains("nobody gets an error"));
-        let other = error_about(&flow(82).reversed(), [198, 51, 100, 9]);
-        says(&other, Verdict::Pass, Reason::Icmp, &other).unwrap();
-        assert!(says(&other, Verdict::Tx, Reason::Quoted, &sent(&other)).is_err());
-    }
-
-    #[test]
-    fn checksums_are_valid_or_not() {
-        let mut frame = flow(80).tcp(flags::ACK, 1, 1, b"hello");
-        let valid = Checksums { header: true, transport: Some(true) };
-        assert_eq!(Checksums::of(&frame[14..]), Some(valid));
-        frame[22] -= 1;
-        let header = Checksums { header: false, ..valid };
-        assert_eq!(Checksums::of(&frame[14..]), Some(header));
-        assert!(valid.as_good_as(header) && !header.as_good_as(valid));
-        *frame.last_mut().unwrap() ^= 1;
-        let none = Checksums { header: false, transport: Some(false) };
-        assert_eq!(Checksums::of(&frame[14..]), Some(none));
-        assert!(!none.as_good_as(header) && header.as_good_as(none));
-        assert_eq!(Checksums::of(&frame[14..40]), None);
     }
 }

@@ -1,24 +1,28 @@
-//! The tables that frames meet: services of every kind, slots in every state, servers of every kind, exceptions.
+//! The tables that frames meet: services of every kind, slots in every state, servers of every kind, exceptions; beside the
+//! VIPs' farm two that intercept.
+
+pub mod crossing;
 
 use std::ops::Range;
 
 use necp_ebpf::{
     abi::{
-        ACCEPTS, ALIVE, ALWAYS_TRACKED, DIRECT, EXCEPTION_GLOBAL, EXCEPTION_LOCAL, Exception, ExceptionMask,
-        ExceptionMasks, FIRST_SERVER, FORWARDING_SHIFT, GRE, LAYER_2, LAYER_3, NO_ECHO, OF_IPV4, REACHABLE, REPLY,
-        REPLY6, SERVICE6, Server, Service, UDP_CLASS, UNTRACKED, VIP as VIP_STATE, VIP6 as VIP6_STATE,
+        ACCEPTS, ALIVE, ALWAYS_TRACKED, DIRECT, ExceptionMasks, FIRST_SERVER, FORWARDING_SHIFT, GRE, LAYER_2, LAYER_3,
+        NO_ECHO, NONE, REACHABLE, REPLY, REPLY6, SERVICE6, Server, Service, UDP_CLASS, UNTRACKED, VIP as VIP_STATE,
+        VIP6 as VIP6_STATE,
     },
     hash::{fold6, service_bucket},
     host::View,
     packet::protocol,
     slot::{COLLECTING, SlotWord, TRACKED},
-    tables::halves,
+    tables::{Tables as _, halves},
 };
 use rand::{RngExt as _, rngs::SmallRng};
 
+use self::crossing::{INTERCEPTED, Rules, farm_of, servers_of};
 use super::{once_in, pick};
 
-/// The address of all services.
+/// The address of all services, but for those that are intercepted.
 pub const VIP: [u8; 4] = [192, 0, 2, 10];
 /// The IPv6 address of all services.
 pub const VIP6: [u8; 16] = *b"\x20\x01\x0d\xb8\0\0\0\0\0\0\0\0\0\0\0\x10";
@@ -37,15 +41,19 @@ pub const SERVICES: [(u8, u16); 7] = [
 /// Flags of each service.
 const FLAGS: [u16; SERVICES.len()] = [0, 0, ALWAYS_TRACKED, ALWAYS_TRACKED, UNTRACKED, ALWAYS_TRACKED, 0];
 /// Slots of all services, and buckets of the flow table: few, so that the table is full now and then.
-pub const SLOTS: u32 = SLOTS_PER_SERVICE * SERVICES.len() as u32;
+pub const SLOTS: u32 = SLOTS_PER_SERVICE * (SERVICES.len() + INTERCEPTED.len()) as u32;
 /// A power of two.
 pub const FLOW_BUCKETS: u32 = 16;
+/// The first server id of farms that intercept; see [`servers_of`].
+pub const FIRST_PROXY: u32 = 10;
 /// One more than the last server id.
-pub const SERVERS: u32 = 10;
+pub const SERVERS: u32 = 16;
 
 const SLOTS_PER_SERVICE: u32 = 7;
 const SEED: u64 = 7;
-const EXCEPTIONS: usize = 6;
+const EXCEPTIONS: usize = 10;
+/// Where the slots of a service are that has none.
+const BAD_SLOTS: u32 = 1 << 21;
 
 /// A server's MAC address, as its id says.
 pub const fn server_mac(id: u32) -> [u8; 6] {
@@ -59,12 +67,14 @@ pub fn server_of(mac: [u8; 6]) -> Option<u32> {
 
 /// A server's own address.
 pub const fn server_address(id: u32) -> [u8; 4] {
-    [10, 0, 0, id as u8]
+    let proxies = (SERVERS - FIRST_PROXY) / (crossing::FARMS - 1);
+    let farm = if id < FIRST_PROXY { 0 } else { 1 + (id - FIRST_PROXY) / proxies };
+    [10, 0, farm as u8, id as u8]
 }
 
-/// Whether an address is a server's.
+/// Whether an address is that of one of the VIP's servers.
 pub fn is_server(address: &[u8]) -> bool {
-    (FIRST_SERVER..SERVERS).any(|id| server_address(id) == address)
+    servers_of(0).any(|id| server_address(id) == address)
 }
 
 /// A server's own IPv6 address: the other one, mapped.
@@ -72,9 +82,9 @@ pub const fn server_address6(id: u32) -> [u8; 16] {
     mapped(server_address(id))
 }
 
-/// Whether an IPv6 address is a server's.
+/// Whether an IPv6 address is that of one of the VIP's servers.
 pub fn is_server6(address: &[u8]) -> bool {
-    (FIRST_SERVER..SERVERS).any(|id| server_address6(id) == address)
+    servers_of(0).any(|id| server_address6(id) == address)
 }
 
 const fn mapped([a, b, c, d]: [u8; 4]) -> [u8; 16] {
@@ -91,8 +101,7 @@ pub fn slots_of(index: usize) -> Option<Range<usize>> {
 pub struct Scene {
     slots: Vec<u64>,
     servers: Vec<Server>,
-    exceptions: Vec<Exception>,
-    masks: ExceptionMasks,
+    rules: Rules,
 }
 
 /// What user space does between two frames.
@@ -100,8 +109,12 @@ pub struct Scene {
 pub enum Change {
     /// A slot's new owner.
     Owner(usize, u32),
+    /// The new owner of all slots of a service that is intercepted, by its place in [`INTERCEPTED`].
+    Owners(usize, u32),
     /// A server's record.
     Server(u32, Server),
+    /// [`Rules::come_or_go`].
+    Own,
 }
 
 impl Scene {
@@ -109,15 +122,23 @@ impl Scene {
     pub fn random(random: &mut SmallRng) -> Self {
         let servers = (FIRST_SERVER..SERVERS).map(|id| server(id, random)).collect();
         let calm = once_in(random, 3);
-        let slots = (0..SLOTS).map(|_| if calm { SlotWord::plain(FIRST_SERVER) } else { slot(random) }.0).collect();
-        let mut scene = Self { slots, servers, exceptions: Vec::new(), masks: ExceptionMasks::default() };
+        let of_vip = SLOTS_PER_SERVICE as usize * SERVICES.len();
+        let slot = |_| if calm { SlotWord::plain(FIRST_SERVER) } else { any_slot(&servers_of(0), random) }.0;
+        let mut slots: Vec<u64> = (0..of_vip).map(slot).collect();
+        slots.extend((0..INTERCEPTED.len()).flat_map(|index| crossing::slots(index, random)));
+        let mut rules = Rules::random(random);
         if once_in(random, 3) {
-            (0..random.random_range(1..=EXCEPTIONS)).for_each(|number| scene.except(number, random));
+            (0..random.random_range(1..=EXCEPTIONS)).for_each(|_| rules.except(random));
         }
-        scene
+        Self { slots, servers, rules }
     }
 
-    /// Writes it all, in place of another scene.
+    /// What the tables of prefixes and exceptions are to say.
+    pub fn rules(&self) -> &Rules {
+        &self.rules
+    }
+
+    /// Writes it all but the prefixes, in place of another scene.
     ///
     /// # Panics
     /// If the tables are too small.
@@ -129,11 +150,7 @@ impl Scene {
             entry.key.store(0);
             entry.word.store(0);
         }
-        view.clear_exceptions();
-        for (number, exception) in (0..).zip(&self.exceptions) {
-            assert_eq!(view.set_exception(number, exception), Ok(true));
-        }
-        assert!(view.set_exception_masks(0, &self.masks));
+        self.install_exceptions(view);
         for (id, server) in (FIRST_SERVER..).zip(&self.servers) {
             assert!(view.set_server(id, server));
         }
@@ -141,7 +158,9 @@ impl Scene {
         assert!(view.set_vip6(VIP6_INDEX.into(), VIP6));
         let services =
             (0..SERVICES.len()).flat_map(|index| [service(index), service6(index), reply(index), reply6(index)]);
-        for service in services.chain([vip(), vip6()]) {
+        let intercepted =
+            (0..INTERCEPTED.len()).flat_map(|index| [crossing::service(index), crossing::service6(index)]);
+        for service in services.chain(intercepted).chain([vip(), vip6()]) {
             let bucket = service_bucket(service.key());
             let place = taken.entry(bucket).or_insert(0);
             assert!(view.set_service(bucket, *place, &service));
@@ -149,65 +168,67 @@ impl Scene {
         }
     }
 
-    /// Something that user space may do at any time.
-    pub fn change(random: &mut SmallRng) -> Change {
-        if once_in(random, 3) {
-            let id = random.random_range(FIRST_SERVER..SERVERS);
-            return Change::Server(id, server(id, random));
+    fn install_exceptions(&self, view: View<'_>) {
+        view.clear_exceptions();
+        let seed = view.exception_seed();
+        let mut masks = [ExceptionMasks::default(); crossing::FARMS as usize];
+        for (number, exclusion) in (0..).zip(&self.rules.exceptions) {
+            let masks = &mut masks[exclusion.farm as usize];
+            masks.masks[masks.count as usize] = exclusion.mask();
+            assert_eq!(view.set_exception(number, &exclusion.record(masks.count as u8, seed)), Ok(true));
+            masks.count += 1;
         }
-        Change::Owner(random.random_range(0..SLOTS as usize), random.random_range(DIRECT..SERVERS))
+        for (farm, masks) in (0..).zip(&masks) {
+            assert!(view.set_exception_masks(farm, masks));
+        }
     }
 
-    /// An exception for some clients, under a mask of its own.
-    fn except(&mut self, number: usize, random: &mut SmallRng) {
-        let (protocol, port) = pick(random, &SERVICES);
-        let mask = ExceptionMask {
-            source_len: pick(random, &[24, 30, 31, 32]),
-            destination_len: pick(random, &[0, 32]),
-            protocol: random.random_range(0..2),
-            port: random.random_range(0..2),
-            used: OF_IPV4,
-            ..ExceptionMask::default()
-        };
-        if self.masks.masks.contains(&mask) {
-            return;
+    /// Something that user space may do at any time.
+    pub fn change(random: &mut SmallRng) -> Change {
+        match random.random_range(0..12) {
+            0..4 => {
+                let id = random.random_range(FIRST_SERVER..SERVERS);
+                Change::Server(id, server(id, random))
+            }
+            4 => Change::Own,
+            5 => {
+                let index = random.random_range(0..INTERCEPTED.len());
+                Change::Owners(index, new_owner(&servers_of(INTERCEPTED[index].0), random))
+            }
+            _ => {
+                let slot = random.random_range(0..SLOTS as usize);
+                let farm = (slot / SLOTS_PER_SERVICE as usize)
+                    .checked_sub(SERVICES.len())
+                    .map_or(0, |intercepted| INTERCEPTED[intercepted].0);
+                Change::Owner(slot, new_owner(&servers_of(farm), random))
+            }
         }
-        self.masks.masks[number] = mask;
-        self.masks.count = number as u32 + 1;
-        let host =
-            if mask.source_len == 24 { 0 } else { random.random_range(0..4u8) & 0xffu8 << (32 - mask.source_len) };
-        let global = once_in(random, 2);
-        let mut installers = [0; necp_ebpf::abi::EXCEPTION_INSTALLERS];
-        installers[0] = if global { 0 } else { random.random_range(FIRST_SERVER..SERVERS) as u16 };
-        self.exceptions.push(Exception {
-            source: [198, 51, 100, host],
-            destination: if mask.destination_len == 0 { [0; 4] } else { VIP },
-            farm: 0,
-            port: if mask.port == 1 { port.to_be_bytes() } else { [0; 2] },
-            protocol: if mask.protocol == 1 { protocol } else { 0 },
-            mask: number as u8,
-            state: if global { EXCEPTION_GLOBAL } else { EXCEPTION_LOCAL },
-            reserved: 0,
-            installers,
-        });
     }
 }
 
+/// One of a farm's servers, or none now and then.
+fn new_owner(servers: &Range<u32>, random: &mut SmallRng) -> u32 {
+    if once_in(random, 8) { DIRECT } else { random.random_range(servers.clone()) }
+}
+
 impl Change {
-    /// Does it.
+    /// Does it, but to prefixes.
     pub fn apply(self, view: View<'_>) {
+        let give = |slot: usize, owner| {
+            let word = &view.slots()[slot];
+            word.store(SlotWord(word.load()).moved_to(owner, |_| true).0);
+        };
         match self {
-            Self::Owner(slot, owner) => {
-                let word = &view.slots()[slot];
-                word.store(SlotWord(word.load()).moved_to(owner, |_| true).0);
-            }
+            Self::Owner(slot, owner) => give(slot, owner),
+            Self::Owners(index, owner) => crossing::slots_of(index).for_each(|slot| give(slot, owner)),
             Self::Server(id, server) => assert!(view.set_server(id, &server), "no server {id}"),
+            Self::Own => {}
         }
     }
 }
 
 /// A service by its place in [`SERVICES`].
-fn service(index: usize) -> Service {
+pub fn service(index: usize) -> Service {
     let (protocol, port) = SERVICES[index];
     let class = if protocol == protocol::TCP { 0 } else { UDP_CLASS };
     let last = index + 1 == SERVICES.len();
@@ -216,7 +237,7 @@ fn service(index: usize) -> Service {
         port: port.to_be_bytes(),
         protocol,
         state: 1,
-        slots_base: if last { 1 << 21 } else { index as u32 * SLOTS_PER_SERVICE },
+        slots_base: if last { BAD_SLOTS } else { index as u32 * SLOTS_PER_SERVICE },
         slots_size: SLOTS_PER_SERVICE,
         seed: SEED,
         id: (index as u16 + 1) | class,
@@ -227,7 +248,7 @@ fn service(index: usize) -> Service {
 }
 
 /// The same at the IPv6 VIP, on the same slots.
-fn service6(index: usize) -> Service {
+pub fn service6(index: usize) -> Service {
     let four = service(index);
     let id = four.id + SERVICES.len() as u16;
     Service { address: fold(), state: SERVICE6, id, vip: VIP6_INDEX, ..four }
@@ -257,20 +278,22 @@ fn fold() -> [u8; 4] {
     fold6(halves(VIP6)).to_ne_bytes()
 }
 
-fn slot(random: &mut SmallRng) -> SlotWord {
-    let owner = random.random_range(0..SERVERS);
+/// What years may have left of a slot of the farm with these servers.
+fn any_slot(servers: &Range<u32>, random: &mut SmallRng) -> SlotWord {
+    let owner = if once_in(random, 10) { NONE } else { new_owner(servers, random) };
     let mut word = SlotWord::plain(owner);
     if once_in(random, 3) {
-        word = word.with_legacy(random.random_range(DIRECT..SERVERS));
+        word = word.with_legacy(new_owner(servers, random));
     }
     word.with_bits(pick(random, &[0, 0, 0, TRACKED, COLLECTING, TRACKED | COLLECTING]), 0)
 }
 
-/// Two of three are in good health; some are behind the other interface, one is behind none; some take GRE, some layer 3,
-/// and what is long does not get to all of them.
+/// Two of three are in good health; some are behind the other interface, one is behind none; some take GRE, of the VIP's some
+/// layer 3, and what is long does not get to all of them.
 fn server(id: u32, random: &mut SmallRng) -> Server {
     let flags = if once_in(random, 3) { random.random_range(0..8) } else { ALIVE | ACCEPTS | REACHABLE };
-    let forwarding = pick(random, &[LAYER_2, LAYER_2, GRE, LAYER_3]);
+    let routed = if farm_of(id) == Some(0) { LAYER_3 } else { GRE };
+    let forwarding = pick(random, &[LAYER_2, LAYER_2, GRE, routed]);
     Server {
         mac: server_mac(id),
         flags: flags | forwarding << FORWARDING_SHIFT,

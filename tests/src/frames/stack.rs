@@ -6,7 +6,10 @@ use rand::{RngExt as _, rngs::SmallRng};
 
 use super::{
     once_in, pick,
-    scene::{self, VIP, VIP6},
+    scene::{
+        self, FIRST_PROXY, SERVERS, VIP,
+        crossing::{INTERCEPTED, MAY_JOIN, ORIGINS, OWN, six_of},
+    },
 };
 use crate::kernel::{OTHER_MAC, OWN_MAC};
 
@@ -14,6 +17,10 @@ use crate::kernel::{OTHER_MAC, OWN_MAC};
 const CLIENT_MAC: [u8; 6] = [2, 0, 0, 0, 8, 8];
 const GRE: u8 = 47;
 const AUTHENTICATION: u8 = 51;
+/// Of the flow that both ends have much to say in, the client's port, which is intercepted, and the service, whose every flow is
+/// on record.
+const BUSY_PORT: u16 = INTERCEPTED[4].2;
+const BUSY: (u8, u16) = scene::SERVICES[2];
 
 /// A frame, and where its outermost IP header and what follows it begin.
 #[derive(Clone, Debug, Default)]
@@ -24,9 +31,15 @@ pub struct Stack {
     pub ip: Option<usize>,
     /// Offset of the header behind it.
     pub transport: Option<usize>,
-    /// It comes from a server, this one.
+    /// It comes from a server, this one, or from where a client's packets cross this host to.
     reply: bool,
     server: [u8; 4],
+    /// It crosses this host: the client, and the other end.
+    crossing: Option<[[u8; 4]; 2]>,
+    /// It comes in parts, of datagrams that are few.
+    in_parts: bool,
+    /// Of a flow that both ends have much to say in: what servers reply is for flows on record only.
+    busy: bool,
     /// What is being written is quoted by an ICMP error: the other direction.
     quoting: bool,
     /// UDP goes without a checksum.
@@ -38,9 +51,12 @@ impl Stack {
     pub fn refill(&mut self, random: &mut SmallRng) {
         self.bytes.clear();
         (self.ip, self.transport) = (None, None);
-        self.reply = once_in(random, 8);
-        self.server = scene::server_address(random.random_range(FIRST_SERVER..scene::SERVERS));
-        self.quoting = false;
+        self.busy = once_in(random, 4);
+        self.reply = once_in(random, if self.busy { 2 } else { 8 });
+        // In many scenes one server has everything.
+        let server = if self.busy { FIRST_SERVER } else { random.random_range(FIRST_SERVER..SERVERS) };
+        self.server = scene::server_address(server);
+        (self.quoting, self.crossing, self.in_parts) = (false, None, false);
         self.unsummed = once_in(random, 4);
         let to = match random.random_range(0..32) {
             0 => OTHER_MAC,
@@ -62,24 +78,37 @@ impl Stack {
             2..10 => {
                 self.word(0x86dd);
                 self.ip = Some(self.bytes.len());
+                self.cross_or_not(random);
                 self.ipv6(random, 0);
             }
             _ => {
                 self.word(0x0800);
                 self.ip = Some(self.bytes.len());
+                self.cross_or_not(random);
                 self.ipv4(random, 0);
             }
+        }
+    }
+
+    /// Half of all cross this host.
+    fn cross_or_not(&mut self, random: &mut SmallRng) {
+        if once_in(random, 2) {
+            (self.busy, self.reply) = (false, once_in(random, 8));
+            self.in_parts = once_in(random, 6);
+            self.crossing = Some(if self.in_parts { [client(1), ORIGINS[0]] } else { crossing_ends(random) });
         }
     }
 
     fn ipv4(&mut self, random: &mut SmallRng, depth: u32) {
         let start = self.bytes.len();
         let words = if once_in(random, 6) { random.random_range(0..=10u8) } else { 0 };
-        let (mut protocol, port) = destination(random);
+        let (mut protocol, port) = self.destination(random);
         if depth == 0 && once_in(random, 10) {
             protocol = protocol::ICMP;
         }
         let fragment = match random.random_range(0..24) {
+            0..9 if self.in_parts => 0x2000,
+            9..20 if self.in_parts => random.random_range(1..4u16),
             0 | 1 => 0x2000,
             2 => 0x2000 | random.random_range(0..0x2000u16),
             3 => random.random_range(0..0x2000u16),
@@ -90,13 +119,11 @@ impl Stack {
         self.bytes.extend([0x45 + words, pick(random, &[0, 0, 3, 0xb8]), 0, 0]);
         // Parts of the same datagrams meet.
         let id = if fragment & 0x3fff == 0 { random.random() } else { random.random_range(0..4) };
+        let id = if self.in_parts { id % 2 } else { id };
         self.word(id);
         self.word(fragment);
         self.bytes.extend([pick(random, &[64, 64, 255, 2, 1, 0]), protocol, 0, 0]);
-        let client = [198, 51, 100, random.random_range(0..4)];
-        let to = if once_in(random, 12) { pick(random, &[[192, 0, 2, 11], [255; 4], [0; 4]]) } else { VIP };
-        let (source, to) = if self.reply { (self.server, client) } else { (client, to) };
-        let (source, to) = if self.quoting { (to, source) } else { (source, to) };
+        let [source, to] = self.ends(random);
         self.bytes.extend([source, to].concat());
         for _ in 0..words {
             self.bytes.extend(pick(random, &[[1; 4], [0; 4], [0x83, 4, 4, 0], [0x94, 4, 0, 0], [7, 4, 4, 1]]));
@@ -114,27 +141,57 @@ impl Stack {
         self.bytes[start + 10..start + 12].copy_from_slice(&header.to_be_bytes());
     }
 
+    /// The protocol and port of a service most of the time.
+    fn destination(&self, random: &mut SmallRng) -> (u8, u16) {
+        let (protocol, port) = match self.crossing {
+            Some(_) => pick(random, &INTERCEPTED.map(|(_, protocol, port)| (protocol, port))),
+            None if self.busy => BUSY,
+            None => pick(random, &scene::SERVICES),
+        };
+        match random.random_range(0..16) {
+            0 => (protocol, random.random()),
+            1 => (pick(random, &[protocol::ICMP, protocol::ICMP, GRE, 4, 41, AUTHENTICATION, 132, 2]), port),
+            2 => (random.random(), port),
+            _ => (protocol, port),
+        }
+    }
+
+    /// From where, and whereto.
+    fn ends(&self, random: &mut SmallRng) -> [[u8; 4]; 2] {
+        let [client, other] = match self.crossing {
+            Some(_) if once_in(random, 12) => crossing_ends(random),
+            Some(ends) => ends,
+            None if self.busy => [client(1), if self.reply { self.server } else { VIP }],
+            None if self.reply => [client(random.random_range(0..4)), self.server],
+            None => {
+                let strange = pick(random, &[[192, 0, 2, 11], [255; 4], [0; 4]]);
+                [client(random.random_range(0..4)), if once_in(random, 12) { strange } else { VIP }]
+            }
+        };
+        if self.reply == self.quoting { [client, other] } else { [other, client] }
+    }
+
     fn ipv6(&mut self, random: &mut SmallRng, depth: u32) {
         let start = self.bytes.len();
-        let (protocol, port) = destination(random);
+        let (protocol, port) = self.destination(random);
         let icmp = protocol == protocol::ICMP || depth == 0 && once_in(random, 10);
         let protocol = if icmp { 58 } else { protocol };
-        let chain: Vec<u8> =
-            (0..pick(random, &[0, 0, 0, 0, 1, 2, 3])).map(|_| pick(random, &[0, 43, 44, 60, AUTHENTICATION])).collect();
+        let parts = pick(random, &[1, 1, 8, 0x10, 9]);
+        let chain: Vec<u8> = if self.in_parts && depth == 0 {
+            vec![44]
+        } else {
+            (0..pick(random, &[0, 0, 0, 0, 1, 2, 3])).map(|_| pick(random, &[0, 43, 44, 60, AUTHENTICATION])).collect()
+        };
         let next = |at: usize| chain.get(at).copied().unwrap_or(protocol);
         self.bytes.extend([0x60, 0, 0, 0, 0, 0, next(0), pick(random, &[64, 255, 1])]);
-        let client = [&VIP6[..15], &[random.random_range(1..4)]].concat();
-        let to = if once_in(random, 12) { [&VIP6[..15], &[0x11]].concat() } else { VIP6.to_vec() };
-        let (source, to) =
-            if self.reply { ([&[0; 10][..], &[0xff, 0xff], &self.server].concat(), client) } else { (client, to) };
-        let (source, to) = if self.quoting { (to, source) } else { (source, to) };
-        self.bytes.extend([source, to].concat());
+        self.bytes.extend(self.ends(random).map(six_of).concat());
         let addresses = sum(&self.bytes[start + 8..]);
         for (at, kind) in chain.iter().enumerate() {
             let length = if *kind == AUTHENTICATION { 2 } else { 0 };
-            let offset = if *kind == 44 { pick(random, &[0, 1, 8, 0xb9]) } else { 0 };
+            let offset =
+                if *kind == 44 { if self.in_parts { parts } else { pick(random, &[0, 1, 8, 0xb9]) } } else { 0 };
             // Parts of the same datagrams meet.
-            let id = if *kind == 44 { random.random_range(0..4) } else { 0 };
+            let id = if *kind == 44 { random.random_range(0..if self.in_parts { 2 } else { 4 }) } else { 0 };
             self.bytes.extend([next(at + 1), length, 0, offset, 0, 0, 0, id]);
             self.bytes.resize(self.bytes.len() + usize::from(length) * 4, 0);
         }
@@ -173,7 +230,7 @@ impl Stack {
 
     fn tcp(&mut self, random: &mut SmallRng, port: u16) {
         let words = pick(random, &[0, 0, 0, 3, 5, 10, 1]);
-        let source = 40_000 + random.random_range(0..6u16);
+        let source = self.client_port(random);
         self.ports(source, port);
         // Most SYNs of a flow are the same one again, so that its other packets can confirm it.
         let isn = [1000, 5000, u32::MAX][usize::from(source % 3)];
@@ -196,7 +253,8 @@ impl Stack {
 
     fn udp(&mut self, random: &mut SmallRng, port: u16) {
         let start = self.bytes.len();
-        self.ports(40_000 + random.random_range(0..6u16), port);
+        let source = self.client_port(random);
+        self.ports(source, port);
         self.bytes.extend([0; 4]);
         self.payload(random);
         let length = (self.bytes.len() - start) as u16;
@@ -278,6 +336,10 @@ impl Stack {
         }
     }
 
+    fn client_port(&self, random: &mut SmallRng) -> u16 {
+        if self.busy { BUSY_PORT } else { 40_000 + random.random_range(0..6u16) }
+    }
+
     /// A client's port and a service's.
     fn ports(&mut self, client: u16, service: u16) {
         let [first, second] = if self.reply != self.quoting { [service, client] } else { [client, service] };
@@ -310,15 +372,26 @@ impl Stack {
     }
 }
 
-/// The protocol and port of a service most of the time.
-fn destination(random: &mut SmallRng) -> (u8, u16) {
-    let (protocol, port) = pick(random, &scene::SERVICES);
-    match random.random_range(0..16) {
-        0 => (protocol, random.random()),
-        1 => (pick(random, &[protocol::ICMP, protocol::ICMP, GRE, 4, 41, AUTHENTICATION, 132, 2]), port),
-        2 => (random.random(), port),
-        _ => (protocol, port),
-    }
+const fn client(number: u8) -> [u8; 4] {
+    [198, 51, 100, number]
+}
+
+/// A client and whom it asks beyond this host; or what looks like it: one of the servers asks, or this host is asked.
+fn crossing_ends(random: &mut SmallRng) -> [[u8; 4]; 2] {
+    let source = match random.random_range(0..24) {
+        0 | 1 => scene::server_address(random.random_range(FIRST_PROXY..SERVERS)),
+        2 => scene::server_address(random.random_range(FIRST_SERVER..FIRST_PROXY)),
+        3 => pick(random, &MAY_JOIN),
+        _ => client(random.random_range(0..4)),
+    };
+    let destination = match random.random_range(0..24) {
+        0 | 1 => pick(random, &OWN),
+        2 => VIP,
+        3 => client(random.random_range(0..4)),
+        4 => pick(random, &[[9, 9, 9, 9], [127, 0, 0, 1], [255; 4], [10, 0, 1, 10]]),
+        _ => pick(random, &ORIGINS),
+    };
+    [source, destination]
 }
 
 /// The sum of RFC 1071, not folded.

@@ -124,7 +124,7 @@ impl<'a> Game<'a> {
             streams: [None; CLIENTS as usize],
             exceptions: Vec::new(),
             // What crossed the network element before any server was there goes on as it did.
-            served: size.kind == Kind::Intercept,
+            served: size.kind.crosses(),
             kind: size.kind,
             // The first flows' numbers wrap around.
             numbers: u32::MAX - 49,
@@ -188,7 +188,7 @@ impl<'a> Game<'a> {
     }
 
     fn named(&self, number: u8) -> Flows {
-        flows(number, self.kind == Kind::Six)
+        flows(number, self.kind.is_six())
     }
 
     fn except(&mut self, server: u8, flows: Flows, global: bool, ttl: u16) {
@@ -384,7 +384,7 @@ impl<'a> Game<'a> {
             // What no server gets is not recorded, unless an exception had a say in it: it is the host's own.
             None => self.placed(&packet, &decision, UDP_IDLE)?.filter(|flow| {
                 let recorded = || self.world.record(&packet).is_some();
-                let crosses = self.kind == Kind::Intercept;
+                let crosses = self.kind.crosses();
                 crosses || flow.place.is_some() || self.met(&packet).map_or_else(recorded, |met| !met.is_empty())
             }),
         };

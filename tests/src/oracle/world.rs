@@ -5,7 +5,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use ipnet::Ipv4Net;
+use ipnet::{Ipv4Net, Ipv6Net};
 use necp_ebpf::{
     abi::{ALIVE, AddressSet, Server},
     flows::{FlowWord, State, find, flow_key},
@@ -72,11 +72,23 @@ pub enum Kind {
     Intercept,
     /// It has an IPv6 VIP.
     Six,
+    /// It takes what of IPv6 crosses the network element.
+    SixIntercept,
 }
 
 impl Kind {
     /// All of them.
-    pub const ALL: [Self; 4] = [Self::Vip, Self::Layer3, Self::Intercept, Self::Six];
+    pub const ALL: [Self; 5] = [Self::Vip, Self::Layer3, Self::Intercept, Self::Six, Self::SixIntercept];
+
+    /// Its clients and servers have IPv6 addresses.
+    pub const fn is_six(self) -> bool {
+        matches!(self, Self::Six | Self::SixIntercept)
+    }
+
+    /// What it takes crosses the network element.
+    pub const fn crosses(self) -> bool {
+        matches!(self, Self::Intercept | Self::SixIntercept)
+    }
 
     /// The packet with what names its flow in such a farm: [`clients`](super::clients) have IPv4 addresses, of which IPv6 ones are made.
     pub fn named(self, packet: &Packet, seed: u64) -> Packet {
@@ -85,18 +97,21 @@ impl Kind {
             Self::Intercept => intercept::named(packet, seed),
             Self::Six => {
                 let digest = six::digest(source6(packet), packet.source_port, seed);
-                Packet {
-                    source: digest as u32,
-                    source_port: (digest >> 32) as u16,
-                    destination: fold6(halves(VIP6.octets())),
-                    ..*packet
-                }
+                named_by(digest, fold6(halves(VIP6.octets())), packet)
+            }
+            Self::SixIntercept => {
+                let digest = six::intercept::digest_crossing(addresses6(packet), packet.source_port, seed);
+                named_by(digest, 0, packet)
             }
         }
     }
 }
 
-/// The IPv6 VIP.
+fn named_by(digest: u64, destination: u32, packet: &Packet) -> Packet {
+    Packet { source: digest as u32, source_port: (digest >> 32) as u16, destination, ..*packet }
+}
+
+/// The IPv6 VIP, or where what crosses the network element goes.
 const VIP6: Ipv6Addr = Ipv6Addr::new(0x2001, 0xdb8, 0, 1, 0, 0, 0, 10);
 
 /// A client's IPv6 address: its IPv4 one in the last four bytes.
@@ -105,20 +120,29 @@ fn source6(packet: &Packet) -> Address6 {
     halves(Ipv6Addr::from_bits(CLIENTS6.to_bits() | u128::from(u32::from_be_bytes([a, b, c, d]))).octets())
 }
 
+fn addresses6(packet: &Packet) -> Addresses6 {
+    Addresses6 { source: source6(packet), destination: halves(VIP6.octets()) }
+}
+
 impl Size {
     /// Tables for [`World::new`]; they can be used again.
     pub fn tables(self) -> Owned {
         let mut tables = Owned::new(2 * self.slots as usize, IDS as usize, self.buckets).with_exceptions(256);
-        if self.kind == Kind::Intercept {
-            let words = |net: &str| {
+        if self.kind.crosses() {
+            let four = |set, net: &str| {
                 let net: Ipv4Net = net.parse().expect("a prefix");
-                [net.network(), net.netmask()].map(|address| u32::from_ne_bytes(address.octets()))
+                let words = [net.network(), net.netmask()].map(|address| u32::from_ne_bytes(address.octets()));
+                (set, words[0], words[1])
             };
-            let of = |set, net| (set, words(net)[0], words(net)[1]);
-            tables.set_crossings(vec![
-                of(AddressSet::intercepted(0), "192.0.2.0/24"),
-                of(AddressSet::servers(0), "10.0.0.0/24"),
-            ]);
+            let six = |set, net: &str| {
+                let net: Ipv6Net = net.parse().expect("a prefix");
+                (set, halves(net.network().octets()), halves(net.netmask().octets()))
+            };
+            let (taken, servers) = (AddressSet::intercepted(0), AddressSet::servers(0));
+            tables.set_crossings(
+                vec![four(taken, "192.0.2.0/24"), four(servers, "10.0.0.0/24")],
+                vec![six(taken, "2001:db8:0:1::/64"), six(servers, "2001:db8:0:9::/64")],
+            );
         }
         tables
     }
@@ -160,10 +184,14 @@ impl<'a> World<'a> {
                 farm.vips.clear();
                 farm.intercept = vec!["192.0.2.0/24".parse().expect("a prefix")];
             }
-            Kind::Six => {
-                farm.vips = vec![VIP6.into()];
-                farm.servers = vec!["2001:db8:0:9::/64".parse().expect("a prefix")];
+            Kind::Six => farm.vips = vec![VIP6.into()],
+            Kind::SixIntercept => {
+                farm.vips.clear();
+                farm.intercept = vec!["2001:db8:0:1::/64".parse().expect("a prefix")];
             }
+        }
+        if size.kind.is_six() {
+            farm.servers = vec!["2001:db8:0:9::/64".parse().expect("a prefix")];
         }
         let config = ClusterConfig {
             farms: vec![farm],
@@ -191,6 +219,7 @@ impl<'a> World<'a> {
             Kind::Vip | Kind::Layer3 => steer(packet, &self.view),
             Kind::Intercept => intercept::steer(packet, &self.view),
             Kind::Six => six::steer(&without_addresses(packet), &self.six(packet)),
+            Kind::SixIntercept => six::intercept::steer(&without_addresses(packet), &self.six(packet)),
         };
         self.reasons[decision.reason as usize] += 1;
         decision
@@ -215,14 +244,14 @@ impl<'a> World<'a> {
             Kind::Vip | Kind::Layer3 => whose(packet, &self.view),
             Kind::Intercept => intercept::whose(packet, &self.view),
             Kind::Six => six::whose(&without_addresses(packet), &self.six(packet)),
+            Kind::SixIntercept => six::intercept::whose(&without_addresses(packet), &self.six(packet)),
         };
         whose.map(|(server, _)| server)
     }
 
     /// The tables for an IPv6 packet of this client.
     fn six(&self, packet: &Packet) -> View<'a> {
-        let addresses = Addresses6 { source: source6(packet), destination: halves(VIP6.octets()) };
-        self.view.six(addresses).expect("a view always has room for them")
+        self.view.six(addresses6(packet)).expect("a view always has room for them")
     }
 
     /// Where a decision sends its packet; none if that is no server.
@@ -401,10 +430,10 @@ impl<'a> World<'a> {
     }
 
     fn host(&self, number: u8) -> IpAddr {
-        match self.kind {
-            Kind::Six => Ipv6Addr::new(0x2001, 0xdb8, 0, 9, 0, 0, 0, number.into()).into(),
-            _ => [10, 0, 0, number].into(),
+        if self.kind.is_six() {
+            return Ipv6Addr::new(0x2001, 0xdb8, 0, 9, 0, 0, 0, number.into()).into();
         }
+        [10, 0, 0, number].into()
     }
 
     fn hop(&self, server: u8) -> Hop {

@@ -1,12 +1,13 @@
 //! A case: tables, frames in, what must come out. Every case runs through the kernel program and through the host build,
 //! and after every frame both must agree with the expectation and with each other, tables and counters included.
 
-use ipnet::Ipv4Net;
+use ipnet::IpNet;
 use necp_ebpf::{
     abi::ServerStats,
     flows::{FlowWord, State},
     host::View,
     slot::TRACKED,
+    tables::halves,
     verdict::Reason,
 };
 use necp_tests::{
@@ -146,9 +147,17 @@ impl Bench {
             Kernel::load(SLOTS, FLOW_BUCKETS).expect("root, and a BPF file system at /sys/fs/bpf, are needed");
         let mut host = HostPath::new(SLOTS as usize, FLOW_BUCKETS as usize);
         kernel.set_crossings(&crossings()).expect("the map has room");
-        let words = |net: Ipv4Net| [net.network(), net.netmask()].map(|address| u32::from_ne_bytes(address.octets()));
-        let crossings = crossings().into_iter().map(|(set, net)| (set, words(net)));
-        host.set_crossings(crossings.map(|(set, [network, mask])| (set, network, mask)).collect());
+        let (mut four, mut six) = (Vec::new(), Vec::new());
+        for (set, net) in crossings() {
+            match net {
+                IpNet::V4(net) => {
+                    let [network, mask] = [net.network(), net.netmask()].map(|one| u32::from_ne_bytes(one.octets()));
+                    four.push((set, network, mask));
+                }
+                IpNet::V6(net) => six.push((set, halves(net.network().octets()), halves(net.netmask().octets()))),
+            }
+        }
+        host.set_crossings(four, six);
         let none = vec![ServerStats::default(); SERVERS as usize];
         Self { kernel, host, stats: [none.clone(), none] }
     }

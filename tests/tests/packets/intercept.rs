@@ -209,6 +209,10 @@ fn rare() -> Vec<Case> {
             .bytes(about(G), to_owner(Reason::Quoted)),
         Case::new("an error about what is cut through", "to the destination itself", owned_by(DIRECT))
             .bytes(about(F), Fate::Pass(Reason::Icmp)),
+        Case::new("an error about what a VIP without servers sent", "the VIP's farm comes first", {
+            Setup::owned_by(0).intercepting(TCP, 80, SlotWord::plain(OWNER))
+        })
+        .bytes(about(Flow { destination: VIP, port: 80, ..F }), Fate::Pass(Reason::Icmp)),
         Case::new("an error about another port", "to the destination itself", owned_by(OWNER))
             .bytes(about(F.on(TCP, F.port + 1)), Fate::Pass(Reason::Icmp)),
     ]

@@ -13,6 +13,7 @@ mod routed;
 mod services;
 mod setup;
 mod six;
+mod six_intercept;
 mod tracking;
 
 use std::collections::BTreeSet;

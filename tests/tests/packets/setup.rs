@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use ipnet::Ipv4Net;
+use ipnet::IpNet;
 use necp_ebpf::{
     abi::{
         ACCEPTS, ALIVE, ALWAYS_TRACKED, AddressSet, DIRECT, EXCEPTION_GLOBAL, EXCEPTION_INSTALLERS, EXCEPTION_LOCAL,
@@ -328,12 +328,19 @@ impl Setup {
 }
 
 /// Farm 0 intercepts what goes to 203.0.113.0/24 and to the VIP's network, but for this host's own 203.0.113.1; its servers are
-/// in 10.0.0.0/24.
-pub fn crossings() -> BTreeSet<(AddressSet, Ipv4Net)> {
-    let net = |net: &str| net.parse().expect("a prefix");
-    let taken = AddressSet::intercepted(0);
-    let sets = [(taken, "203.0.113.0/24"), (taken, "192.0.2.0/24"), (AddressSet::OWN, "203.0.113.1/32")];
-    sets.into_iter().chain([(AddressSet::servers(0), "10.0.0.0/24")]).map(|(set, text)| (set, net(text))).collect()
+/// in 10.0.0.0/24. And the same of IPv6, where near addresses count as own ones.
+pub fn crossings() -> BTreeSet<(AddressSet, IpNet)> {
+    let (taken, own, servers) = (AddressSet::intercepted(0), AddressSet::OWN, AddressSet::servers(0));
+    let sets = [
+        (
+            taken,
+            &["203.0.113.0/24", "192.0.2.0/24", "2001:db8:cafe::/48", "2001:db8:0:a::/64", "fe80::/10", "ff00::/8"][..],
+        ),
+        (own, &["203.0.113.1/32", "2001:db8:cafe::1/128", "fe80::/10", "ff00::/8"]),
+        (servers, &["10.0.0.0/24", "fd00::/64", "fe80::/10"]),
+    ];
+    let net = |net: &&str| net.parse().expect("a prefix");
+    sets.into_iter().flat_map(|(set, nets)| nets.iter().map(move |text| (set, net(text)))).collect()
 }
 
 /// Ports of other TCP services that share a bucket of the service table with [`WEB`].

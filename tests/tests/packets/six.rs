@@ -21,32 +21,32 @@ use necp_tests::kernel::{OWN_MAC, Outcome, Verdict};
 
 use crate::case::Bench;
 
-type Address = [u8; 16];
+pub type Address = [u8; 16];
 
-const CLIENT_MAC: [u8; 6] = [2, 0, 0, 0, 7, 7];
-const CLIENT: Address = *b"\x20\x01\x0d\xb8\0\0\0\x07\0\0\0\0\0\0\0\x01";
-const VIP: Address = *b"\x20\x01\x0d\xb8\0\0\0\x0a\0\0\0\0\0\0\0\x10";
-const OWN: Address = *b"\xfd\0\0\0\0\0\0\0\0\0\0\0\0\0\0\x01";
+pub const CLIENT_MAC: [u8; 6] = [2, 0, 0, 0, 7, 7];
+pub const CLIENT: Address = *b"\x20\x01\x0d\xb8\0\0\0\x07\0\0\0\0\0\0\0\x01";
+pub const VIP: Address = *b"\x20\x01\x0d\xb8\0\0\0\x0a\0\0\0\0\0\0\0\x10";
+pub const OWN: Address = *b"\xfd\0\0\0\0\0\0\0\0\0\0\0\0\0\0\x01";
 const VIP_INDEX: u16 = 3;
 
-const OWNER: u32 = 2;
-const LEGACY: u32 = 3;
-const TUNNEL: u32 = 4;
+pub const OWNER: u32 = 2;
+pub const LEGACY: u32 = 3;
+pub const TUNNEL: u32 = 4;
 const TRANSLATED: u32 = 5;
 const MTU: u16 = 1500;
 
-const WEB: u16 = 80;
-const DNS: u16 = 53;
+pub const WEB: u16 = 80;
+pub const DNS: u16 = 53;
 const ALWAYS: u16 = 8080;
-const SLOTS: u32 = 7;
+pub const SLOTS: u32 = 7;
 
-fn address(server: u32) -> Address {
+pub fn address(server: u32) -> Address {
     let mut address = OWN;
     address[15] = server as u8 + 16;
     address
 }
 
-fn mac(server: u32) -> [u8; 6] {
+pub fn mac(server: u32) -> [u8; 6] {
     [2, 0, 0, 0, 9, server as u8]
 }
 
@@ -101,12 +101,12 @@ fn server(id: u32) -> Server {
 }
 
 /// The tables of both builds, with all slots as this word says.
-struct Six {
-    bench: Bench,
+pub struct Six {
+    pub bench: Bench,
 }
 
 impl Six {
-    fn new(word: SlotWord) -> Self {
+    pub fn new(word: SlotWord) -> Self {
         Self::with(word, 0)
     }
 
@@ -126,6 +126,11 @@ impl Six {
 
     /// Exceptions for what comes from the client's /64 to the VIP's TCP port.
     fn except(&mut self, state: u8, installers: &[u32]) {
+        self.except_to(VIP, WEB, state, installers);
+    }
+
+    /// The same to another address and port.
+    pub fn except_to(&mut self, destination: Address, port: u16, state: u8, installers: &[u32]) {
         let mask = ExceptionMask {
             source_len: 64,
             destination_len: 128,
@@ -139,12 +144,12 @@ impl Six {
         let mut hosts = [0; EXCEPTION_INSTALLERS];
         hosts.iter_mut().zip(installers).for_each(|(to, id)| *to = *id as u16);
         for view in [self.bench.kernel.view(), self.bench.host.view()] {
-            let name = name6(prefix6(halves(CLIENT), 64), halves(VIP), view.exception_seed()).to_ne_bytes();
+            let name = name6(prefix6(halves(CLIENT), 64), halves(destination), view.exception_seed()).to_ne_bytes();
             let [a, b, c, d, e, f, g, h] = name;
             let exception = Exception {
                 source: [a, b, c, d],
                 destination: [e, f, g, h],
-                port: WEB.to_be_bytes(),
+                port: port.to_be_bytes(),
                 protocol: 6,
                 state,
                 installers: hosts,
@@ -157,7 +162,7 @@ impl Six {
 
     /// What both builds make of a frame.
     #[track_caller]
-    fn run(&mut self, frame: &[u8]) -> Outcome {
+    pub fn run(&mut self, frame: &[u8]) -> Outcome {
         match self.bench.both(frame) {
             Ok(outcome) => outcome,
             Err(wrong) => panic!("{wrong}"),
@@ -165,18 +170,18 @@ impl Six {
     }
 
     #[track_caller]
-    fn passes(&mut self, frame: &[u8], reason: Reason) {
+    pub fn passes(&mut self, frame: &[u8], reason: Reason) {
         assert_eq!(self.run(frame), Outcome { verdict: Verdict::Pass, frame: frame.to_vec(), reason });
     }
 
     #[track_caller]
-    fn drops(&mut self, frame: &[u8], reason: Reason) {
+    pub fn drops(&mut self, frame: &[u8], reason: Reason) {
         assert_eq!(self.run(frame), Outcome { verdict: Verdict::Drop, frame: frame.to_vec(), reason });
     }
 
     /// New MAC addresses and nothing else.
     #[track_caller]
-    fn bridges(&mut self, frame: &[u8], server: u32, reason: Reason) {
+    pub fn bridges(&mut self, frame: &[u8], server: u32, reason: Reason) {
         let wanted = [&mac(server)[..], &OWN_MAC, &frame[12..]].concat();
         assert_eq!(self.run(frame), Outcome { verdict: Verdict::Tx, frame: wanted, reason });
     }
@@ -188,34 +193,36 @@ fn fill(view: View<'_>, word: SlotWord, vip_flags: u16) {
     for id in OWNER..=TRANSLATED {
         assert!(view.set_server(id, &server(id)));
     }
-    let mut taken = Vec::new();
-    for service in services(vip_flags) {
-        let bucket = service_bucket(service.key());
-        let entry = taken.iter().filter(|other| **other == bucket).count();
-        taken.push(bucket);
-        assert!(view.set_service(bucket, entry, &service));
-    }
+    services(vip_flags).iter().for_each(|service| enter(view, service));
 }
 
-fn plain(owner: u32) -> SlotWord {
+/// Where there is room.
+pub fn enter(view: View<'_>, service: &Service) {
+    let bucket = service_bucket(service.key());
+    let entries = view.services(bucket).expect("the table has it").entries;
+    let free = entries.iter().position(|entry| entry.state == 0).expect("room in the bucket");
+    assert!(view.set_service(bucket, free, service));
+}
+
+pub fn plain(owner: u32) -> SlotWord {
     SlotWord::plain(owner)
 }
 
-fn from_client(destination: Address) -> PacketBuilderStep<etherparse::IpHeaders> {
+pub fn from_client(destination: Address) -> PacketBuilderStep<etherparse::IpHeaders> {
     PacketBuilder::ethernet2(CLIENT_MAC, OWN_MAC).ipv6(CLIENT, destination, 64)
 }
 
-fn from(source: Address, destination: Address, hops: u8) -> PacketBuilderStep<etherparse::IpHeaders> {
+pub fn from(source: Address, destination: Address, hops: u8) -> PacketBuilderStep<etherparse::IpHeaders> {
     PacketBuilder::ethernet2(CLIENT_MAC, OWN_MAC).ipv6(source, destination, hops)
 }
 
-fn built(step: PacketBuilderStep<etherparse::TcpHeader>, payload: &[u8]) -> Vec<u8> {
+pub fn built(step: PacketBuilderStep<etherparse::TcpHeader>, payload: &[u8]) -> Vec<u8> {
     let mut frame = Vec::new();
     step.write(&mut frame, payload).expect("a vector takes it");
     frame
 }
 
-fn data(port: u16, sequence: u32) -> Vec<u8> {
+pub fn data(port: u16, sequence: u32) -> Vec<u8> {
     built(from_client(VIP).tcp(5000, port, sequence, 1000).ack(1), b"some data")
 }
 
@@ -230,7 +237,7 @@ fn datagram(destination: Address) -> Vec<u8> {
 }
 
 /// The frame with these extension headers (each a multiple of eight bytes, its first byte to be filled in) before its transport.
-fn extended(frame: &[u8], extensions: &[(u8, &[u8])]) -> Vec<u8> {
+pub fn extended(frame: &[u8], extensions: &[(u8, &[u8])]) -> Vec<u8> {
     let mut header = frame[..54].to_vec();
     let mut between = Vec::new();
     let mut next_at = None::<usize>;
@@ -251,10 +258,10 @@ fn extended(frame: &[u8], extensions: &[(u8, &[u8])]) -> Vec<u8> {
     [&header[..], &between, &frame[54..]].concat()
 }
 
-const OPTIONS: (u8, &[u8]) = (60, &[0, 0, 1, 4, 0, 0, 0, 0]);
-const HOP_BY_HOP: (u8, &[u8]) = (0, &[0, 1, 1, 12, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]);
+pub const OPTIONS: (u8, &[u8]) = (60, &[0, 0, 1, 4, 0, 0, 0, 0]);
+pub const HOP_BY_HOP: (u8, &[u8]) = (0, &[0, 1, 1, 12, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]);
 
-fn fragment(offset: u16, more: bool, id: u32) -> Vec<u8> {
+pub fn fragment(offset: u16, more: bool, id: u32) -> Vec<u8> {
     [&[0, 0][..], &(offset | u16::from(more)).to_be_bytes(), &id.to_be_bytes()].concat()
 }
 
@@ -489,7 +496,7 @@ fn tags_stay() {
 }
 
 /// An error from a router, about what was sent the other way.
-fn error(kind: Icmpv6Type, destination: Address, quoted: &[u8]) -> Vec<u8> {
+pub fn error(kind: Icmpv6Type, destination: Address, quoted: &[u8]) -> Vec<u8> {
     let mut frame = Vec::new();
     let router = *b"\x20\x01\x0d\xb8\0\0\0\xff\0\0\0\0\0\0\0\x01";
     from(router, destination, 64).icmpv6(kind).write(&mut frame, quoted).expect("a vector takes it");
@@ -586,7 +593,7 @@ fn cut_and_changed_frames_come_out_the_same_in_both_and_whole_ones_are_valid() {
 }
 
 /// Lengths and transport checksum are right, of what GRE wraps too.
-fn assert_valid(frame: &[u8]) {
+pub fn assert_valid(frame: &[u8]) {
     let wrapped = frame[20] == 47;
     let ip = if wrapped { &frame[14 + 44..] } else { &frame[14..] };
     let packet = SlicedPacket::from_ip(ip).expect("a valid packet");

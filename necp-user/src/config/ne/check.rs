@@ -6,12 +6,13 @@ use std::num::NonZeroU8;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use ipnet::{IpNet, Ipv4Net};
+use ipnet::IpNet;
 use toml::Spanned;
 
 use super::file::{Destination, Farm, File, Hops, Md5Files, Number, Prefix, Vip};
 use super::{FarmConfig, NeConfig, PIN, SOCKET};
 use crate::config::strict::{Mistake, Text, place};
+use crate::control::config::Family;
 use crate::necp::service::TCP;
 use crate::necp::{Forwarding, PORT, ServiceKey};
 use necp_ebpf::abi::{MAX_PORTS, SERVICE_BUCKETS};
@@ -204,7 +205,7 @@ impl Check<'_> {
     }
 
     /// Either this or `vips`.
-    fn intercept(&mut self, farm: &Farm, name: &str) -> Vec<Ipv4Net> {
+    fn intercept(&mut self, farm: &Farm, name: &str) -> Vec<IpNet> {
         let Some(prefixes) = &farm.intercept else {
             if farm.vips.is_none() {
                 self.at(&farm.name, format!("farm `{name}` has neither `vips` nor `intercept`; write the address that clients connect to, such as vips = [\"192.0.2.10\"], or destinations whose packets it takes, such as intercept = [\"0.0.0.0/0\"]"));
@@ -370,7 +371,9 @@ impl Check<'_> {
 
     fn farms_together(&mut self, sections: &[Spanned<Farm>], config: &NeConfig) {
         let farms = &config.farms;
-        let total: usize = farms.iter().map(|farm| farm.vips.len().max(1) * farm.services.len()).sum();
+        let crossed = |farm: &FarmConfig| Family::ALL.into_iter().filter(|family| farm.intercepts(*family)).count();
+        let places = |farm: &FarmConfig| (farm.vips.len() + crossed(farm)).max(1);
+        let total: usize = farms.iter().map(|farm| places(farm) * farm.services.len()).sum();
         if total > MAX_SERVICES {
             self.mistake(None, format!("{total} pairs of address and service are too many; at most {MAX_SERVICES}"));
         }
@@ -410,31 +413,27 @@ impl Check<'_> {
 
     /// The family of a server's session is the family of what it serves.
     fn families(&mut self, section: &Farm, farm: &FarmConfig) {
-        let name = &farm.name;
-        let ipv6_servers = section.servers.get_ref().iter().find(|prefix| matches!(prefix.get_ref().0.0, IpNet::V6(_)));
-        if section.intercept.is_some() {
-            if let Some(prefix) = ipv6_servers {
-                self.at(
-                    prefix,
-                    format!("farm `{name}` intercepts, and IPv6 is not intercepted: its servers join by IPv4"),
-                );
-            }
-            return;
-        }
-        for (family, is_of) in [("IPv4", false), ("IPv6", true)] {
-            let vip = farm.vips.iter().any(|vip| vip.is_ipv6() == is_of);
-            let server = farm.servers.iter().find(|net| matches!(net, IpNet::V6(_)) == is_of);
-            match (vip, server) {
-                (false, Some(net)) => self.note(
-                    section.servers.span().start,
-                    format!("servers in {net} have nothing to serve: farm `{name}` has no {family} VIP"),
-                ),
-                (true, None) => self.note(
-                    section.servers.span().start,
-                    format!("the {family} VIPs of farm `{name}` have no server: no prefix in `servers` is {family}"),
-                ),
-                _ => {}
-            }
+        let (name, intercepts) = (&farm.name, section.intercept.is_some());
+        for family in Family::ALL {
+            let server = farm.servers.iter().find(|net| Family::of(net.addr()) == family);
+            let note = match (farm.serves(family), server) {
+                (false, Some(net)) if intercepts => {
+                    format!("servers in {net} have nothing to serve: farm `{name}` intercepts no {family}")
+                }
+                (false, Some(net)) => {
+                    format!("servers in {net} have nothing to serve: farm `{name}` has no {family} VIP")
+                }
+                (true, None) if intercepts => {
+                    format!(
+                        "what farm `{name}` intercepts of {family} has no server: no prefix in `servers` is {family}"
+                    )
+                }
+                (true, None) => {
+                    format!("the {family} VIPs of farm `{name}` have no server: no prefix in `servers` is {family}")
+                }
+                _ => continue,
+            };
+            self.note(section.servers.span().start, note);
         }
     }
 
@@ -444,7 +443,9 @@ impl Check<'_> {
             self.at(&section.name, format!("two farms are named `{name}`; give each its own name"));
         }
         let Some(service) = farm.services.iter().find(|service| other.services.contains(service)) else { return };
-        if let Some(prefixes) = section.intercept.as_ref().filter(|_| !other.intercept.is_empty()) {
+        let mut families = Family::ALL.into_iter();
+        let both = families.any(|family| farm.intercepts(family) && other.intercepts(family));
+        if let Some(prefixes) = section.intercept.as_ref().filter(|_| both) {
             self.at(prefixes, format!("{service} is intercepted by farm `{theirs}` already; give one of the two all prefixes, or `{name}` other services"));
         }
         let mut vips = section.vips.iter().flat_map(Spanned::get_ref);

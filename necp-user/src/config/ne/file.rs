@@ -5,7 +5,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::str::FromStr;
 
-use ipnet::{IpNet, Ipv4Net};
+use ipnet::{IpNet, Ipv6Net};
 use serde::Deserialize;
 use toml::Spanned;
 
@@ -150,22 +150,27 @@ impl FromStr for Prefix {
 }
 
 /// `PREFIX/LENGTH` or one address, of destinations.
-pub(super) struct Destination(pub(super) Ipv4Net);
+pub(super) struct Destination(pub(super) IpNet);
 
 impl FromStr for Destination {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
         match text.parse::<IpNet>().or_else(|_| text.parse::<IpAddr>().map(IpNet::from)) {
-            Ok(IpNet::V4(net)) if net.trunc() == net => Ok(Self(net)),
-            Ok(IpNet::V4(net)) => Err(format!(
-                "`{text}` has host bits set; write {} (or {}/32 for that one address)",
+            Ok(net) if net.trunc() != net => Err(format!(
+                "`{text}` has host bits set; write {} (or {}/{} for that one address)",
                 net.trunc(),
-                net.addr()
+                net.addr(),
+                net.max_prefix_len()
             )),
-            Ok(IpNet::V6(_)) => Err(format!("`{text}`: IPv6 is not intercepted; write destinations such as 0.0.0.0/0")),
+            Ok(IpNet::V6(net)) if is_near(&net) => Err(format!(
+                "`{text}` is link-local or multicast, which no router takes any further; write destinations such as ::/0 (all) \
+                 or 2001:db8::/32"
+            )),
+            Ok(net) if net.prefix_len() >= 96 => plain(net.addr(), text).map(|()| Self(net)),
+            Ok(net) => Ok(Self(net)),
             Err(_) => Err(format!(
-                "`{text}` is no IPv4 prefix; write destinations to intercept as 0.0.0.0/0 (all) or 203.0.113.0/24"
+                "`{text}` is no prefix; write destinations to intercept as 0.0.0.0/0 or ::/0 (all), 203.0.113.0/24 or 2001:db8::/32"
             )),
         }
     }
@@ -182,6 +187,11 @@ impl FromStr for Mode {
             format!("`{text}` is no mode; write \"native\", \"generic\" or \"auto\"{hint}")
         })
     }
+}
+
+/// Whether no address of it is any but link-local, or a group.
+fn is_near(net: &Ipv6Net) -> bool {
+    net.prefix_len() >= 10 && net.addr().is_unicast_link_local() || net.prefix_len() >= 8 && net.addr().is_multicast()
 }
 
 /// One address has one form: what is IPv4 is written so.

@@ -86,7 +86,7 @@ const INTERCEPT: &str = "intercept = [\"0.0.0.0/0\"]";
 fn a_farm_intercepts_in_place_of_vips() {
     let good = GOOD.replace("vips = [\"192.0.2.10\"]", INTERCEPT).replace(", \"l3\"", "");
     let config = NeConfig::parse(&good).expect("no mistake in it");
-    assert!(config.intercepts() && config.farms[0].vips.is_empty());
+    assert!(config.intercepts(Family::V4) && !config.intercepts(Family::V6) && config.farms[0].vips.is_empty());
     assert_eq!(
         config.farms[0].to_string(),
         "web: tcp/80 tcp/443 udp/443 on the way to 0.0.0.0/0 by l2 gre, servers 10.0.0.0/24, 65537 slots per service, auth none"
@@ -114,13 +114,7 @@ fn a_farm_intercepts_in_place_of_vips() {
     );
     assert_eq!(
         prefix("all"),
-        "6:14: `all` is no IPv4 prefix; write destinations to intercept as 0.0.0.0/0 (all) or 203.0.113.0/24"
-    );
-    assert_eq!(prefix("::/0"), "6:14: `::/0`: IPv6 is not intercepted; write destinations such as 0.0.0.0/0");
-    let server = NeConfig::parse(&good.replace("10.0.0.0/24", "2001:db8::/64")).expect_err("a mistake");
-    assert_eq!(
-        server[0].to_string(),
-        "9:12: farm `web` intercepts, and IPv6 is not intercepted: its servers join by IPv4"
+        "6:14: `all` is no prefix; write destinations to intercept as 0.0.0.0/0 or ::/0 (all), 203.0.113.0/24 or 2001:db8::/32"
     );
     let untracked = NeConfig::parse(&format!("{good}udp_tracking = false\n")).expect_err("a mistake");
     assert_eq!(
@@ -133,6 +127,51 @@ fn a_farm_intercepts_in_place_of_vips() {
         two[0].to_string(),
         "13:13: tcp/80 is intercepted by farm `web` already; give one of the two all prefixes, or `b` other services"
     );
+}
+
+#[test]
+fn a_farm_intercepts_ipv6_too() {
+    let good = GOOD.replace("vips = [\"192.0.2.10\"]", INTERCEPT).replace(", \"l3\"", "");
+    let of = |prefixes: &str, servers: &str| {
+        let text = good.replace("\"0.0.0.0/0\"", prefixes);
+        NeConfig::parse(&text.replace("\"10.0.0.0/24\"", servers))
+    };
+    let both = of("\"0.0.0.0/0\", \"::/0\"", "\"10.0.0.0/24\", \"2001:db8::/64\"").expect("no mistake in it");
+    assert!(both.intercepts(Family::V4) && both.intercepts(Family::V6) && both.serves(Family::V6));
+    assert_eq!((both.farms[0].tables(), both.slots(), both.notes.len()), (6, 6 * 65_537, 0), "{:?}", both.notes);
+    let six = of("\"::/0\"", "\"2001:db8::/64\"").expect("no mistake in it");
+    assert!(!six.intercepts(Family::V4) && six.intercepts(Family::V6) && !six.serves(Family::V4));
+    let note = |prefixes, servers| {
+        let notes = of(prefixes, servers).expect("no mistake in it").notes;
+        notes.iter().map(|note| note.to_string().split_once(": ").map(|(_, text)| text.to_owned())).collect::<Vec<_>>()
+    };
+    let nobody = "what farm `web` intercepts of IPv6 has no server: no prefix in `servers` is IPv6".to_owned();
+    assert_eq!(note("\"0.0.0.0/0\", \"::/0\"", "\"10.0.0.0/24\""), [Some(nobody)]);
+    let nothing = "servers in 2001:db8::/64 have nothing to serve: farm `web` intercepts no IPv6".to_owned();
+    assert_eq!(note("\"0.0.0.0/0\"", "\"10.0.0.0/24\", \"2001:db8::/64\""), [Some(nothing)]);
+
+    let mistake = |prefix: &str| of(&format!("\"{prefix}\""), "\"2001:db8::/64\"").expect_err(prefix)[0].to_string();
+    assert_eq!(
+        mistake("2001:db8::1/32"),
+        "6:14: `2001:db8::1/32` has host bits set; write 2001:db8::/32 (or 2001:db8::1/128 for that one address)"
+    );
+    for near in ["fe80::/10", "fe80::1", "ff00::/8", "ff0e::/16"] {
+        assert_eq!(
+            mistake(near),
+            format!(
+                "6:14: `{near}` is link-local or multicast, which no router takes any further; write destinations such as \
+                 ::/0 (all) or 2001:db8::/32"
+            )
+        );
+    }
+    assert!(mistake("::ffff:10.0.0.1").ends_with("is an IPv4 address in the form of IPv6; write it as 10.0.0.1"));
+
+    // One service each of one family is no conflict.
+    let second =
+        good.replace("\"0.0.0.0/0\"", "\"::/0\"").replace("10.0.0.0/24", "2001:db8::/64").replace("web", "six");
+    let second = second.split_once("[[farm]]").expect("a farm").1.to_owned();
+    let two = NeConfig::parse(&format!("{good}[[farm]]{second}")).expect("no mistake in it");
+    assert!(two.intercepts(Family::V4) && two.intercepts(Family::V6));
 }
 
 #[test]

@@ -1,5 +1,7 @@
 //! The rules of the control plane, one by one.
 
+use std::collections::BTreeSet;
+
 use necp_ebpf::abi::{DIRECT, FIRST_SERVER, NONE};
 
 use super::{

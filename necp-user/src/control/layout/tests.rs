@@ -241,7 +241,33 @@ fn what_is_intercepted_has_one_entry_a_service_and_no_notes() {
 }
 
 #[test]
+fn what_is_intercepted_of_ipv6_has_entries_and_slots_of_its_own() {
+    let mut both = interceptor("b", 2);
+    both.intercept.push("::/0".parse().expect("a prefix"));
+    let config = config(vec![both]);
+    let layout = Layout::new(&config, &[]).unwrap();
+    let packet = necp_ebpf::packet::Packet {
+        destination_port: 80_u16.to_be(),
+        protocol: 6,
+        ..necp_ebpf::packet::Packet::default()
+    };
+    let frontend = layout.frontends.iter().find(|one| one.vip.is_ipv6()).unwrap();
+    let entry = layout.entry(&config, frontend);
+    assert_eq!((first_word(&entry), entry.state, entry.vip), (packet.intercept_key6(), abi::INTERCEPT6, 0));
+    assert_eq!(frontend.bucket, service_bucket(packet.intercept_key6()));
+    assert_eq!((layout.frontends.len(), layout.services.len(), layout.notes.len()), (4, 4, 0));
+    let bases: BTreeSet<u32> = layout.services.iter().map(|service| service.base).collect();
+    assert_eq!(bases.len(), 4, "a slot table for each family");
+    let existing: Vec<_> = entries(&config, &layout).into_iter().map(|old| Existing { vip: None, ..old }).collect();
+    let after = Layout::new(&config, &existing).unwrap();
+    assert_eq!((&after.frontends, after.stale.len()), (&layout.frontends, 0), "records stay valid");
+}
+
+#[test]
 fn two_farms_do_not_intercept_the_same() {
+    let mut six = interceptor("b", 2);
+    six.intercept = vec!["::/0".parse().expect("a prefix")];
+    assert!(Layout::new(&config(vec![interceptor("a", 1), six]), &[]).is_ok(), "each has a family");
     let both = config(vec![interceptor("a", 1), interceptor("b", 2)]);
     let (first, second) = ("a".to_owned(), "b".to_owned());
     let refused = ConfigError::Intercepted { service: ServiceKey::new(6, 80), first, second };

@@ -3,7 +3,7 @@
 use necp_ebpf::{
     abi::{ACCEPTS, FIRST_SERVER},
     host::Owned,
-    slot::TRACKED,
+    slot::{SlotWord, TRACKED},
 };
 
 use super::{
@@ -173,6 +173,20 @@ fn what_is_intercepted_is_direct_until_the_first_start_and_what_began_before_sta
     bed.stop(1);
     assert_eq!(places(&bed, 0), [(DIRECT, NONE)].into(), "back to where they were");
     assert!(bed.slots(0).iter().all(|slot| slot.is_tracked()), "flows of the server in between may be on record");
+}
+
+#[test]
+fn a_server_takes_what_is_intercepted_of_its_own_family() {
+    let mut config = intercepting();
+    config.farms[0].intercept.push("::/0".parse().expect("a prefix"));
+    config.farms[0].servers.push("2001:db8::/64".parse().expect("a prefix"));
+    let mut bed = Bed::with(config);
+    assert_eq!(bed.sync().records_written, 4, "an entry for each service and family");
+    let direct: BTreeSet<_> = [(DIRECT, NONE)].into();
+    let id = bed.serve(1);
+    assert_eq!([0, 1, 2, 3].map(|service| places(&bed, service) == direct), [false, true, true, true]);
+    let id6 = bed.serve6(1);
+    assert_eq!((places(&bed, 0), places(&bed, 2)), ([(id, DIRECT)].into(), [(id6, DIRECT)].into()));
 }
 
 #[test]

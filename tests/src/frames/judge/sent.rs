@@ -1,15 +1,15 @@
 //! What frames look like that leave changed: by layer 2, GRE and layer 3, and as ICMP errors.
 
-use std::ops::Range;
+use std::{net::IpAddr, ops::Range};
 
 use etherparse::{Ethernet2Slice, IpNumber, Ipv4HeaderSlice, ip_number};
 use necp_ebpf::{
     abi::{GRE, LAYER_2, LAYER_3, REACHABLE, Server},
     host::View,
-    verdict::Reason,
+    verdict::{Action, Reason},
 };
 
-use super::{Checksums, Deed, Family, ipv4, quote::Quote, six};
+use super::{Checksums, Deed, Family, ipv4, six, tuple::Tuple};
 use crate::{
     frames::{
         scene::{VIP, VIP6, server_of},
@@ -38,6 +38,19 @@ pub(super) struct Sent<'a> {
 }
 
 impl Sent<'_> {
+    /// Whatever was done with it; which server it went to, or is on its way to by the kernel.
+    pub(super) fn hold(self) -> Result<Option<u32>, String> {
+        match self.deed.reason.action() {
+            Action::Pass if self.deed.frame != self.before => Err("passed on, but changed".into()),
+            Action::Pass | Action::Drop => Ok(None),
+            Action::Answer => self.answer().map(|()| None),
+            Action::Transmit if self.deed.reason == Reason::Reply => self.reply(1).map(|()| None),
+            Action::Route if self.deed.reason == Reason::ReplyRouted => self.reply(0).map(|()| None),
+            Action::Transmit => self.to_server().map(Some),
+            Action::Route => self.to_be_fragmented().map(Some),
+        }
+    }
+
     /// A packet that is sent to a server: which.
     pub(super) fn to_server(self) -> Result<u32, String> {
         let (to, from) = macs(self.deed.frame)?;
@@ -87,7 +100,7 @@ impl Sent<'_> {
     }
 
     /// A server's reply, or an error about one, whose sender may be another.
-    pub(super) fn reply(&self, hops: u8) -> Result<(), String> {
+    fn reply(&self, hops: u8) -> Result<(), String> {
         if hops == 0 && self.before[..self.l3] != self.deed.frame[..self.l3] {
             return Err("for the kernel, but its Ethernet header is changed".into());
         }
@@ -97,7 +110,8 @@ impl Sent<'_> {
             return six::translated(before, after, (six::SOURCE, server, &VIP6), hops);
         }
         let Some(quote) = self.quote() else { return changed(before, after, Some((SOURCE, VIP)), hops) };
-        let server = (quote.destination == before[SOURCE]).then_some((SOURCE, VIP));
+        let own = matches!(quote.destination, IpAddr::V4(address) if address.octets() == before[SOURCE]);
+        let server = own.then_some((SOURCE, VIP));
         error_changed(before, after, server, (DESTINATION, VIP), hops)
     }
 
@@ -112,14 +126,14 @@ impl Sent<'_> {
     }
 
     /// What it quotes, if it is steered by that.
-    fn quote(&self) -> Option<Quote> {
+    fn quote(&self) -> Option<Tuple> {
         let datagram = self.before.get(self.l3..)?;
         let whole = datagram.get(6..8).is_some_and(|field| field[0] & 0x3f == 0 && field[1] == 0);
-        Quote::of(datagram).filter(|_| whole && datagram[9] == ip_number::ICMP.0)
+        Tuple::quoted_by(datagram).filter(|_| whole && datagram[9] == ip_number::ICMP.0)
     }
 
     /// An ICMP error about the frame.
-    pub(super) fn answer(&self) -> Result<(), String> {
+    fn answer(&self) -> Result<(), String> {
         let (datagram, answer) = self.datagrams()?;
         if self.family == Family::Six {
             let (to, from) = macs(self.deed.frame)?;

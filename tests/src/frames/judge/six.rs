@@ -1,17 +1,17 @@
 //! IPv6: what a frame is, and what frames look like that leave changed. The walk over extension headers is etherparse's, header
 //! by header; how many are looked at is the packet path's own rule.
 
-use std::ops::Range;
+use std::{net::IpAddr, ops::Range};
 
 use etherparse::{
     IpNumber, Ipv6FragmentHeaderSlice, Ipv6HeaderSlice, Ipv6RawExtHeaderSlice, TcpSlice, UdpHeaderSlice, UdpSlice,
     ip_number,
 };
-use necp_ebpf::{abi::Server, verdict::Reason};
+use necp_ebpf::abi::Server;
 
-use super::{Class, Difference};
+use super::{Class, Difference, Seen, class_of, opens, quote::Message, tuple::Tuple};
 use crate::frames::{
-    scene::{SERVICES, VIP6, is_server6},
+    scene::crossing::Rules,
     stack::{fold, sum},
 };
 
@@ -107,6 +107,23 @@ impl<'a> Datagram<'a> {
         self.bytes[SOURCE.start..DESTINATION.end].try_into().expect("32 bytes")
     }
 
+    /// Who speaks to whom by these ports, if the protocol has any.
+    fn tuple(&self, ports: [u16; 2]) -> Tuple {
+        let address = |place: Range<usize>| {
+            let bytes: [u8; 16] = self.bytes[place].try_into().expect("16 bytes");
+            IpAddr::from(bytes)
+        };
+        let has_ports = matches!(self.protocol, ip_number::TCP | ip_number::UDP);
+        let [source_port, destination_port] = if has_ports { ports } else { [0; 2] };
+        Tuple {
+            source: address(SOURCE),
+            destination: address(DESTINATION),
+            protocol: self.protocol.0,
+            source_port,
+            destination_port,
+        }
+    }
+
     /// The ports of TCP and UDP; `cut`: of what is quoted.
     fn ports(&self, cut: bool) -> Option<[u16; 2]> {
         let transport = &self.bytes[self.transport..];
@@ -128,39 +145,37 @@ impl<'a> Datagram<'a> {
     }
 }
 
-/// The class of an IPv6 datagram; `ours`: its frame is for this host.
-pub(super) fn class(packet: &[u8], ours: bool) -> (Class, Option<Difference>) {
+/// What an IPv6 datagram is; `ours`: its frame is for this host.
+pub(super) fn see(packet: &[u8], ours: bool, rules: &Rules) -> Seen {
     if Datagram::whole(packet).is_none() {
-        return (Class::Malformed, None);
+        return Seen::of(Class::Malformed, None);
     }
     if !ours {
-        return (Class::OtherHost, None);
+        return Seen::of(Class::OtherHost, None);
     }
     let datagram = match Datagram::of(packet, false) {
         Ok(datagram) => datagram,
-        Err(Not::Extended) => return (Class::Extended, None),
-        Err(Not::Either) => return (Class::Unread, None),
-        Err(Not::Malformed) => return (Class::Malformed, None),
+        Err(Not::Extended) => return Seen::of(Class::Extended, None),
+        Err(Not::Either) => return Seen::of(Class::Unread, None),
+        Err(Not::Malformed) => return Seen::of(Class::Malformed, None),
     };
     if matches!(datagram.part, Some((false, _))) {
-        return (Class::LaterPart, None);
+        return Seen::of(Class::LaterPart, None);
     }
     let protocol = datagram.protocol;
     if matches!(protocol, ip_number::IPV6_ICMP | ip_number::ICMP) {
-        return (Class::Icmp, Some(Difference::OtherProtocol));
+        return Seen::of(Class::Icmp, Some(Difference::OtherProtocol));
     }
     let has_ports = matches!(protocol, ip_number::TCP | ip_number::UDP);
     let ports = datagram.ports(false);
     if has_ports && ports.is_none() {
-        return (Class::Malformed, None);
+        return Seen::of(Class::Malformed, None);
     }
-    let service = ports.is_some_and(|[_, port]| SERVICES.contains(&(protocol.0, port)));
-    let class = match service && datagram.destination() == VIP6 {
-        true => Class::Ours,
-        false if datagram.is_first() => Class::FirstPart,
-        false => Class::NotOurs,
-    };
-    (class, (!has_ports).then_some(Difference::OtherProtocol))
+    let tuple = datagram.tuple(ports.unwrap_or_default());
+    let class = class_of(&tuple, datagram.is_first(), rules);
+    let tcp = TcpSlice::from_slice(&datagram.bytes[datagram.transport..]).ok();
+    let opens = tcp.is_some_and(|tcp| protocol == ip_number::TCP && opens(&tcp));
+    Seen { class, difference: (!has_ports).then_some(Difference::OtherProtocol), tuple: Some((tuple, opens)) }
 }
 
 /// What an ICMP error quotes.
@@ -184,15 +199,6 @@ impl<'a> Quote<'a> {
         let ports = datagram.ports(true).filter(|_| !later)?;
         Some(Self { at: error.transport + 8, datagram, ports })
     }
-
-    fn is_of_vip(&self, error: &Datagram<'_>) -> bool {
-        let service = (self.datagram.protocol.0, self.ports[0]);
-        self.datagram.bytes[SOURCE] == VIP6 && error.destination() == VIP6 && SERVICES.contains(&service)
-    }
-
-    fn is_to_server(&self) -> bool {
-        is_server6(self.datagram.destination()) && SERVICES.contains(&(self.datagram.protocol.0, self.ports[1]))
-    }
 }
 
 /// The destination of what an error quotes.
@@ -202,23 +208,15 @@ pub(super) fn quoted_destination(packet: &[u8]) -> Option<&[u8]> {
     packet.get(quote.at + DESTINATION.start..quote.at + DESTINATION.end)
 }
 
-/// Holds an ICMP message and what was counted against each other.
-pub(super) fn hold(packet: &[u8], reason: Reason) -> Result<(), String> {
-    let error = Datagram::of(packet, false).map_err(|not| format!("ICMP in no packet: {not:?}"))?;
-    let echo = error.destination() == VIP6
-        && error.part.is_none()
-        && error.protocol == ip_number::IPV6_ICMP
-        && error.bytes.get(error.transport) == Some(&128);
-    let quote = Quote::of(&error);
-    match (reason, quote) {
-        (Reason::Echo, _) if echo => Ok(()),
-        (Reason::Icmp, _) if echo => Err("an echo that should have been dropped".into()),
-        (Reason::Icmp, _) => Ok(()),
-        (Reason::Quoted | Reason::NoNextHop, Some(quote)) if quote.is_of_vip(&error) => Ok(()),
-        (Reason::Reply | Reason::ReplyRouted, Some(quote)) if quote.is_to_server() => Ok(()),
-        (Reason::Untold | Reason::TooBig, Some(quote)) if quote.is_of_vip(&error) || quote.is_to_server() => Ok(()),
-        (reason, _) => Err(format!("{reason:?} for an ICMP message that does not say so")),
-    }
+/// The ICMP message in a datagram.
+pub(super) fn message(packet: &[u8]) -> Option<Message> {
+    let error = Datagram::of(packet, false).ok()?;
+    let asks = error.protocol == ip_number::IPV6_ICMP && error.bytes.get(error.transport) == Some(&128);
+    Some(Message {
+        to: error.tuple([0; 2]).destination,
+        asks: asks && error.part.is_none(),
+        quote: Quote::of(&error).map(|quote| quote.datagram.tuple(quote.ports)),
+    })
 }
 
 /// The packet, one hop older, behind an outer header and GRE's.
