@@ -31,7 +31,7 @@ use futures_util::Stream;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::net::TcpListener;
-use tokio::runtime::Runtime;
+use tokio::runtime::{Builder, Handle, Runtime};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
@@ -137,7 +137,7 @@ pub fn run(args: &Args) -> ExitCode {
         }
     };
     raise_priority();
-    match runtime().context("starting tokio").and_then(|runtime| runtime.block_on(serve(config, keys, args.leave))) {
+    match on_threads(config, keys, args.leave) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             tracing::error!("{error:#}");
@@ -146,7 +146,14 @@ pub fn run(args: &Args) -> ExitCode {
     }
 }
 
-/// What all of it runs on: the owner on the thread that blocks on it, the sessions on one worker, or on one for every
+fn on_threads(config: NeConfig, keys: HashMap<PathBuf, Key>, leave: bool) -> anyhow::Result<()> {
+    let runtime = runtime().context("starting tokio")?;
+    // Who asks for the status has a thread of his own: he is not to wait behind ten thousand sessions, nor they behind him.
+    let desk = Builder::new_multi_thread().worker_threads(1).enable_all().build().context("starting tokio")?;
+    runtime.block_on(serve(config, keys, leave, desk.handle()))
+}
+
+/// What nearly all of it runs on: the owner on the thread that blocks on it, the sessions on one worker, or on one for every
 /// [`CPUS_PER_WORKER`]. A message is small work: a worker that wakes another one to share it costs more than it takes off.
 ///
 /// # Errors
@@ -154,7 +161,7 @@ pub fn run(args: &Args) -> ExitCode {
 pub fn runtime() -> std::io::Result<Runtime> {
     let cpus = std::thread::available_parallelism().map_or(1, NonZero::get);
     let workers = (cpus / CPUS_PER_WORKER).max(1);
-    tokio::runtime::Builder::new_multi_thread().worker_threads(workers).enable_all().build()
+    Builder::new_multi_thread().worker_threads(workers).enable_all().build()
 }
 
 /// A loss must be in the maps at once, also when others want all CPUs. All threads inherit it. Whoever has started us with a
@@ -191,15 +198,18 @@ fn check(args: &Args, config: &NeConfig) -> ExitCode {
     ExitCode::SUCCESS
 }
 
-async fn serve(config: NeConfig, keys: HashMap<PathBuf, Key>, leave: bool) -> anyhow::Result<()> {
+async fn serve(config: NeConfig, keys: HashMap<PathBuf, Key>, leave: bool, desk: &Handle) -> anyhow::Result<()> {
     if let Err(error) = limits::raise_open_files(listener::MAX_SESSIONS) {
         tracing::warn!("{error}");
     }
     // Before anything is changed: signals, the lock, whatever can be in somebody else's hands.
     let end = End::new(leave)?;
     let _lock = InstanceLock::acquire(&config.pin)?;
-    let admin = AdminSocket::bind(&config.socket)
-        .with_context(|| format!("cannot listen on the admin socket {}", config.socket.display()))?;
+    let admin = {
+        let _at_the_desk = desk.enter();
+        AdminSocket::bind(&config.socket)
+            .with_context(|| format!("cannot listen on the admin socket {}", config.socket.display()))?
+    };
     let mut protections = Protections::read(&config)?;
     let listeners = listen(&config, &protections)?;
     let mut config = config;
@@ -209,7 +219,7 @@ async fn serve(config: NeConfig, keys: HashMap<PathBuf, Key>, leave: bool) -> an
     let (mut owner, mut inputs, sender, mut changes, door) = start(&config, &keys).await?;
 
     let mut tasks = JoinSet::new();
-    tasks.spawn(admin.serve(commands::answers(sender)));
+    let asked = desk.spawn(admin.serve(commands::answers(sender)));
     for listener in &listeners {
         tasks.spawn(Arc::clone(&door).serve(Arc::clone(listener)));
     }
@@ -218,6 +228,9 @@ async fn serve(config: NeConfig, keys: HashMap<PathBuf, Key>, leave: bool) -> an
     let leave = std::sync::atomic::AtomicBool::new(leave);
     let stop = async { leave.store(end.wait().await, std::sync::atomic::Ordering::Relaxed) };
     owner.run(&mut inputs, &mut changes, stop).await;
+    asked.abort();
+    // That it was aborted; then its socket is gone.
+    let _ = asked.await;
     tasks.shutdown().await;
     tracing::info!("all sessions are closed");
     finish(owner, leave.into_inner()).await
