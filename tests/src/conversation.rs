@@ -2,7 +2,7 @@
 
 use std::{
     io::{self, BufRead as _, BufReader, Read as _, Write as _},
-    net::{Ipv4Addr, SocketAddr, SocketAddrV4, TcpStream, UdpSocket},
+    net::{SocketAddr, SocketAddrV4, SocketAddrV6, TcpStream, UdpSocket},
     sync::atomic::{AtomicUsize, Ordering},
     time::Duration,
 };
@@ -10,7 +10,10 @@ use std::{
 use anyhow::{Context as _, Result, ensure};
 use socket2::{Domain, Socket, Type};
 
-use crate::{netns::Namespace, topology::client_address};
+use crate::{
+    netns::Namespace,
+    topology::{CLIENT6, client_address},
+};
 
 /// How long an answer may take before the server counts as silent. Only a failing test waits that long.
 pub const PATIENCE: Duration = Duration::from_secs(10);
@@ -25,7 +28,7 @@ const TRIES: u32 = 5;
 #[derive(Debug)]
 pub struct Conversation {
     stream: BufReader<TcpStream>,
-    local: SocketAddrV4,
+    local: SocketAddr,
     server: String,
     questions: u32,
 }
@@ -35,7 +38,8 @@ impl Conversation {
     ///
     /// # Errors
     /// If it is refused, or nobody greets within [`PATIENCE`].
-    pub fn open(ns: &Namespace, to: SocketAddrV4) -> Result<Self> {
+    pub fn open(ns: &Namespace, to: impl Into<SocketAddr>) -> Result<Self> {
+        let to = to.into();
         let (local, stream) = ns.run(|| connect_afresh(to))?;
         Self::greeted(local, stream).with_context(|| format!("{local} to {to}"))
     }
@@ -44,8 +48,9 @@ impl Conversation {
     ///
     /// # Errors
     /// As [`Conversation::open`].
-    pub fn open_as_host(ns: &Namespace, to: SocketAddrV4) -> Result<Self> {
-        let (local, stream) = ns.run(|| connect(None, to, PATIENCE))?;
+    pub fn open_as_host(ns: &Namespace, to: impl Into<SocketAddr>) -> Result<Self> {
+        let to = to.into();
+        let (local, stream) = ns.run(|| connect_from(None, to, PATIENCE))?;
         Self::greeted(local, stream).with_context(|| format!("{local} to {to}"))
     }
 
@@ -53,7 +58,8 @@ impl Conversation {
     ///
     /// # Errors
     /// As [`Conversation::open`].
-    pub fn open_many(ns: &Namespace, count: usize, to: SocketAddrV4) -> Result<Vec<Self>> {
+    pub fn open_many(ns: &Namespace, count: usize, to: impl Into<SocketAddr>) -> Result<Vec<Self>> {
+        let to = to.into();
         let open = || {
             let (local, stream) = connect_afresh(to)?;
             Self::greeted(local, stream).with_context(|| format!("{local} to {to}"))
@@ -67,8 +73,19 @@ impl Conversation {
     }
 
     /// The client's end.
-    pub fn local(&self) -> SocketAddrV4 {
+    pub fn local(&self) -> SocketAddr {
         self.local
+    }
+
+    /// The client's end, over IPv4.
+    ///
+    /// # Panics
+    /// Over IPv6.
+    pub fn local_v4(&self) -> SocketAddrV4 {
+        match self.local {
+            SocketAddr::V4(local) => local,
+            SocketAddr::V6(local) => panic!("{local} is of IPv6"),
+        }
     }
 
     /// Says something that was not said before, and expects it back. A server that has not this connection resets it.
@@ -98,7 +115,7 @@ impl Conversation {
         Ok(())
     }
 
-    fn greeted(local: SocketAddrV4, stream: TcpStream) -> Result<Self> {
+    fn greeted(local: SocketAddr, stream: TcpStream) -> Result<Self> {
         stream.set_read_timeout(Some(PATIENCE))?;
         stream.set_nodelay(true)?;
         let mut stream = BufReader::new(stream);
@@ -188,7 +205,7 @@ pub fn all_answer<'a>(when: &str, conversations: impl IntoIterator<Item = &'a mu
     Ok(())
 }
 
-/// A TCP connection that sends nothing yet, and its local end.
+/// A TCP connection over IPv4 that sends nothing yet, and its local end.
 ///
 /// # Errors
 /// As `connect(2)`; `TimedOut` after `patience`.
@@ -197,17 +214,29 @@ pub fn connect(
     to: SocketAddrV4,
     patience: Duration,
 ) -> io::Result<(SocketAddrV4, TcpStream)> {
-    let socket = Socket::new(Domain::IPV4, Type::STREAM, None)?;
+    match connect_from(source.map(SocketAddr::V4), to.into(), patience)? {
+        (SocketAddr::V4(local), stream) => Ok((local, stream)),
+        (SocketAddr::V6(_), _) => Err(io::ErrorKind::InvalidData.into()),
+    }
+}
+
+/// As [`connect`], over either family.
+///
+/// # Errors
+/// As there.
+pub fn connect_from(
+    source: Option<SocketAddr>,
+    to: SocketAddr,
+    patience: Duration,
+) -> io::Result<(SocketAddr, TcpStream)> {
+    let socket = Socket::new(Domain::for_address(to), Type::STREAM, None)?;
     if let Some(source) = source {
         socket.set_reuse_address(true)?;
         socket.bind(&source.into())?;
     }
     socket.connect_timeout(&to.into(), patience)?;
     let stream = TcpStream::from(socket);
-    match stream.local_addr()? {
-        SocketAddr::V4(local) => Ok((local, stream)),
-        SocketAddr::V6(_) => Err(io::ErrorKind::InvalidData.into()),
-    }
+    Ok((stream.local_addr()?, stream))
 }
 
 /// An address and port of the bed's client that nobody has had in this process.
@@ -215,18 +244,31 @@ pub fn connect(
 /// Few addresses: a server on the clients' link asks ARP for each of them, and the kernel has one neighbour table, of
 /// 1024 entries, for all namespaces together.
 pub fn fresh_source() -> SocketAddrV4 {
-    const PORTS: std::ops::Range<u16> = 20_000..60_000;
     const ADDRESSES: usize = 37;
-    static NEXT: AtomicUsize = AtomicUsize::new(0);
-    let number = NEXT.fetch_add(1, Ordering::Relaxed);
-    let address: Ipv4Addr = client_address(number % ADDRESSES);
-    SocketAddrV4::new(address, PORTS.start + (number % PORTS.len()) as u16)
+    let number = fresh_number();
+    SocketAddrV4::new(client_address(number % ADDRESSES), port(number))
 }
 
-/// Connects from a source of [`fresh_source`]; the host may have given one to somebody else already.
-fn connect_afresh(to: SocketAddrV4) -> io::Result<(SocketAddrV4, TcpStream)> {
+/// As [`fresh_source`], of IPv6.
+pub fn fresh_source6() -> SocketAddrV6 {
+    SocketAddrV6::new(CLIENT6, port(fresh_number()), 0, 0)
+}
+
+fn fresh_number() -> usize {
+    static NEXT: AtomicUsize = AtomicUsize::new(0);
+    NEXT.fetch_add(1, Ordering::Relaxed)
+}
+
+fn port(number: usize) -> u16 {
+    const PORTS: std::ops::Range<u16> = 20_000..60_000;
+    PORTS.start + (number % PORTS.len()) as u16
+}
+
+/// Connects from a source of [`fresh_source`], or [`fresh_source6`]; the host may have given one to somebody else already.
+fn connect_afresh(to: SocketAddr) -> io::Result<(SocketAddr, TcpStream)> {
     for _ in 0..TRIES {
-        match connect(Some(fresh_source()), to, PATIENCE) {
+        let source = if to.is_ipv4() { fresh_source().into() } else { fresh_source6().into() };
+        match connect_from(Some(source), to, PATIENCE) {
             Err(error) if error.kind() == io::ErrorKind::AddrInUse => {}
             other => return other,
         }
@@ -241,9 +283,10 @@ fn connect_afresh(to: SocketAddrV4) -> io::Result<(SocketAddrV4, TcpStream)> {
 ///
 /// # Panics
 /// Never: what writes does not panic.
-pub fn there_and_back(client: &Namespace, to: SocketAddrV4) -> Result<()> {
+pub fn there_and_back(client: &Namespace, to: impl Into<SocketAddr>) -> Result<()> {
+    let to = to.into();
     let sent: Vec<u8> = (0..MEGABYTE as u32 / 4).flat_map(|n| n.wrapping_mul(0x9e37_79b1).to_le_bytes()).collect();
-    let (_, stream) = client.run(|| connect(Some(fresh_source()), to, PATIENCE))?;
+    let (_, stream) = client.run(|| connect_afresh(to))?;
     stream.set_read_timeout(Some(PATIENCE))?;
     let mut reader: TcpStream = stream.try_clone()?;
     let mut greeting = Vec::new();

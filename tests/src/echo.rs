@@ -1,6 +1,6 @@
 //! Servers that answer with their name: UDP, and TCP connections that last.
 
-use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use anyhow::{Context as _, Result};
 use socket2::{Domain, Socket, Type};
@@ -53,22 +53,28 @@ pub struct Hold {
 }
 
 impl Hold {
-    /// Starts it on a port of all addresses.
+    /// Starts it on a port of all addresses, of both families.
     ///
     /// # Errors
     /// If the port is taken.
     pub fn start(ns: &Namespace, name: &str, port: u16) -> Result<Self> {
-        let listener = ns.run(|| {
-            let socket = bound(Type::STREAM, SocketAddr::from((Ipv4Addr::UNSPECIFIED, port)))?;
+        let listen = |address: IpAddr| {
+            let socket = bound(Type::STREAM, SocketAddr::new(address, port))?;
             socket.listen(4096).map(|()| socket).context("cannot listen")
-        })?;
-        let name = name.to_owned();
+        };
+        let [four, six] = ns.run(|| [Ipv4Addr::UNSPECIFIED.into(), Ipv6Addr::UNSPECIFIED.into()].map(listen));
+        let (four, six, name) = (four?, six?, name.to_owned());
         let task = ns.background(async move {
-            let listener = TcpListener::from_std(listener.into()).expect("a nonblocking socket");
+            let [four, six] =
+                [four, six].map(|socket| TcpListener::from_std(socket.into()).expect("a nonblocking socket"));
             let mut connections = tokio::task::JoinSet::new();
             // An error is the connection's (reset before it was accepted), not the listener's.
             loop {
-                if let Ok((stream, _)) = listener.accept().await {
+                let accepted = tokio::select! {
+                    accepted = four.accept() => accepted,
+                    accepted = six.accept() => accepted,
+                };
+                if let Ok((stream, _)) = accepted {
                     connections.spawn(hold(stream, name.clone()));
                 }
             }
@@ -85,7 +91,10 @@ fn bound(kind: Type, address: SocketAddr) -> Result<Socket> {
         socket.set_reuse_address(kind == Type::STREAM)?;
         match address {
             SocketAddr::V4(_) => socket.set_freebind_v4(true)?,
-            SocketAddr::V6(_) => socket.set_freebind_v6(true)?,
+            SocketAddr::V6(_) => {
+                socket.set_only_v6(true)?;
+                socket.set_freebind_v6(true)?;
+            }
         }
         socket.bind(&address.into())?;
         std::io::Result::Ok(socket)

@@ -13,6 +13,7 @@
 //! see [`cleanup`]. [`kernel`] runs the kernel program on single frames, without a network. Everything needs root, and says so.
 
 pub mod attack;
+pub mod both;
 pub mod capture;
 pub mod cleanup;
 pub mod contention;
@@ -21,6 +22,7 @@ pub mod daemon;
 pub mod demo;
 pub mod echo;
 pub mod flood;
+pub mod floor;
 pub mod frame;
 pub mod frames;
 pub mod hand;

@@ -23,6 +23,9 @@ pub enum Offload {
     /// Generic receive offload (`ethtool -K DEV gro`). On veth it switches NAPI on, without which the *peer's*
     /// redirects are dropped. For XDP_TX it is not enough: see [`crate::xdp`].
     Gro,
+    /// VLAN tags put in by the card (`ethtool -K DEV txvlan`). With it a sender on veth hands tags over beside the frame,
+    /// where a program does not see them.
+    TxVlan,
 }
 
 /// Switches an offload of an interface in the namespace.
@@ -30,13 +33,16 @@ pub enum Offload {
 /// # Errors
 /// If there is no such interface, or it refuses.
 pub fn set_offload(namespace: &Namespace, interface: &str, offload: Offload, on: bool) -> Result<()> {
-    // linux/ethtool.h: ETHTOOL_STXCSUM, ETHTOOL_SGRO.
-    let command = match offload {
-        Offload::TxChecksum => 0x17,
-        Offload::Gro => 0x2c,
-    };
+    // linux/ethtool.h: ETHTOOL_STXCSUM, ETHTOOL_SGRO, ETHTOOL_GFLAGS and SFLAGS.
     namespace
-        .run(|| ethtool(interface, command, u32::from(on)))
+        .run(|| match offload {
+            Offload::TxChecksum => ethtool(interface, 0x17, u32::from(on)),
+            Offload::Gro => ethtool(interface, 0x2c, u32::from(on)),
+            Offload::TxVlan => {
+                let others = ethtool(interface, 0x25, 0)? & !FLAG_TXVLAN;
+                ethtool(interface, 0x26, others | if on { FLAG_TXVLAN } else { 0 })
+            }
+        })
         .map(drop)
         .with_context(|| format!("cannot switch {offload:?} of {interface} in {}", namespace.name()))
 }
@@ -46,12 +52,13 @@ pub fn set_offload(namespace: &Namespace, interface: &str, offload: Offload, on:
 /// # Errors
 /// If there is no such interface.
 pub fn offload(namespace: &Namespace, interface: &str, offload: Offload) -> Result<bool> {
-    // linux/ethtool.h: ETHTOOL_GTXCSUM, ETHTOOL_GGRO.
-    let command = match offload {
-        Offload::TxChecksum => 0x16,
-        Offload::Gro => 0x2b,
+    // linux/ethtool.h: ETHTOOL_GTXCSUM, ETHTOOL_GGRO, ETHTOOL_GFLAGS.
+    let (command, bits) = match offload {
+        Offload::TxChecksum => (0x16, u32::MAX),
+        Offload::Gro => (0x2b, u32::MAX),
+        Offload::TxVlan => (0x25, FLAG_TXVLAN),
     };
-    Ok(namespace.run(|| ethtool(interface, command, 0))? != 0)
+    Ok(namespace.run(|| ethtool(interface, command, 0))? & bits != 0)
 }
 
 /// The hardware address of an interface in the namespace.
@@ -99,6 +106,9 @@ pub(crate) fn ip_batch(namespace: &str, lines: &str) -> Result<()> {
     ensure!(output.status.success(), "`ip -netns {namespace} -batch -`: {}\nthe lines were:\n{lines}", message.trim());
     Ok(written?)
 }
+
+/// linux/ethtool.h, ETH_FLAG_TXVLAN.
+const FLAG_TXVLAN: u32 = 1 << 7;
 
 /// linux/ethtool.h, `struct ethtool_value`.
 #[repr(C)]

@@ -1,6 +1,7 @@
 //! Whole Ethernet frames, sent and received on an interface of a namespace (packet(7)).
 
 use std::{
+    borrow::Cow,
     io,
     mem::{self, MaybeUninit},
     os::fd::AsRawFd as _,
@@ -87,7 +88,8 @@ impl RawSocket {
         }
     }
 
-    /// The next frame that arrives within `timeout` and fits. Frames that this host sends are not among them.
+    /// The next frame that arrives within `timeout` and fits, as it was on the link: the kernel takes the first VLAN tag out
+    /// before it shows a frame, and here it is put back. Frames that this host sends are not among them.
     ///
     /// # Errors
     /// If the interface went away.
@@ -97,9 +99,13 @@ impl RawSocket {
         while let Some(left) = end.checked_duration_since(Instant::now()).filter(|left| !left.is_zero()) {
             self.socket.set_read_timeout(Some(left.max(Duration::from_millis(1))))?;
             match receive_one(&self.socket, &mut frame) {
-                Ok((length, libc::PACKET_OUTGOING)) if length > 0 => {}
-                Ok((length, _)) if fits(&frame[..length]) => return Ok(Some(frame[..length].to_vec())),
-                Ok(_) => {}
+                Ok((_, libc::PACKET_OUTGOING, _)) => {}
+                Ok((length, _, tag)) => {
+                    let whole = tagged(&frame[..length], tag);
+                    if fits(&whole) {
+                        return Ok(Some(whole.into_owned()));
+                    }
+                }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
                 Err(error) => return Err(error),
             }
@@ -122,24 +128,62 @@ fn open(interface: &str) -> io::Result<Socket> {
     address.sll_protocol = protocol;
     address.sll_ifindex = index.cast_signed();
     let length = mem::size_of_val(&address) as libc::socklen_t;
+    let (level, option, on): (_, _, libc::c_int) = (libc::SOL_PACKET, libc::PACKET_AUXDATA, 1);
+    // SAFETY: the option's value is a live number of that length.
+    let told = unsafe {
+        let length = mem::size_of_val(&on) as libc::socklen_t;
+        libc::setsockopt(socket.as_raw_fd(), level, option, (&raw const on).cast(), length)
+    };
     // SAFETY: `address` is a live `sockaddr_ll` of that length.
-    match unsafe { libc::bind(socket.as_raw_fd(), (&raw const address).cast(), length) } {
+    match told | unsafe { libc::bind(socket.as_raw_fd(), (&raw const address).cast(), length) } {
         0 => Ok(socket),
         _ => Err(io::Error::last_os_error()),
     }
 }
 
-/// A frame's length, and the kind of packet that it was to this host.
-fn receive_one(socket: &Socket, frame: &mut [u8]) -> io::Result<(usize, u8)> {
+/// A VLAN tag (IEEE 802.1Q): its Ethertype, priority and number.
+type Tag = [u8; 4];
+
+/// A frame's length, the kind of packet that it was to this host, and the tag that the kernel took out of it.
+fn receive_one(socket: &Socket, frame: &mut [u8]) -> io::Result<(usize, u8, Option<Tag>)> {
     let mut from = empty_address();
-    let mut from_length = mem::size_of_val(&from) as libc::socklen_t;
-    // SAFETY: the pointers are to a live buffer, a live `sockaddr_ll` and its length.
-    let received = unsafe {
-        let buffer = frame.as_mut_ptr().cast();
-        libc::recvfrom(socket.as_raw_fd(), buffer, frame.len(), 0, (&raw mut from).cast(), &raw mut from_length)
-    };
-    let length = usize::try_from(received).map_err(|_| io::Error::last_os_error())?;
-    Ok((length, from.sll_pkttype))
+    let mut part = libc::iovec { iov_base: frame.as_mut_ptr().cast(), iov_len: frame.len() };
+    // Room for one `tpacket_auxdata`, aligned as a `cmsghdr` must be.
+    let mut control = [0u64; 8];
+    // SAFETY: `msghdr` is plain numbers and pointers, for which zero is a value.
+    let mut message: libc::msghdr = unsafe { MaybeUninit::zeroed().assume_init() };
+    message.msg_name = (&raw mut from).cast();
+    message.msg_namelen = mem::size_of_val(&from) as libc::socklen_t;
+    message.msg_iov = &raw mut part;
+    message.msg_iovlen = 1;
+    message.msg_control = control.as_mut_ptr().cast();
+    message.msg_controllen = mem::size_of_val(&control);
+    // SAFETY: everything that the message points to lives, and is as long as it says.
+    let length = unsafe { libc::recvmsg(socket.as_raw_fd(), &raw mut message, 0) };
+    let length = usize::try_from(length).map_err(|_| io::Error::last_os_error())?;
+    Ok((length, from.sll_pkttype, taken_out(&message)))
+}
+
+/// packet(7), PACKET_AUXDATA.
+fn taken_out(message: &libc::msghdr) -> Option<Tag> {
+    // SAFETY: the kernel has filled the message, whose control buffer lives; the macro returns a pointer into it.
+    let header = unsafe { libc::CMSG_FIRSTHDR(message).as_ref() }?;
+    if (header.cmsg_level, header.cmsg_type) != (libc::SOL_PACKET, libc::PACKET_AUXDATA) {
+        return None;
+    }
+    // SAFETY: the data of this kind is a `tpacket_auxdata`, at whatever alignment.
+    let told = unsafe { libc::CMSG_DATA(header).cast::<libc::tpacket_auxdata>().read_unaligned() };
+    let [a, b] = told.tp_vlan_tpid.to_be_bytes();
+    let [c, d] = told.tp_vlan_tci.to_be_bytes();
+    (told.tp_status & libc::TP_STATUS_VLAN_VALID != 0).then_some([a, b, c, d])
+}
+
+/// The frame with this tag behind its addresses.
+fn tagged(frame: &[u8], tag: Option<Tag>) -> Cow<'_, [u8]> {
+    match (frame.split_at_checked(12), tag) {
+        (Some((addresses, rest)), Some(tag)) => [addresses, &tag, rest].concat().into(),
+        _ => frame.into(),
+    }
 }
 
 fn empty_address() -> libc::sockaddr_ll {

@@ -3,7 +3,7 @@
 use std::{
     fmt, fs,
     os::unix::fs::PermissionsExt as _,
-    path::Path,
+    path::{Path, PathBuf},
     sync::atomic::{AtomicBool, Ordering},
     thread,
     time::{Duration, Instant},
@@ -12,12 +12,17 @@ use std::{
 use anyhow::{Context as _, Result, anyhow, ensure};
 use necp_user::{
     daemon::{ne::limits::raise_open_files, status::fetch},
-    necp::{Forwarding, Key, ServiceKey, ServiceUnit},
+    necp::{
+        Forwarding, Key, ServiceKey, ServiceUnit,
+        auth::CREDENTIAL_LEN,
+        wire::{HEADER_LEN, UNIT_LEN},
+    },
 };
 use serde_json::Value;
 
 use crate::{
     daemon::NetworkElement,
+    floor::Floor,
     line::servers,
     swarm::{Members, Swarm},
     topology::{Topology, VIP},
@@ -39,6 +44,8 @@ pub struct Scale {
     pub keepalive: Duration,
     /// Whether all of them prove themselves with a key.
     pub keys: bool,
+    /// The program of [`Floor::measure`], if the floor is to be measured too.
+    pub floor: Option<PathBuf>,
 }
 
 /// What was measured.
@@ -50,6 +57,8 @@ pub struct Figures {
     pub idle_cpu: f64,
     /// The same, with all of them, once all have their full weight.
     pub cpu: f64,
+    /// Share of one CPU that as many plain TCP sessions with the same messages take, if that was measured.
+    pub floor: Option<f64>,
     /// Growth of the daemon's resident memory, divided by the sessions; bytes.
     pub memory: u64,
     /// Resident memory of the daemon at the end of the measurement; bytes.
@@ -72,6 +81,7 @@ impl Scale {
         let _room = NeighbourRoom::for_hosts(self.sessions)?;
         let bed = Topology::builder().servers(1).build()?;
         let config = self.config(bed.dir())?;
+        let floor = self.floor.as_deref().map(|program| self.floor(&bed, &config, program)).transpose()?;
         let mut ne = NetworkElement::start(&bed, &config)?;
         let pid = ne.process().pid();
         // The first passes of the collector touch all tables.
@@ -108,12 +118,32 @@ impl Scale {
             joined,
             idle_cpu,
             cpu,
+            floor,
             memory: after.saturating_sub(before) / self.sessions as u64,
             resident: after,
             returned,
             lost,
             status: status.max(later),
         })
+    }
+
+    /// With the packet path of a daemon that has no sessions, on a port that is not its own.
+    fn floor(&self, bed: &Topology, config: &str, program: &Path) -> Result<f64> {
+        let _ne = NetworkElement::start(bed, config)?;
+        let credential = if self.keys { CREDENTIAL_LEN } else { 0 };
+        let floor = Floor {
+            sessions: self.sessions,
+            // It asks for the health of every service; the members of the swarm for its own, which is one.
+            from_ne: HEADER_LEN + usize::from(self.services) * UNIT_LEN + credential,
+            from_server: HEADER_LEN + UNIT_LEN + credential,
+            interval_ms: u64::try_from(self.keepalive.as_millis())?,
+        };
+        let share = floor.measure(bed, program, self.watch)?;
+        // The daemon is to find the link as the floor did.
+        for host in [bed.ne(), bed.client()] {
+            host.ip_batch("neigh flush all\n")?;
+        }
+        Ok(share)
     }
 
     fn config(&self, dir: &Path) -> Result<String> {
@@ -157,6 +187,10 @@ impl fmt::Display for Figures {
         writeln!(f, "  all served after                  {:.1} s", self.joined.as_secs_f64())?;
         writeln!(f, "  CPU of the daemon, no session     {:.1} % of a core", self.idle_cpu * 100.0)?;
         writeln!(f, "  CPU of the daemon, all sessions   {:.1} % of a core", self.cpu * 100.0)?;
+        if let Some(floor) = self.floor {
+            writeln!(f, "  floor: plain TCP, same messages   {:.1} % of a core", floor * 100.0)?;
+            writeln!(f, "  the daemon's, over the floor's    {:.2}", self.cpu / floor)?;
+        }
         writeln!(f, "  memory per session                {:.1} KiB", self.memory as f64 / 1024.0)?;
         writeln!(f, "  resident in all                   {:.1} MiB", self.resident as f64 / 1_048_576.0)?;
         writeln!(f, "  sessions lost meanwhile           {}", self.lost)?;

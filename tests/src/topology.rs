@@ -13,8 +13,8 @@
 //! ```
 //! Clients find a VIP on their link, by ARP, as an NE announces it. Client addresses are all of 198.18.0.0/17 at once.
 //!
-//! A bed of one interface may have IPv6 besides: the NE is [`NE6`], clients come from [`CLIENT6`] and look for [`VIP6`] by neighbour
-//! discovery.
+//! A bed may have IPv6 besides: the NE is [`NE6`] for the servers, clients come from [`CLIENT6`] and look for [`VIP6`] by neighbour
+//! discovery on their link.
 
 use std::{
     fmt::Write as _,
@@ -42,6 +42,8 @@ pub const NE_CLIENT_SIDE: Ipv4Addr = Ipv4Addr::new(198, 18, 128, 1);
 pub const VIP6: Ipv6Addr = Ipv6Addr::new(0x2001, 0xdb8, 0xf, 0, 0, 0, 0, 0x10);
 /// The NE's IPv6 address.
 pub const NE6: Ipv6Addr = Ipv6Addr::new(0x2001, 0xdb8, 0xa, 0, 0, 0, 0, 1);
+/// The NE on the clients' link, in a bed with two interfaces and IPv6.
+pub const NE6_CLIENT_SIDE: Ipv6Addr = Ipv6Addr::new(0x2001, 0xdb8, 0xc, 0, 0, 0, 0, 1);
 /// The client's IPv6 address.
 pub const CLIENT6: Ipv6Addr = Ipv6Addr::new(0x2001, 0xdb8, 0xc, 0, 0, 0, 0, 2);
 /// Client addresses that can be used: [`client_address`] takes numbers below this.
@@ -49,6 +51,10 @@ pub const CLIENT_ADDRESSES: usize = 32_000;
 
 const SWITCH_SERVER_SIDE: &str = "10.0.0.254";
 const SWITCH_CLIENT_SIDE: &str = "198.18.255.254";
+const SWITCH6_SERVER_SIDE: &str = "2001:db8:a::fe";
+const SWITCH6_CLIENT_SIDE: &str = "2001:db8:c::fe";
+const CLIENTS6: &str = "2001:db8:c::/64";
+const SERVERS6: &str = "2001:db8:a::/64";
 const MAX_SERVERS: usize = 200;
 
 /// The `index`-th address that a client may connect from: 198.18.0.2, 198.18.0.3, …
@@ -111,7 +117,7 @@ impl Builder {
         self
     }
 
-    /// Gives all hosts IPv6 too; with one interface only.
+    /// Gives all hosts IPv6 too.
     pub fn ipv6(mut self) -> Self {
         self.ipv6 = true;
         self
@@ -122,7 +128,6 @@ impl Builder {
     /// # Errors
     /// Without root or `ip`; what was built is gone then.
     pub fn build(self) -> Result<Topology> {
-        ensure!(!(self.ipv6 && self.two_interfaces), "a bed with IPv6 has one interface");
         ensure!((1..=MAX_SERVERS).contains(&self.servers), "a bed has 1 to {MAX_SERVERS} servers");
         let name = cleanup::fresh_name();
         let work_dir = WorkDir::new(&name).context("no directory for the bed's files")?;
@@ -316,16 +321,26 @@ impl Topology {
     }
 
     fn address6(&self, vip_on_servers: bool) -> Result<()> {
-        const CLIENTS: &str = "2001:db8:c::/64";
-        const SERVERS: &str = "2001:db8:a::/64";
-        let client =
-            format!("addr add {CLIENT6}/64 dev eth0\nroute add {SERVERS} dev eth0\nroute add {VIP6} dev eth0\n");
+        let mut client = format!("addr add {CLIENT6}/64 dev eth0\nroute add {VIP6} dev eth0\n");
+        let clients = if self.two_interfaces {
+            self.switch.ip_batch(&format!(
+                "addr add {SWITCH6_CLIENT_SIDE}/64 dev br0\naddr add {SWITCH6_SERVER_SIDE}/64 dev br1\n"
+            ))?;
+            self.switch.sysctl(&[("net/ipv6/conf/all/forwarding", "1")])?;
+            self.ne.sysctl(&[("net/ipv6/conf/all/forwarding", "1")])?;
+            writeln!(client, "route add {SERVERS6} via {SWITCH6_CLIENT_SIDE}")?;
+            self.ne.ip_batch(&format!("addr add {NE6_CLIENT_SIDE}/64 dev eth0\naddr add {NE6}/64 dev eth1\n"))?;
+            format!("route add {CLIENTS6} via {SWITCH6_SERVER_SIDE}")
+        } else {
+            writeln!(client, "route add {SERVERS6} dev eth0")?;
+            self.ne.ip_batch(&format!("addr add {NE6}/64 dev eth0\nroute add {CLIENTS6} dev eth0\n"))?;
+            format!("route add {CLIENTS6} dev eth0")
+        };
         self.client.ip_batch(&client)?;
-        self.ne.ip_batch(&format!("addr add {NE6}/64 dev eth0\nroute add {CLIENTS} dev eth0\n"))?;
         for (index, server) in self.servers.iter().enumerate() {
             let vip = if vip_on_servers { format!("addr add {VIP6}/128 dev lo\n") } else { String::new() };
             let own = server_address6(index);
-            server.ns.ip_batch(&format!("addr add {own}/64 dev eth0\nroute add {CLIENTS} dev eth0\n{vip}"))?;
+            server.ns.ip_batch(&format!("addr add {own}/64 dev eth0\n{clients}\n{vip}"))?;
         }
         Ok(())
     }

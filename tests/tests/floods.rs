@@ -7,16 +7,18 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, ensure};
+use etherparse::{PacketBuilder, TcpHeader};
 use necp_tests::{
+    both::Both,
     conversation::{Conversation, all_answer},
     flood::{Flood, Flooded},
     frame::{Flow, as_fragment, flags, icmp_error, ipv4_header},
-    line::{ECHO_AT_VIP, Line, TALK_AT_VIP, one_farm},
+    line::{ECHO_AT_VIP, Line, TALK, TALK_AT_VIP, one_farm},
     link,
     load::{Client, Event, Kind, Load, Mix},
     netns::wait_until,
     nginx::{Content, Nginx},
-    topology::{Topology, VIP, client_address},
+    topology::{NE6, Topology, VIP, VIP6, client_address, server_address6},
 };
 use necp_user::daemon::ne::limits::raise_open_files;
 
@@ -229,7 +231,56 @@ fn quoting(scene: &Scene) -> Vec<Vec<u8>> {
         let header = [[3, 1, 0, 0, 0, 0, 0, 0], [11, 0, 0, 0, 0, 0, 0, 0], [3, 4, 0, 0, 0, 0, 2, 0]];
         icmp_error(scene.to_mac, Ipv4Addr::new(11, 1, 1, 1), header[number as usize % 3], &quoted)
     };
-    let held = scene.held.iter().map(Conversation::local);
+    let held = scene.held.iter().map(Conversation::local_v4);
     let strangers = (0..FRAMES).map(|number| scene.stranger(number, TALK_AT_VIP).source);
     (0..).zip(held.chain(strangers)).map(|(number, to)| error(to, number)).collect()
+}
+
+/// A TCP segment to [`TALK`] at the IPv6 VIP, of a client of that number who does not exist.
+fn segment6(to_mac: [u8; 6], number: u32, sequence: u32, change: impl Fn(&mut TcpHeader)) -> Vec<u8> {
+    let [a, b, c, d] = number.wrapping_mul(0x9e37_79b1).to_be_bytes();
+    let source = [0x20, 0x01, 0x0d, 0xb9, 0, b, c, d | 1, 0, 0, 0, 0, 0, 0, 0, a];
+    let mut tcp = TcpHeader::new(1024 + (u16::from(a) << 8 | u16::from(d)) % 60_000, TALK, sequence, 64_240);
+    change(&mut tcp);
+    let builder = PacketBuilder::ethernet2([2, 0, 0, 0, 0, 0x66], to_mac).ipv6(source, VIP6.octets(), 64);
+    let mut frame = Vec::new();
+    builder.tcp_header(tcp).write(&mut frame, &[]).expect("a segment that fits into a packet");
+    frame
+}
+
+#[test]
+fn floods_over_ipv6_break_none_of_four_thousand_connections() -> Result<()> {
+    const HELD: usize = 4000;
+    raise_open_files(2 * HELD + 2000)?;
+    let mut both = Both::start(3, &["l2"], "")?;
+    (0..3).try_for_each(|index| both.join(index, &[NE6.into()], "l2", &[]))?;
+    let (to, to_mac) = ((VIP6, TALK), link::mac(both.bed.ne(), "eth0")?);
+    let mut held = Conversation::open_many(both.bed.client(), HELD, to)?;
+    // Its slots change hands: a third of what is held is on the legacy, and not yet on record.
+    let drained = both.agents[0].as_ref().context("an agent")?.command(&["drain"])?;
+    ensure!(drained.status.success(), "{drained:?}");
+    both.wait_for(0, server_address6(0).into(), |row| row["state"] == "draining")?;
+    ensure!(held.iter().filter(|one| one.server() == "s1").count() > HELD / 5, "s1 has none of them");
+
+    let syn = |number, sequence| segment6(to_mac, number, sequence, |tcp| tcp.syn = true);
+    let ack = |number, sequence| segment6(to_mac, number, sequence, |tcp| tcp.ack = true);
+    let floods: [(&str, Vec<Vec<u8>>); 3] = [
+        ("SYNs", (0..FRAMES).map(|number| syn(number, 7)).collect()),
+        (
+            "SYNs and forged ACKs",
+            (0..FRAMES).flat_map(|number| [syn(number, number), ack(number, number + 1)]).collect(),
+        ),
+        ("stray ACKs", (0..FRAMES).map(|number| ack(number, 7)).collect()),
+    ];
+    for (name, frames) in floods {
+        let (flood, began) = (Flood::start(both.bed.client(), "eth0", frames, true)?, Instant::now());
+        all_answer(name, &mut held)?;
+        thread::sleep(TIME.saturating_sub(began.elapsed()));
+        let flooded = flood.finish()?;
+        all_answer(name, &mut held)?;
+        all_answer(name, &mut Conversation::open_many(both.bed.client(), 20, to)?)?;
+        println!("{name} over IPv6: {:.0} packets/s for {:.1} s", flooded.rate(), flooded.time.as_secs_f64());
+        ensure!(flooded.rate() > 1000.0, "{name}: that was no flood: {flooded:?}");
+    }
+    Ok(())
 }

@@ -98,7 +98,7 @@ fn several_interfaces_are_one_balancer() -> Result<()> {
     let guest = line.bed().switch();
     guest.ip_batch(&format!("route add {VIP} via {NE} dev br1\n"))?;
     let mut conversation = Conversation::open_as_host(guest, TALK_AT_VIP)?;
-    assert_eq!(*conversation.local().ip(), Ipv4Addr::new(10, 0, 0, 254));
+    assert_eq!(conversation.local().ip(), Ipv4Addr::new(10, 0, 0, 254));
     conversation.ask()?;
     let status = line.ne().status()?;
     let names: Vec<_> = status["interfaces"].as_array().context("a list")?.iter().map(|one| &one["name"]).collect();

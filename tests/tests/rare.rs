@@ -1,5 +1,5 @@
-//! Fragments and ICMP errors end to end, with all three forwarding types. (Tags: the packets described in `packets`; this
-//! kernel has no VLAN interfaces.)
+//! Fragments, ICMP errors and VLAN tags end to end. This kernel has no VLAN interfaces: tagged frames are sent and seen by
+//! packet sockets.
 
 use std::{
     io::ErrorKind,
@@ -8,14 +8,16 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, ensure};
+use etherparse::PacketBuilder;
 use necp_tests::{
+    both::{Both, WEB},
     conversation::{all_answer, fresh_source},
     frame,
     line::{ECHO_AT_VIP, Line, TALK_AT_VIP, one_farm},
-    link,
+    link::{self, Offload},
     netns::{Namespace, wait_until},
     raw::RawSocket,
-    topology::{NE, Topology, VIP, client_address, server_address},
+    topology::{CLIENT6, NE, NE6, Topology, VIP, VIP6, client_address, server_address},
 };
 
 const SOON: Duration = Duration::from_secs(10);
@@ -73,7 +75,7 @@ fn a_router_tells_the_server_what_it_cannot_send() -> Result<()> {
         let line = one_server(forwarding)?;
         let at_client = RawSocket::open(line.bed().client(), "eth0")?;
         let mut talk = line.talk(1)?;
-        let client = talk[0].local();
+        let client = talk[0].local_v4();
         // What the server has sent last says what it would send next.
         let mut next = None;
         while let Some(bytes) = at_client.receive(Duration::from_millis(300), |bytes| {
@@ -176,6 +178,60 @@ fn a_vip_answers_echo_or_not_as_configured() -> Result<()> {
         let status = line.ne().status()?;
         let dropped = status["packets"].as_array().into_iter().flatten().find(|row| row["reason"] == "echo");
         ensure!(dropped.is_some(), "there is no counter of it");
+    }
+    Ok(())
+}
+
+/// SYNs to the web service from this port, over IPv4 and IPv6.
+fn syns(from: [u8; 6], to: [u8; 6], port: u16) -> Result<[Vec<u8>; 2]> {
+    let (mut four, mut six) = (Vec::new(), Vec::new());
+    let link = PacketBuilder::ethernet2(from, to);
+    link.ipv4(client_address(0).octets(), VIP.octets(), 64).tcp(port, WEB, 1, 1000).syn().write(&mut four, &[])?;
+    let link = PacketBuilder::ethernet2(from, to);
+    link.ipv6(CLIENT6.octets(), VIP6.octets(), 64).tcp(port, WEB, 1, 1000).syn().write(&mut six, &[])?;
+    Ok([four, six])
+}
+
+fn with_tags(frame: &[u8], tags: &[[u8; 4]]) -> Vec<u8> {
+    [&frame[..12], tags.concat().as_slice(), &frame[12..]].concat()
+}
+
+#[test]
+fn tags_stay_where_they_are() -> Result<()> {
+    // Priority and number of a VLAN (IEEE 802.1Q), and a provider's outside of it (802.1ad).
+    const VLAN: [u8; 4] = [0x81, 0x00, 0x60, 0x64];
+    const OTHER: [u8; 4] = [0x81, 0x00, 0x00, 0x07];
+    const PROVIDER: [u8; 4] = [0x88, 0xa8, 0x20, 0x2a];
+    let mut both = Both::start(1, &["l2"], "")?;
+    both.join(0, &[NE.into(), NE6.into()], "l2", &[])?;
+    let (bed, server) = (&both.bed, both.bed.server(0));
+    let (client_mac, ne_mac) = (link::mac(bed.client(), "eth0")?, link::mac(bed.ne(), "eth0")?);
+    let at_server = RawSocket::open(server.ns(), "eth0")?;
+    let arrives = |sent: &[u8], packet: &[u8]| -> Result<()> {
+        let came = at_server.receive(SOON, |frame| frame.ends_with(&packet[14..]))?.context("nothing came")?;
+        let expected = [&server.mac()?[..], &ne_mac, &sent[12..]].concat();
+        ensure!(came == expected, "sent was {sent:02x?}, what came is {came:02x?}");
+        Ok(())
+    };
+    // As the network element's link has them.
+    let at_ne = RawSocket::open(bed.switch(), "ne0")?;
+    let stacks: [&[[u8; 4]]; 4] = [&[], &[VLAN], &[PROVIDER, VLAN], &[OTHER, VLAN]];
+    for (port, tags) in (30_000..).zip(stacks) {
+        for packet in syns(client_mac, ne_mac, port)? {
+            let frame = with_tags(&packet, tags);
+            at_ne.send(&frame)?;
+            arrives(&frame, &packet).with_context(|| format!("tags {tags:02x?}"))?;
+        }
+    }
+    // From the client: the bridge takes the tag out, and veth hands it on beside the frame unless it is told to put it in.
+    let at_client = RawSocket::open(bed.client(), "eth0")?;
+    for (port, hidden) in [(30_010, true), (30_011, false)] {
+        link::set_offload(bed.switch(), "ne0", Offload::TxVlan, hidden)?;
+        for packet in syns(client_mac, ne_mac, port)? {
+            let frame = with_tags(&packet, &[VLAN]);
+            at_client.send(&frame)?;
+            arrives(if hidden { &packet } else { &frame }, &packet).with_context(|| format!("hidden: {hidden}"))?;
+        }
     }
     Ok(())
 }

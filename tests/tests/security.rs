@@ -46,7 +46,7 @@ impl Forger {
         for (number, one) in conversations.iter().enumerate() {
             for round in 0..3u32 {
                 // Far from each other: at most one can be near the connection's own numbers by chance.
-                self.tcp(one.local(), flags, 0x2000_0000 + round * 0x5000_0000 + number as u32)?;
+                self.tcp(one.local_v4(), flags, 0x2000_0000 + round * 0x5000_0000 + number as u32)?;
             }
         }
         Ok(())

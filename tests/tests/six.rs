@@ -2,178 +2,30 @@
 
 use std::{
     collections::BTreeSet,
-    io::{BufRead as _, BufReader, Read as _, Write as _},
-    net::{IpAddr, Ipv6Addr, SocketAddr, SocketAddrV6, TcpStream},
-    thread,
+    io::Read as _,
+    net::{Ipv6Addr, SocketAddr, SocketAddrV6, TcpStream},
     time::Duration,
 };
 
 use anyhow::{Context as _, Result, ensure};
 use necp_tests::{
+    both::{Both, names},
+    conversation::{Conversation, all_answer},
     daemon::{NetworkElement, ServerElement},
-    line::top,
+    line::TALK,
     netns::{Namespace, wait_until},
-    nginx::{Content, Nginx},
-    topology::{NE, NE6, Topology, VIP, VIP6, server_address, server_address6},
+    topology::{CLIENT6, NE, NE6, Topology, VIP, VIP6, server_address6},
 };
 use serde_json::Value;
-use sha2::{Digest as _, Sha256};
 
-const PATIENCE: Duration = Duration::from_secs(40);
 const SOON: Duration = Duration::from_secs(10);
-const WEB: u16 = 80;
-
-/// A bed of both families whose servers serve [`WEB`], and the network element; no agent yet.
-struct Both {
-    agents: Vec<Option<ServerElement>>,
-    ne: NetworkElement,
-    _nginx: Vec<Nginx>,
-    content: Content,
-    bed: Topology,
-}
-
-impl Both {
-    fn start(servers: usize, forwarding: &[&str], more: &str) -> Result<Self> {
-        Self::start_with(servers, forwarding, "", |_| Ok(more.to_owned()))
-    }
-
-    /// `first` are lines for the top of the configuration; `more` makes those of the farm.
-    fn start_with(
-        servers: usize,
-        forwarding: &[&str],
-        first: &str,
-        more: impl FnOnce(&Topology) -> Result<String>,
-    ) -> Result<Self> {
-        let bed = Topology::builder().servers(servers).ipv6().build()?;
-        let content = Content::new(&bed, 6 << 20)?;
-        let nginx =
-            |server: &necp_tests::topology::Server| Nginx::start(&bed, server.ns(), server.name(), &[WEB], &content);
-        let nginx = bed.servers().iter().map(nginx).collect::<Result<_>>()?;
-        for family in ["ipv4", "ipv6"] {
-            bed.ne().sysctl(&[(&format!("net/{family}/neigh/eth0/retrans_time_ms"), "300")])?;
-        }
-        if forwarding != ["l2"] {
-            bed.ne().sysctl(&[("net/ipv4/ip_forward", "1"), ("net/ipv6/conf/all/forwarding", "1")])?;
-        }
-        let more = more(&bed)?;
-        let config = top(1.0)
-            + first
-            + &format!(
-                "[[farm]]\nname = \"web\"\nvips = [\"{VIP}\", \"{VIP6}\"]\nservices = [\"tcp/80\"]\n\
-                 forwarding = {forwarding:?}\nservers = [\"10.0.0.0/24\", \"2001:db8:a::/64\"]\n\
-                 auth = \"none\"\ntable_size = 251\n{more}\n"
-            );
-        let ne = NetworkElement::start(&bed, &config)?;
-        let agents = bed.servers().iter().map(|_| None).collect();
-        Ok(Self { agents, ne, _nginx: nginx, content, bed })
-    }
-
-    /// Starts a server's agent, which joins this NE's address, and waits until it gets new flows.
-    fn join(&mut self, index: usize, ne: IpAddr, offer: &str, more: &[&str]) -> Result<()> {
-        let ne_text = SocketAddr::new(ne, 3262).to_string();
-        let mut args = vec!["--ne", &ne_text, "--retry-max", "1", "--keepalive", "1", "--serve", offer];
-        args.extend(more);
-        let server = self.bed.server(index);
-        self.agents[index] = Some(ServerElement::start_unconnected(&self.bed, server.ns(), server.name(), &args)?);
-        let address = address_of(index, ne);
-        self.wait_for(index, address, |row| row["state"] == "up" && row["reachable"] == true && row["slots"] != 0)
-    }
-
-    fn row(&self, address: IpAddr) -> Result<Option<Value>> {
-        let family = if address.is_ipv4() { "IPv4" } else { "IPv6" };
-        let status = self.ne.status()?;
-        let services = status["farms"][0]["services"].as_array().context("services")?.clone();
-        let service = services.into_iter().find(|one| one["family"] == family).context("a service of the family")?;
-        let servers = service["servers"].as_array().context("servers")?.clone();
-        Ok(servers.into_iter().find(|row| row["address"] == address.to_string().as_str()))
-    }
-
-    fn wait_for(&mut self, index: usize, address: IpAddr, fits: impl Fn(&Value) -> bool) -> Result<()> {
-        let waited = wait_until(&format!("{address} is as it should be"), PATIENCE, || {
-            self.row(address).is_ok_and(|row| row.is_some_and(|row| fits(&row)))
-        });
-        let agent = self.agents[index].as_mut().map(|agent| agent.process().log()).unwrap_or_default();
-        waited.with_context(|| {
-            let status =
-                self.ne.status().map_or_else(|error| error.to_string(), |status| format!("{:#}", status["farms"]));
-            format!("status: {status}\nagent: {agent}\nnetwork element: {}", self.ne.process().log())
-        })
-    }
-
-    /// The names of the servers that answer so many new connections.
-    fn who(&self, vip: IpAddr, count: usize) -> Result<BTreeSet<String>> {
-        let ask = || {
-            let mut found = BTreeSet::new();
-            for _ in 0..count {
-                found.insert(get(vip, "/name")?.0);
-            }
-            Ok(found)
-        };
-        self.bed.client().run(ask)
-    }
-
-    /// Downloads `/big` so many times at once, at this rate; `meanwhile` runs once all have begun.
-    fn download(&self, vip: IpAddr, count: usize, rate: &str, meanwhile: impl FnOnce() -> Result<()>) -> Result<()> {
-        let path = format!("/big?rate={rate}");
-        let (client, content) = (self.bed.client(), &self.content);
-        thread::scope(|scope| {
-            let begin = |_| -> Result<_> {
-                let (name, body) = client.run(|| get(vip, &path))?;
-                Ok((name, scope.spawn(move || checksum(body))))
-            };
-            let downloads = (0..count).map(begin).collect::<Result<Vec<_>>>()?;
-            let servers: BTreeSet<&String> = downloads.iter().map(|(name, _)| name).collect();
-            ensure!(servers.contains(&"s1".to_owned()), "s1 has none of {count}");
-            meanwhile()?;
-            ensure!(downloads.iter().all(|(_, download)| !download.is_finished()), "they were over too soon");
-            for (_, download) in downloads {
-                let (length, sha256) = download.join().expect("no panic")?;
-                ensure!((length, sha256) == (content.length, content.sha256), "{length} bytes came, or others");
-            }
-            Ok(())
-        })
-    }
-}
-
-fn address_of(index: usize, ne: IpAddr) -> IpAddr {
-    if ne.is_ipv4() { server_address(index).into() } else { server_address6(index).into() }
-}
-
-/// Who answers, and the body of the answer from its first byte on. To be called in the client's namespace.
-fn get(vip: IpAddr, path: &str) -> Result<(String, BufReader<TcpStream>)> {
-    let mut stream = TcpStream::connect_timeout(&SocketAddr::new(vip, WEB), SOON).context("no connection")?;
-    stream.set_read_timeout(Some(SOON))?;
-    // Longer than one packet, so that paths that take shorter ones are found out.
-    write!(stream, "GET {path} HTTP/1.0\r\nX-Padding: {}\r\n\r\n", "x".repeat(4000))?;
-    let mut answer = BufReader::new(stream);
-    let mut line = String::new();
-    answer.read_line(&mut line)?;
-    ensure!(line.starts_with("HTTP/1.1 200 "), "the answer is {line:?}");
-    let mut name = None;
-    while line.trim_end() != "" {
-        line.clear();
-        answer.read_line(&mut line)?;
-        name = line.strip_prefix("X-Server: ").map(|name| name.trim_end().to_owned()).or(name);
-    }
-    Ok((name.context("no X-Server")?, answer))
-}
-
-fn checksum(mut body: BufReader<TcpStream>) -> Result<(u64, [u8; 32])> {
-    let mut bytes = Vec::new();
-    body.read_to_end(&mut bytes)?;
-    Ok((bytes.len() as u64, Sha256::digest(&bytes).into()))
-}
-
-fn names(names: &[&str]) -> BTreeSet<String> {
-    names.iter().map(|name| (*name).to_owned()).collect()
-}
 
 #[test]
 fn each_family_has_the_servers_that_joined_over_it() -> Result<()> {
     let mut both = Both::start(3, &["l2"], "")?;
-    both.join(0, NE6.into(), "tcp/80=l2", &[])?;
-    both.join(1, NE6.into(), "tcp/80=l2", &[])?;
-    both.join(2, NE.into(), "tcp/80=l2", &[])?;
+    both.join(0, &[NE6.into()], "l2", &[])?;
+    both.join(1, &[NE6.into()], "l2", &[])?;
+    both.join(2, &[NE.into()], "l2", &[])?;
     assert_eq!(both.who(VIP6.into(), 60)?, names(&["s1", "s2"]));
     assert_eq!(both.who(VIP.into(), 20)?, names(&["s3"]));
     let status = both.ne.status()?;
@@ -200,14 +52,84 @@ fn each_family_has_the_servers_that_joined_over_it() -> Result<()> {
 }
 
 #[test]
+fn one_agent_serves_both_families() -> Result<()> {
+    let bed = Topology::builder().servers(2).vip_on_servers(false).ipv6().build()?;
+    let mut both = Both::start_in(bed, &["l2", "gre"], "", |_| Ok(String::new()))?;
+    let (vip, vip6, nes) = (VIP.to_string(), VIP6.to_string(), [NE.into(), NE6.into()]);
+    both.join(0, &nes, "l2", &["--vip", &vip, "--vip", &vip6, "--drain", "0"])?;
+    both.join(1, &nes, "gre", &["--vip", &vip, "--vip", &vip6, "--drain", "0", "--decap"])?;
+    let (one, two, all) = (names(&["s1"]), names(&["s2"]), names(&["s1", "s2"]));
+    let who =
+        |both: &Both| -> Result<[BTreeSet<String>; 2]> { Ok([both.who(VIP.into(), 40)?, both.who(VIP6.into(), 40)?]) };
+    assert_eq!(who(&both)?, [all.clone(), all.clone()]);
+    let status = command(&both, 0, &["status", "--agent"])?;
+    let known_as: Vec<_> = status["nes"].as_array().context("a list")?.iter().map(|ne| &ne["address"]).collect();
+    assert_eq!(known_as, ["10.0.0.11", "2001:db8:a::11"]);
+
+    both.download(VIP.into(), 8, "4m", || Ok(()))?;
+    both.download(VIP6.into(), 8, "4m", || Ok(()))?;
+
+    // What is told is told in both sessions.
+    let client = both.bed.client();
+    let mut talk = Conversation::open_many(client, 20, (VIP, TALK))?;
+    talk.extend(Conversation::open_many(client, 20, (VIP6, TALK))?);
+    command(&both, 0, &["drain"])?;
+    assert_eq!(who(&both)?, [two.clone(), two.clone()]);
+    all_answer("s1 is drained", &mut talk)?;
+    assert!(talk.iter().any(|one| one.server() == "s1"), "s1 had none of 40");
+    command(&both, 0, &["resume"])?;
+    wait_until("s1 gets new flows again", SOON, || who(&both).is_ok_and(|who| who == [all.clone(), all.clone()]))?;
+
+    // An exception is told in the session of its family, and is not missed in the other one.
+    let results = |answers: Value| -> Vec<String> {
+        let answers = answers.as_array().cloned().unwrap_or_default();
+        answers.iter().map(|answer| answer["result"].as_str().unwrap_or("?").to_owned()).collect()
+    };
+    let client6 = format!("{CLIENT6}/128");
+    let told = command(&both, 0, &["except", "add", "--src", &client6])?;
+    assert_eq!(results(told), ["other-family", "accepted"]);
+    assert_eq!(who(&both)?, [all.clone(), two.clone()]);
+    let told = command(&both, 1, &["except", "add", "--src", "198.18.0.0/15", "--port", "tcp/80"])?;
+    assert_eq!(results(told), ["accepted", "other-family"]);
+    assert_eq!(who(&both)?, [one.clone(), two.clone()]);
+    let told = command(&both, 0, &["except", "del", "--src", &client6])?;
+    assert_eq!(results(told), ["other-family", "accepted"]);
+    // Without an address it is about flows of either family.
+    command(&both, 1, &["except", "reset"])?;
+    let told = command(&both, 1, &["except", "add", "--port", "tcp/80"])?;
+    assert_eq!(results(told), ["accepted", "accepted"]);
+    assert_eq!(who(&both)?, [one.clone(), one.clone()]);
+
+    // It leaves in both, and takes both addresses with it.
+    let agent = both.agents[0].as_mut().context("an agent")?;
+    assert!(agent.process().terminate(SOON)?.success());
+    let output = both.bed.server(0).ns().command("ip").args(["addr", "show", "dev", "lo"]).output()?;
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert!(!text.contains(&vip) && !text.contains(&vip6), "{text}");
+    command(&both, 1, &["except", "reset"])?;
+    assert_eq!(who(&both)?, [two.clone(), two]);
+    Ok(())
+}
+
+/// What a command of an agent prints as JSON; it must succeed.
+fn command(both: &Both, index: usize, args: &[&str]) -> Result<Value> {
+    let agent = both.agents[index].as_ref().context("an agent")?;
+    let output = agent.command(&[args, &["--json"]].concat())?;
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    let message = String::from_utf8_lossy(&output.stderr);
+    ensure!(output.status.success(), "`necp {}`: {text}{message}", args.join(" "));
+    serde_json::from_str(&text).with_context(|| text)
+}
+
+#[test]
 fn three_forwarding_types_behind_an_ipv6_vip() -> Result<()> {
     let mut both = Both::start(3, &["l2", "gre", "l3"], "")?;
     // The third answers by way of the network element, and has no VIP.
     let back = format!("addr del {VIP6}/128 dev lo\nroute replace 2001:db8:c::/64 via {NE6} dev eth0\n");
     both.bed.server(2).ns().ip_batch(&back)?;
-    both.join(0, NE6.into(), "tcp/80=l2", &[])?;
-    both.join(1, NE6.into(), "tcp/80=gre", &["--decap"])?;
-    both.join(2, NE6.into(), "tcp/80=l3", &[])?;
+    both.join(0, &[NE6.into()], "l2", &[])?;
+    both.join(1, &[NE6.into()], "gre", &["--decap"])?;
+    both.join(2, &[NE6.into()], "l3", &[])?;
     assert_eq!(both.who(VIP6.into(), 90)?, names(&["s1", "s2", "s3"]));
     both.download(VIP6.into(), 15, "4m", || Ok(()))?;
     let row = |index| both.row(server_address6(index).into())?.context("a row");
@@ -224,8 +146,8 @@ fn three_forwarding_types_behind_an_ipv6_vip() -> Result<()> {
 #[test]
 fn ipv6_flows_outlive_the_daemon_and_dead_hosts_are_found() -> Result<()> {
     let mut both = Both::start(2, &["l2"], "orphan_time = 60")?;
-    both.join(0, NE6.into(), "tcp/80=l2", &[])?;
-    both.join(1, NE6.into(), "tcp/80=l2", &[])?;
+    both.join(0, &[NE6.into()], "l2", &[])?;
+    both.join(1, &[NE6.into()], "l2", &[])?;
     // Its cable is pulled: no neighbour advertisement comes any more.
     both.bed.server(1).unplug()?;
     both.wait_for(1, server_address6(1).into(), |row| row["state"] == "dead")?;
@@ -237,7 +159,7 @@ fn ipv6_flows_outlive_the_daemon_and_dead_hosts_are_found() -> Result<()> {
     let config = std::fs::read_to_string(both.bed.dir().join("ne.toml"))?;
     both.ne = NetworkElement::start(&both.bed, &config)?;
     let log = both.ne.process().log();
-    assert!(log.contains("2 services (0 anew)"), "{log}");
+    assert!(log.contains("4 services (0 anew)"), "{log}");
     assert_eq!(both.who(VIP6.into(), 20)?, names(&["s1"]));
     both.wait_for(0, server_address6(0).into(), |row| row["state"] == "up")
 }
@@ -275,7 +197,8 @@ fn hop_limits_and_signatures_protect_sessions_over_ipv6() -> Result<()> {
         std::fs::set_permissions(&path, std::os::unix::fs::PermissionsExt::from_mode(0o600))?;
         Ok(path.to_str().context("a path")?.to_owned())
     };
-    let mut both = Both::start_with(3, &["l2"], "ttl_security = true\n", |bed| {
+    let bed = Topology::builder().servers(3).ipv6().build()?;
+    let mut both = Both::start_in(bed, &["l2"], "ttl_security = true\n", |bed| {
         Ok(format!("tcp_md5 = {{ \"2001:db8:a::11\" = {:?} }}", key(bed, "right", "a shared secret\n")?))
     })?;
     let right = key(&both.bed, "again", "a shared secret\n")?;
@@ -295,9 +218,9 @@ fn hop_limits_and_signatures_protect_sessions_over_ipv6() -> Result<()> {
         agent.process().wait_for_log("no connection within", SOON).with_context(|| format!("{args:?}"))?;
         assert_eq!(both.ne.status()?["connections"], 0, "{args:?}");
     }
-    both.join(0, NE6.into(), "tcp/80=l2", &["--ttl-security", "--tcp-md5-file", &right])?;
-    both.join(1, NE6.into(), "tcp/80=l2", &["--ttl-security"])?;
-    both.join(2, NE.into(), "tcp/80=l2", &["--ttl-security"])?;
+    both.join(0, &[NE6.into()], "l2", &["--ttl-security", "--tcp-md5-file", &right])?;
+    both.join(1, &[NE6.into()], "l2", &["--ttl-security"])?;
+    both.join(2, &[NE.into()], "l2", &["--ttl-security"])?;
     assert_eq!(both.who(VIP6.into(), 40)?, names(&["s1", "s2"]));
     Ok(())
 }

@@ -80,6 +80,10 @@ pub enum NeError {
     /// It refused these exceptions; those that were asked for beside them are installed.
     #[error("refused {}", list(.0))]
     Exceptions(Vec<Flows>),
+    /// These exceptions are of the other address family than the session with it, and there is no session that they
+    /// concern; those that were asked for beside them are installed.
+    #[error("the session with it is of the other address family: not asked for {}", list(.0))]
+    OtherFamily(Vec<Flows>),
     /// It refused the request as a whole.
     #[error("refused")]
     Refused,

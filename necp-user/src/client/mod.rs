@@ -57,9 +57,10 @@
 //!
 //! # IPv6
 //!
-//! A session's family is what it is about: over IPv6 it serves the farm's IPv6 VIPs, and its exceptions are of IPv6 flows. What
-//! is of the other family is refused, and not installed again in a new session. Exceptions of IPv6 need an extension that an NE
-//! of another make may not speak; then it refuses them. Flows without an address are of the session's own family everywhere.
+//! A session's family is what it is about: over IPv6 it serves the farm's IPv6 VIPs, and its exceptions are of IPv6 flows. A
+//! server of both families names the same NE twice, by an address of each. An exception is asked for in the sessions of its
+//! family; where there is none, that is [`NeError::OtherFamily`]. Flows without an address are of the session's own family
+//! everywhere. Exceptions of IPv6 need an extension that an NE of another make may not speak; then it refuses them.
 //!
 //! # Limits
 //!
@@ -79,6 +80,7 @@ mod refused;
 mod session;
 mod wish;
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -94,7 +96,7 @@ pub use peer::{NeState, Standing};
 pub use wish::Wanted;
 
 use builder::{Settings, check_offers};
-use peer::{Command, Peer, SharedWish, What};
+use peer::{Command, Outcome, Peer, SharedWish, What};
 use wish::Wish;
 
 use crate::necp::{Exception, Filter, Flows, ServiceKey, ServiceUnit};
@@ -193,26 +195,28 @@ impl Client {
         let exceptions = normal(exceptions)?;
         let what = What::Add(Arc::clone(&exceptions));
         let limit = self.shared.settings.max_exceptions;
-        let (stamp, answers) = self
+        let (stamp, mut outcomes) = self
             .request(what, self.shared.settings.answer_within, |wish| {
                 wish.add(Instant::now(), &exceptions).ok_or(ExceptError::TooMany(limit))
             })
             .await?;
-        let refused = answers.0.iter().map(|(_, answer)| match answer {
-            Err(NeError::Exceptions(refused)) => refused.as_slice(),
-            _ => &[],
-        });
+        let declined = outcomes.iter().map(|(_, outcome)| outcome.declined());
         // What nobody takes is not tried again and again.
-        let refused: Vec<&[Flows]> = refused.collect();
-        if let Some((first, others)) = refused.split_first() {
-            let everywhere = first.iter().filter(|flows| others.iter().all(|other| other.contains(flows)));
+        let by_all = declined.reduce(|one, other| &one & &other).unwrap_or_default();
+        {
             let mut wish = self.shared.wish.lock();
-            everywhere.for_each(|flows| wish.remove_if(flows, stamp));
+            by_all.iter().for_each(|flows| wish.remove_if(flows, stamp));
         }
-        Ok(answers.done())
+        for (_, outcome) in &mut outcomes {
+            outcome.others.retain(|flows| by_all.contains(flows));
+            if outcome.answer.is_ok() && !outcome.others.is_empty() {
+                outcome.answer = Err(NeError::OtherFamily(std::mem::take(&mut outcome.others)));
+            }
+        }
+        Ok(answers(outcomes).done())
     }
 
-    /// Deletes exceptions of this server (§5.7.3); one that does not exist counts as deleted.
+    /// Deletes exceptions of this server (§5.7.3); one that does not exist counts as deleted, as does one of the other family.
     ///
     /// # Errors
     /// If one of them cannot be; then nothing was deleted.
@@ -225,7 +229,7 @@ impl Client {
             flows.iter().for_each(|flows| wish.remove(flows));
             Ok(())
         };
-        Ok(self.request(what, self.shared.settings.answer_within, change).await?.1.done())
+        Ok(answers(self.request(what, self.shared.settings.answer_within, change).await?.1).done())
     }
 
     /// Deletes all exceptions of this server (§5.7.5).
@@ -303,8 +307,8 @@ impl Client {
             change(wish);
             Ok::<(), std::convert::Infallible>(())
         });
-        let Ok(((), answers)) = changed.await;
-        answers
+        let Ok(((), outcomes)) = changed.await;
+        answers(outcomes)
     }
 
     /// Changes what is wanted, tells everyone, and waits for their answers.
@@ -313,7 +317,7 @@ impl Client {
         what: What,
         limit: Duration,
         change: impl FnOnce(&mut Wish) -> Result<T, E>,
-    ) -> Result<(T, Answers<Listing>), E> {
+    ) -> Result<(T, Vec<(NeAddress, Outcome)>), E> {
         let order = self.shared.order.lock().await;
         let mut places = Vec::new();
         for peer in &self.shared.peers {
@@ -330,20 +334,35 @@ impl Client {
         let told: Vec<_> = told.collect();
         drop(order);
         let deadline = tokio::time::Instant::now() + limit;
-        let mut answers = Vec::new();
+        let mut outcomes = Vec::new();
         for (ne, answer) in told {
-            let answer = match answer {
-                None => Err(NeError::Away("left".into())),
+            let outcome = match answer {
+                None => Err(NeError::Away("left".into())).into(),
                 Some(answer) => match timeout_at(deadline, answer).await {
-                    Ok(Ok(answer)) => answer,
-                    Ok(Err(_)) => Err(NeError::Lost),
-                    Err(_) => Err(NeError::Timeout(limit)),
+                    Ok(Ok(outcome)) => outcome,
+                    Ok(Err(_)) => Err(NeError::Lost).into(),
+                    Err(_) => Err(NeError::Timeout(limit)).into(),
                 },
             };
-            answers.push((ne, answer));
+            outcomes.push((ne, outcome));
         }
-        Ok((changed, Answers(answers)))
+        Ok((changed, outcomes))
     }
+}
+
+impl Outcome {
+    /// Exceptions that are not in force there, and will not be.
+    fn declined(&self) -> BTreeSet<Flows> {
+        let refused = match &self.answer {
+            Err(NeError::Exceptions(refused)) => refused.as_slice(),
+            _ => &[],
+        };
+        self.others.iter().chain(refused).copied().collect()
+    }
+}
+
+fn answers(outcomes: Vec<(NeAddress, Outcome)>) -> Answers<Listing> {
+    Answers(outcomes.into_iter().map(|(ne, outcome)| (ne, outcome.answer)).collect())
 }
 
 impl Answers<Listing> {

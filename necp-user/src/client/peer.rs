@@ -60,7 +60,20 @@ pub(super) struct Command {
     pub(super) done: Done,
 }
 
-pub(super) type Done = oneshot::Sender<Result<Listing, NeError>>;
+pub(super) type Done = oneshot::Sender<Outcome>;
+
+/// What came of a command.
+pub(super) struct Outcome {
+    pub(super) answer: Result<Listing, NeError>,
+    /// Exceptions that the network element was not asked for: they are of the other family than the session.
+    pub(super) others: Vec<Flows>,
+}
+
+impl From<Result<Listing, NeError>> for Outcome {
+    fn from(answer: Result<Listing, NeError>) -> Self {
+        Self { answer, others: Vec::new() }
+    }
+}
 
 #[derive(Debug, Clone)]
 pub(super) enum What {
@@ -113,7 +126,7 @@ impl Inbox {
     /// Until the order to leave: no session, nothing can be done.
     async fn decline(&mut self, why: &str) {
         while let Some(command) = self.next_if(true).await {
-            let _ = command.done.send(Err(NeError::Away(why.to_owned())));
+            let _ = command.done.send(Err(NeError::Away(why.to_owned())).into());
         }
     }
 }

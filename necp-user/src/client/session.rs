@@ -15,11 +15,11 @@ use tokio::time::{sleep_until, timeout};
 
 use super::answers::{Listing, NeError};
 use super::health::ask;
-use super::peer::{Command, Done, Inbox, Peer, Standing, What};
+use super::peer::{Command, Done, Inbox, Outcome, Peer, Standing, What};
 use super::refused::Refused;
 use crate::necp::{
-    Backoff, CloseReason, Credentials, Family, Flows, Listed, Query, RequestId, SeEvent, SeSession, ServiceKey,
-    ServiceUnit, SessionConfig, Token,
+    Backoff, CloseReason, Credentials, Exception, Family, Flows, Listed, Query, RequestId, SeEvent, SeSession,
+    ServiceKey, ServiceUnit, SessionConfig, Token,
 };
 
 /// An authenticated list of exceptions is held back until it is verified: half a million wide ones, or twice as many basic ones.
@@ -53,7 +53,8 @@ enum Pending {
     Stop(Services),
     /// STOP of some.
     Withdraw(Services),
-    Except(Done),
+    /// With what the element was not asked for.
+    Except(Done, Vec<Flows>),
     /// Exceptions that the element has forgotten, and how many.
     Again(usize),
     Reset(Done),
@@ -169,7 +170,7 @@ impl<'a> Session<'a> {
         let Command { what, done } = command;
         if !self.machine.is_ready() {
             // Ready will find what is wanted.
-            let _ = done.send(Err(NeError::Away("the session is not open yet".into())));
+            let _ = done.send(Err(NeError::Away("the session is not open yet".into())).into());
             return;
         }
         match what {
@@ -178,12 +179,15 @@ impl<'a> Session<'a> {
             What::Serve(offers) => self.serve(&offers, done),
             What::Withdraw(services) => self.withdraw(services.to_vec(), done),
             What::Add(exceptions) => {
-                let id = self.machine.except_add(&exceptions);
-                self.pending.insert(id, Pending::Except(done));
+                let (ours, others): (Vec<Exception>, Vec<Exception>) =
+                    exceptions.iter().copied().partition(|one| self.concerns(&one.flows));
+                let others = others.iter().map(|one| one.flows).collect();
+                self.except(&ours, others, done, SeSession::except_add);
             }
             What::Delete(flows) => {
-                let id = self.machine.except_del(&flows);
-                self.pending.insert(id, Pending::Except(done));
+                let (ours, others): (Vec<Flows>, Vec<Flows>) =
+                    flows.iter().copied().partition(|flows| self.concerns(flows));
+                self.except(&ours, others, done, SeSession::except_del);
             }
             What::Reset => {
                 let id = self.machine.except_reset();
@@ -194,6 +198,22 @@ impl<'a> Session<'a> {
                 self.pending.insert(id, Pending::Query(done, List::default()));
             }
         }
+    }
+
+    /// Asks for what concerns this session; the others are for sessions of the other family.
+    fn except<T>(
+        &mut self,
+        ours: &[T],
+        others: Vec<Flows>,
+        done: Done,
+        ask: impl FnOnce(&mut SeSession, &[T]) -> RequestId,
+    ) {
+        if ours.is_empty() && !others.is_empty() {
+            let _ = done.send(Outcome { answer: Ok(Listing::default()), others });
+            return;
+        }
+        let id = ask(&mut self.machine, ours);
+        self.pending.insert(id, Pending::Except(done, others));
     }
 
     fn work(&mut self) {
@@ -211,13 +231,14 @@ impl<'a> Session<'a> {
             SeEvent::Excepted { id, failed } => self.on_excepted(id, failed),
             SeEvent::Reset { id, done } => {
                 if let Some(Pending::Reset(asked)) = self.pending.remove(&id) {
-                    let _ = asked.send(if done { Ok(Listing::default()) } else { Err(NeError::Refused) });
+                    let answer = if done { Ok(Listing::default()) } else { Err(NeError::Refused) };
+                    let _ = asked.send(answer.into());
                 }
             }
             SeEvent::Listed { id, entries, last } => self.on_listed(id, entries, last),
             SeEvent::ListFailed { id } => {
                 if let Some(Pending::Query(asked, _)) = self.pending.remove(&id) {
-                    let _ = asked.send(Err(NeError::Refused));
+                    let _ = asked.send(Err(NeError::Refused).into());
                 }
             }
             SeEvent::NeHealth(index) => {
@@ -283,7 +304,7 @@ impl<'a> Session<'a> {
             self.send_start(offers, Some(done));
         } else {
             // They are started with the others.
-            let _ = done.send(Ok(Listing::default()));
+            let _ = done.send(Ok(Listing::default()).into());
         }
     }
 
@@ -348,7 +369,7 @@ impl<'a> Session<'a> {
         self.publish();
         if let Some(done) = done {
             let answer = if failed.is_empty() { Ok(Listing::default()) } else { Err(NeError::Services(failed)) };
-            let _ = done.send(answer);
+            let _ = done.send(answer.into());
         }
     }
 
@@ -384,9 +405,9 @@ impl<'a> Session<'a> {
     fn on_excepted(&mut self, id: RequestId, failed: Vec<Flows>) {
         let ne = &self.peer.ne;
         match self.pending.remove(&id) {
-            Some(Pending::Except(done)) => {
+            Some(Pending::Except(done, others)) => {
                 let answer = if failed.is_empty() { Ok(Listing::default()) } else { Err(NeError::Exceptions(failed)) };
-                let _ = done.send(answer);
+                let _ = done.send(Outcome { answer, others });
             }
             Some(Pending::Again(count)) if failed.is_empty() => {
                 tracing::info!(%ne, "installed {count} exceptions again")
@@ -411,7 +432,7 @@ impl<'a> Session<'a> {
         if last && let Some(Pending::Query(done, list)) = self.pending.remove(&id) {
             let mut entries: Vec<_> = list.entries.into_iter().collect();
             entries.sort_unstable_by_key(|entry| (entry.installer, entry.flows));
-            let _ = done.send(Ok(Listing { entries, more: list.more }));
+            let _ = done.send(Ok(Listing { entries, more: list.more }).into());
         }
     }
 

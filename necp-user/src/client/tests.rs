@@ -64,24 +64,28 @@ async fn exceptions_of_ipv6_come_go_and_are_listed() {
     let six = Flows { source: "2001:db8:7::9/48".parse().expect("a prefix"), protocol: 6, port: 80, ..Flows::ALL };
     let normal = six.normal().expect("flows");
     let builder = Client::builder().retry_max(Duration::from_secs(1)).keepalive(Duration::from_millis(500));
-    let builder = builder.ne(NeAddress { host: "::1".into(), port }).ne(at(free_port().await));
+    // One of each family, as a server of both has.
+    let mut four = Ne::start(0, Manner::Good).await;
+    let builder = builder.ne(NeAddress { host: "::1".into(), port }).ne(at(four.port)).ne(at(free_port().await));
     let client = builder.serve(offer(8080)).join().expect("settings");
-    joined(&client, 1).await;
+    joined(&client, 2).await;
     ne.joined().await;
-    assert_eq!(ne.operations().await, [start(8080)]);
+    four.joined().await;
+    assert_eq!((ne.operations().await, four.operations().await), (vec![start(8080)], vec![start(8080)]));
     assert!(matches!(client.nes()[0].standing, Standing::Joined { local: Some(local), .. } if local == here));
 
     let add = [Exception { scope: Scope::Local, ttl: 0, flows: six }, global(81, 0)];
     let answers = results(client.except(&add).await.expect("legal"));
-    assert!(answers[0].is_ok() && matches!(answers[1], Err(NeError::Away(_))));
+    assert!(answers[0].is_ok() && answers[1].is_ok() && matches!(answers[2], Err(NeError::Away(_))));
     assert_eq!(ne.operations().await, [Operation::Except(Exception { flows: normal, ..add[0] })]);
-    assert_eq!(ne.operations().await, [Operation::Except(add[1])], "it would have to refuse that");
+    assert_eq!(four.operations().await, [Operation::Except(add[1])]);
     let listed = client.exceptions(Filter { family: Some(crate::necp::Family::V6), ..Filter::default() }).await;
     let listed = listed.0[0].1.as_ref().expect("listed");
     assert_eq!(listed.entries.iter().map(|entry| entry.flows).collect::<Vec<_>>(), [normal]);
     assert!(matches!(ne.event().await, NeEvent::Query { .. }));
 
     // An element that comes back is told of what concerns it.
+    four.end().await;
     ne.end().await;
     let mut ne = Ne::start_at(here, port, Manner::Good).await;
     ne.joined().await;
@@ -89,9 +93,31 @@ async fn exceptions_of_ipv6_come_go_and_are_listed() {
     assert_eq!(ne.operations().await, [start(8080)]);
     assert!(client.unexcept(&[six]).await.expect("legal").any_ok());
     assert_eq!(ne.operations().await, [Operation::Unexcept(normal)]);
+    assert!(client.unexcept(&[flows(99)]).await.expect("legal").any_ok(), "there is none, whoever would have it");
     let mixed = Flows { destination: "198.51.100.7/32".parse().expect("a prefix"), ..six };
     let error = client.except(&[Exception { flows: mixed, ..add[0] }]).await.expect_err("of both families");
     assert!(error.to_string().ends_with("source and destination are of different address families"), "{error}");
+    client.leave().await;
+}
+
+/// An exception that concerns no session is refused, and not wanted any more.
+#[tokio::test]
+async fn exceptions_of_a_family_without_a_session_are_refused() {
+    let mut ne = Ne::start(0, Manner::RefusesExceptions(81)).await;
+    let client = client(&[ne.port]).join().expect("settings");
+    joined(&client, 1).await;
+    ne.joined().await;
+    assert_eq!(ne.operations().await, [start(8080)]);
+    let six = Flows { source: "2001:db8:7::/48".parse().expect("a prefix"), ..Flows::ALL };
+    let six = Exception { scope: Scope::Local, ttl: 0, flows: six.normal().expect("flows") };
+    let answers = results(client.except(&[six]).await.expect("legal"));
+    assert_eq!(answers, [Err(NeError::OtherFamily(vec![six.flows]))]);
+    let answers = results(client.except(&[six, global(80, 0)]).await.expect("legal"));
+    assert_eq!(answers, [Err(NeError::OtherFamily(vec![six.flows]))]);
+    let answers = results(client.except(&[six, global(81, 0)]).await.expect("legal"));
+    assert_eq!(answers, [Err(NeError::Exceptions(vec![flows(81)]))]);
+    assert_eq!(client.wanted().iter().map(|wanted| wanted.flows).collect::<Vec<_>>(), [flows(80)]);
+    assert_eq!(ne.operations().await, [Operation::Except(global(80, 0))], "the first one was not sent");
     client.leave().await;
 }
 

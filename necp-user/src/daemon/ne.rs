@@ -20,6 +20,7 @@ pub mod owner;
 pub mod vips;
 
 use std::collections::{BTreeSet, HashMap};
+use std::num::NonZero;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -30,6 +31,7 @@ use futures_util::Stream;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::net::TcpListener;
+use tokio::runtime::Runtime;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
@@ -56,6 +58,9 @@ use crate::plane::{AttachMode, Plane, PlaneConfig};
 
 /// How long the network may take to be asked at the end.
 const GOODBYE: Duration = Duration::from_secs(3);
+
+/// CPUs for each of which there is a thread that serves sessions.
+const CPUS_PER_WORKER: usize = 8;
 
 /// Nice value of all threads, unless they were given another one.
 const PRIORITY: libc::c_int = -10;
@@ -132,8 +137,7 @@ pub fn run(args: &Args) -> ExitCode {
         }
     };
     raise_priority();
-    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
-    match runtime.context("starting tokio").and_then(|runtime| runtime.block_on(serve(config, keys, args.leave))) {
+    match runtime().context("starting tokio").and_then(|runtime| runtime.block_on(serve(config, keys, args.leave))) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             tracing::error!("{error:#}");
@@ -142,9 +146,20 @@ pub fn run(args: &Args) -> ExitCode {
     }
 }
 
+/// What all of it runs on: the owner on the thread that blocks on it, the sessions on one worker, or on one for every
+/// [`CPUS_PER_WORKER`]. A message is small work: a worker that wakes another one to share it costs more than it takes off.
+///
+/// # Errors
+/// If no thread can be had.
+pub fn runtime() -> std::io::Result<Runtime> {
+    let cpus = std::thread::available_parallelism().map_or(1, NonZero::get);
+    let workers = (cpus / CPUS_PER_WORKER).max(1);
+    tokio::runtime::Builder::new_multi_thread().worker_threads(workers).enable_all().build()
+}
+
 /// A loss must be in the maps at once, also when others want all CPUs. All threads inherit it. Whoever has started us with a
 /// priority of his own (`nice`, Nice= in systemd) keeps it.
-fn raise_priority() {
+pub fn raise_priority() {
     // SAFETY: both take and return numbers; -1 is an error or a priority, and neither is 0.
     let raised = unsafe {
         libc::getpriority(libc::PRIO_PROCESS, 0) != 0 || libc::setpriority(libc::PRIO_PROCESS, 0, PRIORITY) == 0

@@ -8,25 +8,29 @@
 //! which does not read, or floods, holds up nobody but itself.
 
 use std::collections::BTreeMap;
-use std::future::Future;
+use std::future::{Future, poll_fn};
 use std::io;
+use std::mem::MaybeUninit;
 use std::net::IpAddr;
-use std::pin::Pin;
-use std::sync::Arc;
+use std::pin::{Pin, pin};
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, LazyLock};
+use std::task::{Context, Poll, ready};
 use std::time::{Duration, Instant};
 
 use futures_util::StreamExt as _;
 use futures_util::stream::FuturesUnordered;
+use tokio::io::{AsyncRead as _, AsyncWrite as _, ReadBuf};
 use tokio::net::TcpStream;
 use tokio::sync::{mpsc, oneshot};
-use tokio::time::{sleep_until, timeout};
+use tokio::task::yield_now;
+use tokio::time::{Sleep, sleep, timeout};
 
 use super::ne::input::{From, Input, ListPart, ListStep, SessionId};
 use super::ne::keys::Tally;
 use super::ne::limits::{Limits, Share};
 use crate::control::exceptions::Listing;
-use crate::necp::{Access, CloseReason, NeEvent, NeSession, Rejections, SessionConfig, Token};
+use crate::necp::{Access, CloseReason, HealthAnswer, NeEvent, NeSession, Rejections, SessionConfig, Token};
 
 /// Bytes read at once.
 const READ: usize = 16 * 1024;
@@ -37,6 +41,15 @@ const LAST_WORDS: Duration = Duration::from_secs(1);
 const UNSENT: u32 = 32 * 1024;
 /// Bytes that are read and thrown away while a connection is being closed.
 const DISCARD: usize = 64 * 1024;
+
+/// Ticks in a keepalive interval. On them fall the deadlines of all sessions, so that one wake-up serves many.
+const TICKS: u32 = 256;
+
+/// The jitter of keepalives that are this long apart (draft §5.5: a fifth), less what a deadline may have to wait for its
+/// tick.
+pub fn jitter(keepalive: Duration) -> Duration {
+    keepalive / 5 - keepalive / TICKS
+}
 
 /// How a connection ended.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -56,6 +69,18 @@ enum Answer {
     Done(Vec<usize>),
     /// A step of a list.
     List(ListPart),
+}
+
+/// What a connection waits for.
+enum Woken {
+    Kicked(CloseReason),
+    /// `None` if the owner refuses to answer.
+    Answered(Token, Option<Answer>),
+    /// So many bytes.
+    Written(io::Result<usize>),
+    /// So many bytes, which the session has; 0 is the end.
+    Read(io::Result<usize>),
+    Time,
 }
 
 /// Who has connected, and what the connection shares with others.
@@ -87,6 +112,10 @@ struct Peer<'a> {
     /// The list that is being sent.
     sending: Option<Token>,
     joined: bool,
+    /// Between two ticks.
+    tick: Duration,
+    /// The health that the owner was told last, since the last START or STOP.
+    told: Vec<HealthAnswer>,
     /// What of the session's rejections was counted.
     rejected: Rejections,
 }
@@ -100,7 +129,7 @@ pub async fn serve(
     owner: mpsc::Sender<Input>,
 ) -> Ended {
     let server = patron.server;
-    let silence = config.keepalive * 3;
+    let (silence, tick) = (config.keepalive * 3, config.keepalive / TICKS);
     if let Err(error) = prepare(&stream, silence) {
         tracing::debug!(%server, %error, "socket options");
     }
@@ -115,6 +144,8 @@ pub async fn serve(
         lists: BTreeMap::new(),
         sending: None,
         joined: false,
+        tick,
+        told: Vec::new(),
         rejected: Rejections::default(),
     };
     let reason = peer.run(&mut kicked).await;
@@ -128,7 +159,10 @@ pub async fn serve(
 }
 
 /// Small messages go out at once, and a peer that acknowledges nothing is given up like one that answers nothing.
-fn prepare(stream: &TcpStream, silence: Duration) -> io::Result<()> {
+///
+/// # Errors
+/// As `setsockopt(2)`.
+pub fn prepare(stream: &TcpStream, silence: Duration) -> io::Result<()> {
     stream.set_nodelay(true)?;
     let socket = socket2::SockRef::from(stream);
     socket.set_tcp_notsent_lowat(UNSENT)?;
@@ -140,6 +174,9 @@ impl Peer<'_> {
     async fn run(&mut self, kicked: &mut mpsc::Receiver<CloseReason>) -> CloseReason {
         let mut output: Vec<u8> = Vec::new();
         let mut written = 0;
+        // One for all of the session: it is moved only when the session's deadline has.
+        let mut alarm = pin!(sleep(Duration::ZERO));
+        let mut due = None;
         loop {
             self.pass_on_events().await;
             self.count_rejected();
@@ -159,39 +196,78 @@ impl Peer<'_> {
                 self.session.close(CloseReason::Overflow(held));
                 continue;
             }
-            let wait = self.session.poll_timeout();
-            let reads = self.session.wants_input();
-            tokio::select! {
-                biased;
-                Some(reason) = kicked.recv() => self.session.close(reason),
-                Some((token, answer)) = self.answers.next(), if !self.answers.is_empty() => match answer {
-                    Some(Answer::Done(failed)) => self.session.respond(token, &failed),
-                    Some(Answer::List(part)) => self.on_list(token, part).await,
-                    None => self.session.close(CloseReason::Superseded),
-                },
-                ready = self.stream.writable(), if written < output.len() => {
-                    match ready.and_then(|()| self.stream.try_write(&output[written..])) {
-                        Ok(count) => written += count,
-                        Err(error) => self.on_error(&error),
-                    }
-                }
-                ready = self.stream.readable(), if reads => match ready {
-                    Ok(()) => self.read(),
-                    Err(error) => self.on_error(&error),
-                },
-                () = at(wait) => self.session.handle_timeout(Instant::now()),
+            let deadline = self.session.poll_timeout();
+            if let Some(deadline) = deadline.filter(|_| due != deadline) {
+                alarm.as_mut().reset(self.tick_from(deadline).into());
+            }
+            due = deadline;
+            let alarm = due.is_some().then_some(alarm.as_mut());
+            let mut waits = (&mut *kicked, &output[written..], alarm);
+            match poll_fn(|context| self.poll(context, &mut waits)).await {
+                Woken::Kicked(reason) => self.session.close(reason),
+                Woken::Answered(token, Some(Answer::Done(failed))) => self.session.respond(token, &failed),
+                Woken::Answered(token, Some(Answer::List(part))) => self.on_list(token, part).await,
+                Woken::Answered(_, None) => self.session.close(CloseReason::Superseded),
+                Woken::Written(Ok(count)) => written += count,
+                Woken::Read(Ok(0)) => self.session.close(CloseReason::ClosedByPeer),
+                // There is more, of one who floods us perhaps: it is somebody else's turn.
+                Woken::Read(Ok(READ)) => yield_now().await,
+                Woken::Read(Ok(_)) => {}
+                Woken::Read(Err(error)) | Woken::Written(Err(error)) => self.on_error(&error),
+                Woken::Time => self.session.handle_timeout(Instant::now()),
             }
         }
     }
 
-    /// The buffer lives on the stack, and only for this call: an idle session costs no buffer.
-    fn read(&mut self) {
-        let mut buffer = [0; READ];
-        match self.stream.try_read(&mut buffer) {
-            Ok(0) => self.session.close(CloseReason::ClosedByPeer),
-            Ok(count) => self.session.handle_input(Instant::now(), &buffer[..count]),
-            Err(error) => self.on_error(&error),
+    /// The first common tick that is not before a deadline; one that is over is due at once.
+    fn tick_from(&self, deadline: Instant) -> Instant {
+        static FIRST: LazyLock<Instant> = LazyLock::new(Instant::now);
+        let since = deadline.saturating_duration_since(*FIRST);
+        if deadline <= Instant::now() || self.tick.is_zero() {
+            return deadline;
         }
+        let tick = self.tick.as_nanos() as u64;
+        *FIRST + Duration::from_nanos((since.as_nanos() as u64).next_multiple_of(tick))
+    }
+
+    /// What comes first in this order: to be closed, an answer of the owner, room for `output`, input if it is wanted, time.
+    fn poll(
+        &mut self,
+        context: &mut Context<'_>,
+        (kicked, output, alarm): &mut (&mut mpsc::Receiver<CloseReason>, &[u8], Option<Pin<&mut Sleep>>),
+    ) -> Poll<Woken> {
+        if let Poll::Ready(Some(reason)) = kicked.poll_recv(context) {
+            return Poll::Ready(Woken::Kicked(reason));
+        }
+        // An empty set is asked to no avail, and remembers nothing.
+        if !self.answers.is_empty()
+            && let Poll::Ready(Some((token, answer))) = self.answers.poll_next_unpin(context)
+        {
+            return Poll::Ready(Woken::Answered(token, answer));
+        }
+        if !output.is_empty()
+            && let Poll::Ready(outcome) = Pin::new(&mut self.stream).poll_write(context, output)
+        {
+            return Poll::Ready(Woken::Written(outcome));
+        }
+        if self.session.wants_input()
+            && let Poll::Ready(outcome) = self.poll_read(context)
+        {
+            return Poll::Ready(Woken::Read(outcome));
+        }
+        alarm.as_mut().map_or(Poll::Pending, |alarm| alarm.as_mut().poll(context).map(|()| Woken::Time))
+    }
+
+    /// The buffer lives on the stack, and only for this call: an idle session costs no buffer. It is much larger than what
+    /// comes at once, as a rule: a read that does not fill it need not be followed by one that finds nothing.
+    fn poll_read(&mut self, context: &mut Context<'_>) -> Poll<io::Result<usize>> {
+        let mut bytes = [const { MaybeUninit::uninit() }; READ];
+        let mut buffer = ReadBuf::uninit(&mut bytes);
+        ready!(Pin::new(&mut self.stream).poll_read(context, &mut buffer))?;
+        if !buffer.filled().is_empty() {
+            self.session.handle_input(Instant::now(), buffer.filled());
+        }
+        Poll::Ready(Ok(buffer.filled().len()))
     }
 
     fn on_error(&mut self, error: &io::Error) {
@@ -212,10 +288,12 @@ impl Peer<'_> {
                     self.patron.joined.store(true, Ordering::Relaxed);
                     // The session sends on what was begun, and forgets the rest.
                     self.lists.retain(|token, _| Some(*token) == self.sending);
+                    self.told.clear();
                     let done = self.await_answer(token);
                     Input::Opened { from, kick: self.patron.kick.clone(), done }
                 }
                 NeEvent::Operations { token, operations } => {
+                    self.told.clear();
                     let done = self.await_answer(token);
                     Input::Operations { from, operations, done }
                 }
@@ -230,7 +308,12 @@ impl Peer<'_> {
                     self.sending = Some(token);
                     self.list_step(token, ListStep::Read(listing, max))
                 }
-                NeEvent::Health(answers) => Input::Health { from, answers },
+                // Most answers are those of before; what a START has made new knows nothing of them yet.
+                NeEvent::Health(answers) if answers == self.told => continue,
+                NeEvent::Health(answers) => {
+                    self.told.clone_from(&answers);
+                    Input::Health { from, answers }
+                }
                 NeEvent::Notice(notice) => {
                     if self.patron.limits.voices().may_speak(from.server) {
                         tracing::info!(server = %from.server, "{notice}");
@@ -316,13 +399,6 @@ async fn write_all(stream: &TcpStream, mut bytes: &[u8]) -> io::Result<()> {
         }
     }
     Ok(())
-}
-
-async fn at(when: Option<Instant>) {
-    match when {
-        Some(when) => sleep_until(when.into()).await,
-        None => std::future::pending().await,
-    }
 }
 
 #[cfg(test)]

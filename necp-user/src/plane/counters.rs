@@ -12,7 +12,7 @@ use aya::{
 };
 use necp_ebpf::{
     abi::{ServerStats, names},
-    verdict::REASONS,
+    verdict::{REASONS, Reason},
 };
 
 use super::{Plane, PlaneError};
@@ -115,18 +115,29 @@ impl ServerMap {
 }
 
 impl Plane {
-    /// Packets by [`Reason`](necp_ebpf::verdict::Reason), since the maps were created.
+    /// Packets by [`Reason`], since the maps were created.
     ///
     /// # Errors
     /// If the map cannot be read.
     pub fn reasons(&self) -> Result<[u64; REASONS as usize], PlaneError> {
         let mut sums = [0; REASONS as usize];
         for (reason, sum) in sums.iter_mut().enumerate() {
-            let values =
-                self.counters.reasons.get(&(reason as u32), 0).map_err(PlaneError::bpf("reading the map `reasons`"))?;
-            *sum = values.iter().sum();
+            *sum = self.packets(reason as u32)?;
         }
         Ok(sums)
+    }
+
+    /// Packets that have met a full flow table, since the maps were created.
+    ///
+    /// # Errors
+    /// If the map cannot be read.
+    pub fn unrecorded(&self) -> Result<u64, PlaneError> {
+        Ok(self.packets(Reason::Legacy as u32)? + self.packets(Reason::NewUnrecorded as u32)?)
+    }
+
+    fn packets(&self, reason: u32) -> Result<u64, PlaneError> {
+        let values = self.counters.reasons.get(&reason, 0).map_err(PlaneError::bpf("reading the map `reasons`"))?;
+        Ok(values.iter().sum())
     }
 
     /// What each server id below this one got, since the maps were created.

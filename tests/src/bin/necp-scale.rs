@@ -1,20 +1,27 @@
 //! `cargo xtask bench --sessions N`: what thousands of sessions cost the network element.
 
-use std::time::Duration;
+use std::{env, time::Duration};
 
 use anyhow::{Result, ensure};
-use clap::Parser;
-use necp_tests::{process, scale::Scale};
+use clap::{Parser, Subcommand};
+use necp_tests::{floor::Floor, process, scale::Scale};
 
 /// Measures the network element with many sessions: CPU, memory, and the time until all are back after a restart.
 ///
 /// Every session is a server of its own address, on one link with the balancer, that starts its services and answers
 /// keepalives. Needs root.
+///
+/// The floor is what as many plain TCP sessions cost that exchange messages of the same sizes at the same rates: measured in the
+/// same bed, on the same runtime, with the same socket options, right before. The figure over it says what the daemon adds,
+/// whatever the machine; on veth both include what the peers' kernel does to receive.
 #[derive(Parser)]
 #[command(
-    after_help = "Examples:\n  cargo xtask bench --sessions 10000\n  cargo xtask bench --sessions 10000 -- --services 4 --keys\n  necp-scale --sessions 2000 --services 4"
+    args_conflicts_with_subcommands = true,
+    after_help = "Examples:\n  cargo xtask bench --sessions 10000\n  cargo xtask bench --sessions 10000 -- --services 4 --keys\n  necp-scale --sessions 2000 --services 4 --no-floor"
 )]
 struct Args {
+    #[command(subcommand)]
+    part: Option<Part>,
     /// Sessions
     #[arg(long, default_value_t = 10_000)]
     sessions: usize,
@@ -30,10 +37,23 @@ struct Args {
     /// All of them prove themselves with a key
     #[arg(long)]
     keys: bool,
+    /// Without the floor, which takes as long as the rest
+    #[arg(long)]
+    no_floor: bool,
+}
+
+#[derive(Subcommand)]
+enum Part {
+    /// The floor's process in the network element's namespace
+    #[command(hide = true)]
+    Floor(Floor),
 }
 
 fn main() -> Result<()> {
     let args = Args::parse();
+    if let Some(Part::Floor(floor)) = args.part {
+        return floor.serve();
+    }
     process::hide_output();
     let scale = Scale {
         sessions: args.sessions,
@@ -41,6 +61,7 @@ fn main() -> Result<()> {
         watch: Duration::from_secs(args.seconds),
         keepalive: Duration::from_secs_f64(args.keepalive),
         keys: args.keys,
+        floor: if args.no_floor { None } else { Some(env::current_exe()?) },
     };
     let figures = scale.run()?;
     let keys = if args.keys { ", with a key" } else { "" };

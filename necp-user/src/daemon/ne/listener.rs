@@ -249,7 +249,7 @@ impl Door {
 
     async fn session(self: Arc<Self>, stream: TcpStream, place: Place, kicked: mpsc::Receiver<CloseReason>) {
         let keepalive = self.config.keepalive;
-        let config = SessionConfig { keepalive, jitter: keepalive / 5, ..SessionConfig::default() };
+        let config = SessionConfig { keepalive, jitter: peer::jitter(keepalive), ..SessionConfig::default() };
         let access = match self.keys.access(place.address) {
             Ok(access) => access,
             Err(error) => return tracing::error!("{} is turned away: {error}", place.address),

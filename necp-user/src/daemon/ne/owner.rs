@@ -15,7 +15,6 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use futures_util::{Stream, StreamExt as _};
-use necp_ebpf::verdict::Reason;
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::sleep_until;
 
@@ -519,12 +518,11 @@ impl Owner {
 
     /// One batch of the collector's work.
     fn collect(&mut self, now: Instant) {
-        let Ok(reasons) = self.plane.reasons() else {
+        let Ok(unrecorded) = self.plane.unrecorded() else {
             // Without these counts the collector cannot know which legacies it may drop; the sampler tells the operator.
             self.next_batch = now + SECOND;
             return;
         };
-        let unrecorded = reasons[Reason::Legacy as usize] + reasons[Reason::NewUnrecorded as usize];
         self.next_batch = match self.collector.step(&self.plane.view(), &mut self.cluster, now, BATCH, unrecorded) {
             Progress::Idle(until) => until.max(now + BATCH_PAUSE),
             Progress::Working => now + BATCH_PAUSE,

@@ -182,6 +182,40 @@ async fn a_peer_that_answers_no_keepalive_is_dead() {
     assert!(begin.elapsed() >= Duration::from_millis(100), "three intervals: {:?}", begin.elapsed());
 }
 
+/// What every keepalive says again stays here; what a START makes new is told it.
+#[tokio::test]
+async fn the_owner_hears_of_health_that_is_news() {
+    let keepalive = Duration::from_millis(50);
+    let config = SessionConfig { keepalive, jitter: Duration::ZERO, ..SessionConfig::default() };
+    let mut bench = bench(config).await;
+    bench.join().await;
+    let web = ServiceUnit::new(Forwarding::L2, ServiceKey::new(6, 80));
+    for round in 0..2 {
+        bench.send(&message(Opcode::START, 2, &[web.unit()])).await;
+        let Input::Operations { done, .. } = bench.input().await else { panic!("START operates") };
+        done.send(Vec::new()).expect("awaited");
+        let mut indices = [70, 70, 70, 40, 70].into_iter();
+        let mut left = indices.len();
+        while left > 0 {
+            let (opcode, _, id, mut payload) = bench.receive().await;
+            if opcode == Opcode::KEEPALIVE.0 {
+                let mut units = Vec::new();
+                if !payload.is_empty() {
+                    payload[15] = indices.next().expect("one more");
+                    left -= 1;
+                    units.push(Unit::decode(payload.as_chunks().0.first().expect("a unit")));
+                }
+                bench.send(&message(Opcode::KEEPALIVE_ACK, id, &units)).await;
+            }
+        }
+        for expected in [70, 40, 70] {
+            let Input::Health { answers, .. } = bench.input().await else { panic!("health, in round {round}") };
+            assert_eq!(answers, [HealthAnswer { service: web.key(), health: expected }], "in round {round}");
+        }
+        assert!(bench.inputs.is_empty());
+    }
+}
+
 #[tokio::test]
 async fn a_flood_without_reading_is_held_up_and_harms_nobody() {
     let mut bench = bench(SessionConfig::default()).await;

@@ -16,7 +16,7 @@ use super::settings::Settings;
 use super::words::{Ports, Prefix, ScopeName, flows};
 use crate::client::{Answers, Client, HealthIndex, JoinError, Listing, NeError, NeState, Standing};
 use crate::daemon::admin::error;
-use crate::necp::{Exception, Filter, Scope};
+use crate::necp::{Exception, Family, Filter, Flows, Scope};
 use crate::secret::Identity;
 
 /// How long to wait for the network elements' answers to one command.
@@ -103,7 +103,7 @@ impl Agent {
                 let exception = Exception { scope: scope.0, ttl, flows: flows(src, dst, port) };
                 tracing::info!("by command: except {}, {scope}, ttl {ttl}", exception.flows);
                 match client.except(&[exception]).await {
-                    Ok(answers) => done(&answers),
+                    Ok(answers) => self.excepted(&answers, &exception.flows),
                     Err(what) => error(what),
                 }
             }
@@ -111,7 +111,7 @@ impl Agent {
                 let flows = flows(src, dst, port);
                 tracing::info!("by command: no exception for {flows}");
                 match client.unexcept(&[flows]).await {
-                    Ok(answers) => done(&answers),
+                    Ok(answers) => self.excepted(&answers, &flows),
                     Err(what) => error(what),
                 }
             }
@@ -132,6 +132,25 @@ impl Agent {
             }
             Request::Health { set } => self.health(set),
         }
+    }
+
+    /// As [`done`], of an exception, which concerns the sessions of its own family only.
+    fn excepted(&self, answers: &Answers<()>, flows: &Flows) -> Value {
+        let states = self.shared.client.nes();
+        let concerned = |state: &NeState| match state.standing {
+            Standing::Joined { local: Some(local), .. } => {
+                flows.has_no_address() || Family::of(local.to_canonical()) == flows.family()
+            }
+            _ => true,
+        };
+        let told = answers.0.iter().zip(&states).map(|((ne, answer), state)| {
+            let mut told = ne_answer(ne, answer.as_ref().err());
+            if answer.is_ok() && !concerned(state) {
+                told.result = Outcome::OtherFamily;
+            }
+            told
+        });
+        json!({"answers": told.collect::<Vec<_>>()})
     }
 
     fn health(&self, set: Option<HealthSetting>) -> Value {
@@ -261,7 +280,9 @@ fn ne_answer(ne: &crate::client::NeAddress, error: Option<&NeError>) -> NeAnswer
         Some(NeError::Away(_)) => Outcome::Away,
         Some(NeError::Lost) => Outcome::Lost,
         Some(NeError::Timeout(_)) => Outcome::Timeout,
-        Some(NeError::Services(_) | NeError::Exceptions(_) | NeError::Refused) => Outcome::Refused,
+        Some(NeError::Services(_) | NeError::Exceptions(_) | NeError::OtherFamily(_) | NeError::Refused) => {
+            Outcome::Refused
+        }
     };
     let why = error.map(|error| match error {
         NeError::Away(why) => why.clone(),

@@ -132,6 +132,9 @@ pub struct NeAnswer {
 pub enum Outcome {
     /// It is done.
     Accepted,
+    /// It was not asked: the exception is of the other address family than the session with it.
+    #[serde(rename = "other-family")]
+    OtherFamily,
     /// It will not do it.
     Refused,
     /// There is no session.

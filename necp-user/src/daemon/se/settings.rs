@@ -106,8 +106,8 @@ Examples:
   A server in another network, whose packets come in GRE; its kernel needs no GRE device:
     necp se --ne 10.0.0.1 --serve tcp/80=gre --vip 192.0.2.10 --decap
 
-  Over IPv6, which is then what it serves (a server of both families runs two agents):
-    necp se --ne '[2001:db8::1]' --serve tcp/80=l2 --vip 2001:db8:1::10 --lock /run/necp/se6.lock
+  IPv4 and IPv6: a session over each, which is for the virtual addresses of its family:
+    necp se --ne 10.0.0.1 --ne '[2001:db8::1]' --serve tcp/80=l2 --vip 192.0.2.10 --vip 2001:db8:1::10
 
   From a file (ne = [\"10.0.0.1\"], serve = [\"tcp/80=l2\"], health = \"load\", vips = [\"192.0.2.10\"]):
     necp se --config /etc/necp/se.toml

@@ -32,6 +32,8 @@ pub(super) struct KeepaliveClock {
     jitter: Duration,
     rng: Rng,
     next: Option<Instant>,
+    /// When the next one might have been due, had chance wanted it so.
+    earliest: Option<Instant>,
     outstanding: VecDeque<Asked>,
 }
 
@@ -43,6 +45,7 @@ impl KeepaliveClock {
             jitter: config.jitter.min(interval / 5),
             rng,
             next: None,
+            earliest: None,
             outstanding: VecDeque::with_capacity(MAX_MISSED),
         }
     }
@@ -50,12 +53,12 @@ impl KeepaliveClock {
     /// Starts anew, with nothing outstanding.
     pub(super) fn start(&mut self, now: Instant) {
         self.outstanding.clear();
-        self.next = Some(now + self.delay());
+        self.postpone(now);
     }
 
     pub(super) fn stop(&mut self) {
         self.outstanding.clear();
-        self.next = None;
+        (self.next, self.earliest) = (None, None);
     }
 
     pub(super) fn next(&self) -> Option<Instant> {
@@ -66,11 +69,17 @@ impl KeepaliveClock {
         self.next.is_some_and(|next| now >= next)
     }
 
+    /// Whether a KEEPALIVE may go before it is due, with the answer to one of the peer's: in one segment, where there would
+    /// be two. It is never earlier than the jitter allows, and a peer that owes an answer is asked when it is due.
+    pub(super) fn may_go_along(&self, now: Instant) -> bool {
+        self.outstanding.is_empty() && self.earliest.is_some_and(|earliest| now >= earliest)
+    }
+
     /// Asks the clock, when it is due; `excused` says that answers may have come and were not read, or cannot have
     /// come.
     pub(super) fn tick(&mut self, now: Instant, excused: bool) -> Tick {
         // From now, not from when it was due: after a pause nobody needs the ones that were missed.
-        self.next = Some(now + self.delay());
+        self.postpone(now);
         match (self.has_room(), excused) {
             (true, _) => Tick::Send,
             (false, true) => Tick::Wait,
@@ -81,6 +90,7 @@ impl KeepaliveClock {
     /// Asks nothing for another interval.
     pub(super) fn postpone(&mut self, now: Instant) {
         self.next = Some(now + self.delay());
+        self.earliest = Some(now + self.interval - self.jitter);
     }
 
     pub(super) fn sent(&mut self, asked: Asked) {

@@ -22,8 +22,8 @@ Examples:
   necp except del --dst 198.51.100.7 --port tcp/80
   necp except reset
 
-An agent that has joined over IPv6 is asked about IPv6 flows, one that has joined over IPv4 about IPv4 flows: a server with
-both has two agents (see --socket). A network element that knows nothing of IPv6 refuses them.
+A session over IPv6 is about IPv6 flows, one over IPv4 about IPv4 flows: an exception is asked for in those of its family, and
+refused if there is none. A network element that knows nothing of exceptions of IPv6 refuses them.
 
 Exceptions are the agent's: they are installed again when a network element comes back, and are gone when the agent ends
 or is restarted.

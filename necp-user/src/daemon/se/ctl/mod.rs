@@ -61,8 +61,8 @@ fn tell(common: &Common, request: &Request) -> ExitCode {
 
 /// Failure if a network element has not done what was asked; says which.
 fn judge(answers: &[NeAnswer]) -> ExitCode {
-    let failed: Vec<&str> =
-        answers.iter().filter(|answer| answer.result != Outcome::Accepted).map(|answer| answer.ne.as_str()).collect();
+    let done = |answer: &&NeAnswer| matches!(answer.result, Outcome::Accepted | Outcome::OtherFamily);
+    let failed: Vec<&str> = answers.iter().filter(|answer| !done(answer)).map(|answer| answer.ne.as_str()).collect();
     if failed.is_empty() {
         return ExitCode::SUCCESS;
     }

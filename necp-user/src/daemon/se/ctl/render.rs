@@ -109,6 +109,7 @@ fn result(answer: &NeAnswer) -> String {
     let why = answer.why.as_deref().unwrap_or_default();
     match answer.result {
         Outcome::Accepted => "accepted".into(),
+        Outcome::OtherFamily => "not asked: that session is of the other address family".into(),
         Outcome::Away => format!("away, will be told when it is back ({why})"),
         Outcome::Refused | Outcome::Lost | Outcome::Timeout => why.to_owned(),
     }
@@ -129,12 +130,14 @@ mod tests {
             answer("10.0.0.1:3262", Outcome::Accepted, None),
             answer("ne2.example.net:3262", Outcome::Away, Some("cannot connect: refused")),
             answer("10.0.0.3:3262", Outcome::Refused, Some("refused any -> 198.51.100.7/32 tcp/80")),
+            answer("[2001:db8::1]:3262", Outcome::OtherFamily, None),
         ];
         let expected = "  \
   NETWORK ELEMENT       RESULT
   10.0.0.1:3262         accepted
   ne2.example.net:3262  away, will be told when it is back (cannot connect: refused)
   10.0.0.3:3262         refused any -> 198.51.100.7/32 tcp/80
+  [2001:db8::1]:3262    not asked: that session is of the other address family
 ";
         assert_eq!(answers(&told), expected);
     }

@@ -449,6 +449,9 @@ impl NeSession {
             Body::Queries(queries) => {
                 let health = self.health;
                 self.extended |= queries.answer(&mut self.link, true, |_| Some(health));
+                if self.link.keepalive.may_go_along(self.link.now) && !self.link.is_streaming() {
+                    self.beat();
+                }
             }
             Body::Reply(reply) => self.on_reply(reply),
         }
@@ -494,7 +497,13 @@ impl NeSession {
     }
 
     fn tick(&mut self) {
-        if self.link.closed().is_some() || !self.link.keepalive.is_due(self.link.now) {
+        if self.link.keepalive.is_due(self.link.now) {
+            self.beat();
+        }
+    }
+
+    fn beat(&mut self) {
+        if self.link.closed().is_some() {
             return;
         }
         let moved = self.link.take_moved();

@@ -198,7 +198,7 @@ impl SeSession {
             .iter()
             .map(|unit| Query::parse(unit).ok().and_then(|_| rest.next().copied().flatten()))
             .collect();
-        queries.answer(&mut self.link, false, |index| health[index]);
+        self.answer(&queries, |index| health[index]);
     }
 
     /// Ends the session. No further message is made; the first reason stays.
@@ -434,7 +434,7 @@ impl SeSession {
     fn on_queries(&mut self, queries: Queries) {
         let supported: Vec<Query> = queries.units.iter().filter_map(|unit| Query::parse(unit).ok()).collect();
         if supported.is_empty() {
-            queries.answer(&mut self.link, false, |_| None);
+            self.answer(&queries, |_| None);
             return;
         }
         self.last_number += 1;
@@ -471,8 +471,21 @@ impl SeSession {
         self.outstanding.values().filter_map(|request| request.deadline).min()
     }
 
+    fn answer(&mut self, queries: &Queries, health: impl Fn(usize) -> Option<u8>) {
+        queries.answer(&mut self.link, false, health);
+        if self.link.keepalive.may_go_along(self.link.now) {
+            self.beat();
+        }
+    }
+
     fn tick(&mut self) {
-        if self.link.closed().is_some() || !self.link.keepalive.is_due(self.link.now) {
+        if self.link.keepalive.is_due(self.link.now) {
+            self.beat();
+        }
+    }
+
+    fn beat(&mut self) {
+        if self.link.closed().is_some() {
             return;
         }
         let moved = self.link.take_moved();

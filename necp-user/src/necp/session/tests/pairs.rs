@@ -254,6 +254,42 @@ fn keepalives_are_jittered() {
     }
 }
 
+/// §5.5: a KEEPALIVE that chance might have sent by now goes along with an answer, in one piece; not a moment earlier, not
+/// twice, and not to a peer that owes an answer.
+#[test]
+fn a_keepalive_goes_along_with_an_answer() {
+    let keepalive = message(Opcode::KEEPALIVE, Flags::NONE, 9, &[]);
+    let opcodes = |bytes: Option<Vec<u8>>| -> Vec<_> {
+        messages(&bytes.unwrap_or_default()).iter().map(|(header, _)| header.opcode).collect()
+    };
+    let both = [Opcode::KEEPALIVE_ACK, Opcode::KEEPALIVE];
+    let (mut ne, mut se) = (Ne::ready(), Se::ready());
+    let due = [ne.session.poll_timeout().unwrap() - ne.now, se.session.poll_timeout().unwrap() - se.now];
+    assert!(due.iter().all(|due| *due > seconds(4)), "chance wants them later than at first: {due:?}");
+
+    ne.pass(Duration::from_millis(3_999));
+    se.pass(Duration::from_millis(3_999));
+    ne.input(&keepalive);
+    se.input(&keepalive);
+    assert_eq!(opcodes(ne.session.poll_transmit()), both[..1]);
+    assert_eq!(opcodes(se.session.poll_transmit()), both[..1]);
+
+    ne.pass(Duration::from_millis(1));
+    se.pass(Duration::from_millis(1));
+    ne.input(&keepalive);
+    se.input(&keepalive);
+    assert_eq!(opcodes(ne.session.poll_transmit()), both);
+    assert_eq!(opcodes(se.session.poll_transmit()), both);
+
+    let next = ne.session.poll_timeout().unwrap() - ne.now;
+    assert!((seconds(4)..=seconds(6)).contains(&next), "{next:?}");
+    ne.input(&keepalive);
+    assert_eq!(opcodes(ne.session.poll_transmit()), both[..1], "once is enough");
+    ne.pass(next - Duration::from_millis(1));
+    ne.input(&keepalive);
+    assert_eq!(opcodes(ne.session.poll_transmit()), both[..1], "one is unanswered");
+}
+
 /// §5.5, half-open: whichever direction is cut, and both, each side finds the other dead within four intervals.
 #[test]
 fn half_open_peers_are_found() {
