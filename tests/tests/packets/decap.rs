@@ -311,7 +311,7 @@ fn gre_over_ipv6_is_unwrapped_as_described_in_the_kernel_and_on_the_host() {
 
 #[test]
 fn what_is_wrapped_for_a_server_of_ipv6_is_unwrapped_there() {
-    let (sent, wrapped, source) = crate::six::through_the_tunnel();
+    let (sent, wrapped, source) = crate::six::bed::through_the_tunnel();
     assert_eq!(source, OWN6);
     // One hop less, between the addresses of the tunnel's link.
     let mut inner = sent[14..].to_vec();

@@ -12,7 +12,7 @@ use necp_ebpf::{
 };
 use necp_tests::kernel::{OWN_MAC, Outcome, Verdict};
 
-use crate::six::{
+use crate::six::bed::{
     Address, CLIENT, DNS, HOP_BY_HOP, LEGACY, OPTIONS, OWN, OWNER, SLOTS, Six, TUNNEL, VIP, WEB, address, assert_valid,
     built, data, enter, error, extended, fragment, from, mac, plain,
 };
