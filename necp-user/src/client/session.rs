@@ -356,12 +356,12 @@ impl<'a> Session<'a> {
             Some(Pending::Stop(asked)) => {
                 if asked.turn == self.turns {
                     self.stopped = failed.is_empty();
-                    self.on_stopped("everything", &failed);
+                    self.on_stopped(&[], &failed);
                 }
                 asked.done
             }
             Some(Pending::Withdraw(asked)) => {
-                self.on_stopped(&list(&asked.keys), &failed);
+                self.on_stopped(&asked.keys, &failed);
                 asked.done
             }
             _ => return,
@@ -373,10 +373,13 @@ impl<'a> Session<'a> {
         }
     }
 
-    fn on_stopped(&self, what: &str, failed: &[ServiceKey]) {
+    /// Of all services if none is named.
+    fn on_stopped(&self, some: &[ServiceKey], failed: &[ServiceKey]) {
         let ne = &self.peer.ne;
-        if failed.is_empty() {
-            tracing::info!(%ne, "stopped {what}; no new flows of it from there");
+        if failed.is_empty() && some.is_empty() {
+            tracing::info!(%ne, "stopped; no new flows from there");
+        } else if failed.is_empty() {
+            tracing::info!(%ne, "stopped {}; no new flows of that from there", list(some));
         } else {
             tracing::warn!(%ne, "STOP failed for {}; new flows may still come", list(failed));
         }
