@@ -2,18 +2,15 @@
 //!
 //! The kernel filters, so that a busy link costs nothing and no frame is missed; whether one was, it says.
 
-use std::{
-    ffi::CString,
-    io,
-    mem::{self, MaybeUninit},
-    os::fd::AsRawFd as _,
-    time::Duration,
-};
+use std::{ffi::CString, io, mem, os::fd::AsRawFd as _, time::Duration};
 
 use anyhow::{Context as _, Result};
 use socket2::{Domain, Protocol, Socket, Type};
 
-use crate::netns::Namespace;
+use crate::{
+    netns::Namespace,
+    raw::{empty_address, receive_with},
+};
 
 /// linux/if_ether.h
 const ETH_P_ALL: u16 = 3;
@@ -164,23 +161,9 @@ fn filter(service: u16, control: u16) -> Vec<libc::sock_filter> {
 }
 
 fn receive(socket: &Socket, buffer: &mut [u8]) -> io::Result<Captured> {
-    let mut from = empty_address();
-    let mut part = libc::iovec { iov_base: buffer.as_mut_ptr().cast(), iov_len: buffer.len() };
-    // Room for one time, aligned as a `cmsghdr` must be.
-    let mut control = [0u64; 8];
-    // SAFETY: `msghdr` is plain numbers and pointers, for which zero is a value.
-    let mut message: libc::msghdr = unsafe { MaybeUninit::zeroed().assume_init() };
-    message.msg_name = (&raw mut from).cast();
-    message.msg_namelen = mem::size_of_val(&from) as libc::socklen_t;
-    message.msg_iov = &raw mut part;
-    message.msg_iovlen = 1;
-    message.msg_control = control.as_mut_ptr().cast();
-    message.msg_controllen = mem::size_of_val(&control);
-    // SAFETY: everything that the message points to lives, and is as long as it says.
-    let length = unsafe { libc::recvmsg(socket.as_raw_fd(), &raw mut message, 0) };
-    let length = usize::try_from(length).map_err(|_| io::Error::last_os_error())?;
-    let at = stamp(&message).ok_or_else(|| io::Error::other("a frame without a time"))?;
-    Ok(Captured { at, outgoing: from.sll_pkttype == libc::PACKET_OUTGOING, frame: buffer[..length].to_vec() })
+    let (length, kind, at) = receive_with(socket, buffer, stamp)?;
+    let at = at.ok_or_else(|| io::Error::other("a frame without a time"))?;
+    Ok(Captured { at, outgoing: kind == libc::PACKET_OUTGOING, frame: buffer[..length].to_vec() })
 }
 
 /// socket(7), SO_TIMESTAMPNS.
@@ -199,9 +182,4 @@ fn stamp(message: &libc::msghdr) -> Option<WallTime> {
         header = unsafe { libc::CMSG_NXTHDR(message, header) };
     }
     None
-}
-
-fn empty_address() -> libc::sockaddr_ll {
-    // SAFETY: `sockaddr_ll` is plain numbers, for which zero is a value.
-    unsafe { MaybeUninit::zeroed().assume_init() }
 }

@@ -280,9 +280,6 @@ fn connect_afresh(to: SocketAddr) -> io::Result<(SocketAddr, TcpStream)> {
 ///
 /// # Errors
 /// If not all comes back, or something else does.
-///
-/// # Panics
-/// Never: what writes does not panic.
 pub fn there_and_back(client: &Namespace, to: impl Into<SocketAddr>) -> Result<()> {
     let to = to.into();
     let sent: Vec<u8> = (0..MEGABYTE as u32 / 4).flat_map(|n| n.wrapping_mul(0x9e37_79b1).to_le_bytes()).collect();
@@ -295,10 +292,22 @@ pub fn there_and_back(client: &Namespace, to: impl Into<SocketAddr>) -> Result<(
         reader.read_exact(&mut byte).context("no greeting")?;
         greeting.push(byte[0]);
     }
+    comes_back(&stream, &sent)
+}
+
+/// Sends this over a connection to a [`Hold`](crate::echo::Hold) server, which has greeted, while it reads what comes back.
+///
+/// # Errors
+/// If not all comes back, or something else does.
+///
+/// # Panics
+/// Never: what writes does not panic.
+pub fn comes_back(mut stream: &TcpStream, sent: &[u8]) -> Result<()> {
     let back = std::thread::scope(|scope| {
-        let writer = scope.spawn(|| (&stream).write_all(&sent));
+        let mut other_way = stream;
+        let writer = scope.spawn(move || other_way.write_all(sent));
         let mut back = vec![0; sent.len()];
-        reader.read_exact(&mut back).context("not all came back")?;
+        stream.read_exact(&mut back).context("not all came back")?;
         writer.join().expect("the writer does not panic")?;
         Ok::<_, anyhow::Error>(back)
     })?;

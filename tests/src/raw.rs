@@ -146,9 +146,18 @@ type Tag = [u8; 4];
 
 /// A frame's length, the kind of packet that it was to this host, and the tag that the kernel took out of it.
 fn receive_one(socket: &Socket, frame: &mut [u8]) -> io::Result<(usize, u8, Option<Tag>)> {
+    receive_with(socket, frame, taken_out)
+}
+
+/// A frame's length, the kind of packet that it was to this host, and what the control messages beside it say.
+pub(crate) fn receive_with<T>(
+    socket: &Socket,
+    frame: &mut [u8],
+    control_says: impl FnOnce(&libc::msghdr) -> T,
+) -> io::Result<(usize, u8, T)> {
     let mut from = empty_address();
     let mut part = libc::iovec { iov_base: frame.as_mut_ptr().cast(), iov_len: frame.len() };
-    // Room for one `tpacket_auxdata`, aligned as a `cmsghdr` must be.
+    // Room for one `tpacket_auxdata`, or a time; aligned as a `cmsghdr` must be.
     let mut control = [0u64; 8];
     // SAFETY: `msghdr` is plain numbers and pointers, for which zero is a value.
     let mut message: libc::msghdr = unsafe { MaybeUninit::zeroed().assume_init() };
@@ -161,7 +170,7 @@ fn receive_one(socket: &Socket, frame: &mut [u8]) -> io::Result<(usize, u8, Opti
     // SAFETY: everything that the message points to lives, and is as long as it says.
     let length = unsafe { libc::recvmsg(socket.as_raw_fd(), &raw mut message, 0) };
     let length = usize::try_from(length).map_err(|_| io::Error::last_os_error())?;
-    Ok((length, from.sll_pkttype, taken_out(&message)))
+    Ok((length, from.sll_pkttype, control_says(&message)))
 }
 
 /// packet(7), PACKET_AUXDATA.
@@ -186,7 +195,7 @@ fn tagged(frame: &[u8], tag: Option<Tag>) -> Cow<'_, [u8]> {
     }
 }
 
-fn empty_address() -> libc::sockaddr_ll {
+pub(crate) fn empty_address() -> libc::sockaddr_ll {
     // SAFETY: `sockaddr_ll` is plain numbers, for which zero is a value.
     unsafe { MaybeUninit::zeroed().assume_init() }
 }

@@ -2,16 +2,15 @@
 //! or a router stands between it and a server.
 
 use std::{
-    io::{Read as _, Write as _},
+    io::Read as _,
     net::{Ipv6Addr, TcpStream},
-    thread,
     time::Duration,
 };
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result};
 use necp_tests::{
     both::{Both, names},
-    conversation::{Conversation, all_answer, there_and_back},
+    conversation::{Conversation, all_answer, comes_back, there_and_back},
     line::TALK,
     netns::{Namespace, wait_until},
     topology::{NE6, Topology, VIP6, server_address6},
@@ -161,16 +160,5 @@ fn an_ipv6_path_that_becomes_narrower_is_found() -> Result<()> {
 /// Sends more than fits a window over a held connection, and expects it back.
 fn back_again(stream: &TcpStream, seed: u32) -> Result<()> {
     let sent: Vec<u8> = (0..100_000u32).flat_map(|n| (n ^ seed).wrapping_mul(0x9e37_79b1).to_le_bytes()).collect();
-    let back = thread::scope(|scope| {
-        let writer = scope.spawn(|| {
-            let mut stream = stream;
-            stream.write_all(&sent)
-        });
-        let (mut reader, mut back) = (stream, vec![0; sent.len()]);
-        reader.read_exact(&mut back).context("not all came back")?;
-        writer.join().expect("the writer does not panic")?;
-        Ok::<_, anyhow::Error>(back)
-    })?;
-    ensure!(back == sent, "what came back is not what was sent");
-    Ok(())
+    comes_back(stream, &sent)
 }

@@ -206,6 +206,21 @@ fn intercepting() -> HostPath {
     host
 }
 
+/// What the judge says of a frame that went to this server by layer 2, or on to the kernel.
+fn says_crossing(
+    host: &mut HostPath,
+    rules: &Rules,
+    frame: &[u8],
+    reason: Reason,
+    to: Option<u32>,
+) -> Result<Option<Crossing>, String> {
+    let out = to.map_or(frame.to_vec(), |id| [&server_mac(id)[..], &OWN_MAC, &frame[12..]].concat());
+    let verdict = if to.is_some() { Verdict::Tx } else { Verdict::Pass };
+    let ground = Ground { tables: host.view(), rules };
+    let deed = Deed { verdict, reason, frame: &out };
+    judge(frame, deed, ground, &mut Parts::default()).map(|judged| judged.crossing)
+}
+
 /// A client's packet to these who are not the VIP.
 fn crossing(to: [u8; 4], port: u16) -> Flow {
     Flow { destination: SocketAddrV4::new(to.into(), port), ..flow(port) }
@@ -214,13 +229,7 @@ fn crossing(to: [u8; 4], port: u16) -> Flow {
 #[test]
 fn what_is_captured_without_need_or_let_through_is_noticed() {
     let (mut host, rules) = (intercepting(), Rules::least());
-    let mut says = |frame: &[u8], reason: Reason, to: Option<u32>| {
-        let out = to.map_or(frame.to_vec(), |id| [&server_mac(id)[..], &OWN_MAC, &frame[12..]].concat());
-        let verdict = if to.is_some() { Verdict::Tx } else { Verdict::Pass };
-        let ground = Ground { tables: host.view(), rules: &rules };
-        let deed = Deed { verdict, reason, frame: &out };
-        judge(frame, deed, ground, &mut Parts::default()).map(|judged| judged.crossing)
-    };
+    let mut says = |frame: &[u8], reason: Reason, to: Option<u32>| says_crossing(&mut host, &rules, frame, reason, to);
     let (proxy, colleague, other) = (FIRST_PROXY, FIRST_PROXY + 1, servers_of(2).start);
     let flow = crossing([203, 0, 113, 80], 8000);
     let frame = flow.tcp(flags::ACK, 1, 1, b"hello");
@@ -256,13 +265,7 @@ fn what_is_captured_without_need_or_let_through_is_noticed() {
 #[test]
 fn errors_about_what_is_intercepted_have_one_direction() {
     let (mut host, rules) = (intercepting(), Rules::least());
-    let mut says = |frame: &[u8], reason: Reason, to: Option<u32>| {
-        let out = to.map_or(frame.to_vec(), |id| [&server_mac(id)[..], &OWN_MAC, &frame[12..]].concat());
-        let verdict = if to.is_some() { Verdict::Tx } else { Verdict::Pass };
-        let ground = Ground { tables: host.view(), rules: &rules };
-        let deed = Deed { verdict, reason, frame: &out };
-        judge(frame, deed, ground, &mut Parts::default()).map(|judged| judged.crossing)
-    };
+    let mut says = |frame: &[u8], reason: Reason, to: Option<u32>| says_crossing(&mut host, &rules, frame, reason, to);
     let flow = crossing([203, 0, 113, 80], 8000);
     let to_origin = error_about(&flow.reversed(), [198, 51, 100, 9]);
     assert_eq!(says(&to_origin, Reason::Quoted, Some(FIRST_PROXY)), Ok(Some(Crossing::Error)));

@@ -277,6 +277,24 @@ pub fn error(kind: Icmpv6Type, destination: Address, quoted: &[u8]) -> Vec<u8> {
     frame
 }
 
+/// So many frames that differ from this one behind its MAC addresses, in one to four bytes; always the same ones, so that a finding
+/// is found again.
+pub fn changed(frame: &[u8], number: usize) -> impl Iterator<Item = Vec<u8>> {
+    let mut state = 0x2545_f491_4f6c_dd1d_u64;
+    std::iter::repeat_with(move || {
+        let mut changed = frame.to_vec();
+        for _ in 0..=state >> 62 {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            let place = 12 + state as usize % (changed.len() - 12);
+            changed[place] = (state >> 32) as u8;
+        }
+        changed
+    })
+    .take(number)
+}
+
 /// Lengths and transport checksum are right, of what GRE wraps too.
 pub fn assert_valid(frame: &[u8]) {
     let wrapped = frame[20] == 47;
