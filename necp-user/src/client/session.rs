@@ -318,10 +318,10 @@ impl<'a> Session<'a> {
     fn turn(&mut self) {
         self.turns += 1;
         self.refused = Refused::new(self.peer.settings.retry_max);
-        self.stopped = false;
     }
 
     fn send_start(&mut self, offers: &[ServiceUnit], done: Option<Done>) {
+        self.stopped = false;
         let keys = offers.iter().map(ServiceUnit::key).collect();
         let id = self.machine.start(offers);
         self.pending.insert(id, Pending::Start(Services { keys, turn: self.turns, done }));
