@@ -147,14 +147,17 @@ pub fn run(args: &Args) -> ExitCode {
 }
 
 fn on_threads(config: NeConfig, keys: HashMap<PathBuf, Key>, leave: bool) -> anyhow::Result<()> {
-    let runtime = runtime().context("starting tokio")?;
+    let sessions = runtime().context("starting tokio")?;
     // Who asks for the status has a thread of his own: he is not to wait behind ten thousand sessions, nor they behind him.
     let desk = Builder::new_multi_thread().worker_threads(1).enable_all().build().context("starting tokio")?;
-    runtime.block_on(serve(config, keys, leave, desk.handle()))
+    // And so has the owner, with his clock and his questions to the kernel: sessions that keep their worker busy, as a flood
+    // does, would hold up each of them, and so whoever waits for the owner.
+    let owner = Builder::new_current_thread().enable_all().build().context("starting tokio")?;
+    owner.block_on(serve(config, keys, leave, sessions.handle(), desk.handle()))
 }
 
-/// What nearly all of it runs on: the owner on the thread that blocks on it, the sessions on one worker, or on one for every
-/// [`CPUS_PER_WORKER`]. A message is small work: a worker that wakes another one to share it costs more than it takes off.
+/// What the sessions run on: one worker, or one for every [`CPUS_PER_WORKER`]. A message is small work: a worker that wakes
+/// another one to share it costs more than it takes off.
 ///
 /// # Errors
 /// If no thread can be had.
@@ -198,7 +201,13 @@ fn check(args: &Args, config: &NeConfig) -> ExitCode {
     ExitCode::SUCCESS
 }
 
-async fn serve(config: NeConfig, keys: HashMap<PathBuf, Key>, leave: bool, desk: &Handle) -> anyhow::Result<()> {
+async fn serve(
+    config: NeConfig,
+    keys: HashMap<PathBuf, Key>,
+    leave: bool,
+    sessions: &Handle,
+    desk: &Handle,
+) -> anyhow::Result<()> {
     if let Err(error) = limits::raise_open_files(listener::MAX_SESSIONS) {
         tracing::warn!("{error}");
     }
@@ -211,7 +220,10 @@ async fn serve(config: NeConfig, keys: HashMap<PathBuf, Key>, leave: bool, desk:
             .with_context(|| format!("cannot listen on the admin socket {}", config.socket.display()))?
     };
     let mut protections = Protections::read(&config)?;
-    let listeners = listen(&config, &protections)?;
+    let listeners = {
+        let _among_the_sessions = sessions.enter();
+        listen(&config, &protections)?
+    };
     let mut config = config;
     config.listen = listeners.iter().map(|listener| listener.local_addr()).collect::<Result<_, _>>()?;
     let config = Arc::new(config);
@@ -221,9 +233,9 @@ async fn serve(config: NeConfig, keys: HashMap<PathBuf, Key>, leave: bool, desk:
     let mut tasks = JoinSet::new();
     let asked = desk.spawn(admin.serve(commands::answers(sender)));
     for listener in &listeners {
-        tasks.spawn(Arc::clone(&door).serve(Arc::clone(listener)));
+        tasks.spawn_on(Arc::clone(&door).serve(Arc::clone(listener)), sessions);
     }
-    tasks.spawn(follow_hangups(move || [keys.reload(), protections.reload(&listeners)])?);
+    tasks.spawn_on(follow_hangups(move || [keys.reload(), protections.reload(&listeners)])?, desk);
     tracing::info!("listening on {}", list(&config.listen));
     let leave = std::sync::atomic::AtomicBool::new(leave);
     let stop = async { leave.store(end.wait().await, std::sync::atomic::Ordering::Relaxed) };
