@@ -101,6 +101,7 @@ fn sigterm_takes_everything_away_and_sigquit_leaves_it() -> Result<()> {
     let pin = line.bed().pins().join("ne");
     let mut talk = line.talk(20)?;
     assert!(program_on(line.bed().ne(), "eth0")?.is_some() && pin.join("slots").exists());
+    assert!(line.ne().process().log().contains("eth0 is a veth"), "{}", line.ne().process().log());
 
     line.ne().process().signal(libc::SIGQUIT)?;
     assert!(line.ne().process().wait(SOON)?.success());

@@ -112,6 +112,7 @@ fn generic_mode_forwards_too() -> Result<()> {
     let mut line = Line::start(Topology::builder().servers(2).build()?, &config)?;
     line.join_all(0..2)?;
     assert_eq!(line.ne().status()?["interfaces"][0]["mode"], "generic");
+    assert!(!line.ne().process().log().contains("is a veth"), "there is nothing to be ready for");
     line.expect_new_flows_at("generic mode", &["s1", "s2"])?;
     all_answer("in generic mode", &mut line.talk(10)?)
 }

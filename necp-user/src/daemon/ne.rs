@@ -54,7 +54,7 @@ use crate::necp::Key;
 use crate::plane::host_routing::HostRouting;
 use crate::plane::neighbours::{Change, Neighbours};
 use crate::plane::path_mtu::PathMtus;
-use crate::plane::{AttachMode, Plane, PlaneConfig};
+use crate::plane::{AttachMode, AttachedMode, Plane, PlaneConfig, PortInfo};
 
 /// How long the network may take to be asked at the end.
 const GOODBYE: Duration = Duration::from_secs(3);
@@ -292,6 +292,7 @@ async fn start(
     let (neighbours, changes, driver) = Neighbours::open()?;
     tokio::spawn(driver);
     let ports = plane.ports();
+    tell_of_veths(&neighbours, &ports).await;
     let hosts = Hosts::new(neighbours, ports.iter().cloned());
     let vips = if config.manage_vips {
         let all = config.farms.iter().flat_map(|farm| farm.vips.iter().copied());
@@ -311,6 +312,19 @@ async fn start(
     owner.crossings = Crossings::new(config)?;
     owner.begin().await;
     Ok((owner, inputs, sender, changes, door))
+}
+
+/// What one would look for long: in native mode a veth takes frames of XDP only where the other end is ready for them.
+async fn tell_of_veths(neighbours: &Neighbours, ports: &[PortInfo]) {
+    for port in ports.iter().filter(|port| port.mode == AttachedMode::Native) {
+        if neighbours.is_veth(port.ifindex).await.unwrap_or(false) {
+            tracing::info!(
+                interface = port.name,
+                "{} is a veth: its other end needs an XDP program too, else what is sent back by it is delayed or lost                  (or set mode = \"generic\")",
+                port.name
+            );
+        }
+    }
 }
 
 async fn finish(owner: Owner, leave: bool) -> anyhow::Result<()> {

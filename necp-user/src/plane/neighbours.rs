@@ -13,7 +13,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use futures_util::{Stream, StreamExt as _, TryStreamExt as _};
 use rtnetlink::packet_core::{NetlinkMessage, NetlinkPayload};
 use rtnetlink::packet_route::RouteNetlinkMessage;
-use rtnetlink::packet_route::link::{LinkAttribute, LinkFlags, LinkMessage};
+use rtnetlink::packet_route::link::{InfoKind, LinkAttribute, LinkFlags, LinkInfo, LinkMessage};
 use rtnetlink::packet_route::neighbour::{
     NeighbourAddress, NeighbourAttribute, NeighbourFlags, NeighbourMessage, NeighbourState,
 };
@@ -152,6 +152,19 @@ impl Neighbours {
         }
     }
 
+    /// Whether an interface is one end of a veth pair.
+    ///
+    /// # Errors
+    /// [`NeighbourError::Refused`].
+    pub async fn is_veth(&self, ifindex: u32) -> Result<bool, NeighbourError> {
+        let mut answers = std::pin::pin!(self.handle.link().get().match_index(ifindex).execute());
+        let link = answers.try_next().await.map_err(|source| NeighbourError::Refused {
+            what: format!("look at the interface of index {ifindex}"),
+            source,
+        })?;
+        Ok(link.is_some_and(|link| link.attributes.iter().any(is_kind_veth)))
+    }
+
     /// All neighbour entries, of both families.
     ///
     /// # Errors
@@ -208,6 +221,10 @@ fn link_change(link: &LinkMessage, exists: bool) -> Change {
     let running = link.header.flags.contains(LinkFlags::Up | LinkFlags::LowerUp);
     let carrier = !link.attributes.iter().any(|attribute| matches!(attribute, LinkAttribute::Carrier(0)));
     Change::Link { ifindex: link.header.index, up: exists && running && carrier }
+}
+
+fn is_kind_veth(attribute: &LinkAttribute) -> bool {
+    matches!(attribute, LinkAttribute::LinkInfo(infos) if infos.contains(&LinkInfo::Kind(InfoKind::Veth)))
 }
 
 /// `deleted`: an entry that goes is unknown, except that one which failed goes because it failed.
@@ -309,6 +326,9 @@ mod tests {
             let (neighbours, _changes, driver) = Neighbours::open().expect("a netlink socket");
             tokio::spawn(driver);
             let ifindex = link(&neighbours.handle).await;
+            let loopback = 1;
+            assert!(neighbours.is_veth(ifindex).await.expect("an answer"));
+            assert!(!neighbours.is_veth(loopback).await.expect("an answer"));
             let route = neighbours.route(THERE).await.expect("an answer").expect("a route");
             assert_eq!((route.ifindex, route.on_link(), route.next_hop(THERE)), (ifindex, true, THERE));
             let route = neighbours.route(AWAY).await.expect("an answer").expect("a route");
