@@ -152,10 +152,13 @@ pub fn with_ports<D: Device, T: Tables>(device: &D, tables: &T) -> Ending {
     send(device, tables, l3, &decision)
 }
 
-/// To this host's own stack, which wants the other parts too: at a VIP they would be strays.
+/// To this host's own stack, which wants the other parts too: at a VIP they would be strays, and behind an older datagram of the
+/// same name they would go where that went.
 #[inline(always)]
 fn leave<D: Device, T: Tables>(device: &D, tables: &T, head: &Datagram, reason: Reason) -> Ending {
-    if matches!(head.part, Part::First) && find_vip(head.packet.destination, tables).is_some() {
+    if matches!(head.part, Part::First)
+        && (find_vip(head.packet.destination, tables).is_some() || device.recall(&FragmentKey::of(head)).is_some())
+    {
         remember(device, head, NONE, 0);
     }
     Ending::new(reason, Out::Pass)

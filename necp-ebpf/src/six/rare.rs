@@ -68,10 +68,13 @@ pub fn with_ports<D: Device, T: Tables>(device: &D, tables: &T) -> Ending {
     device.send_reply6(&six, l3, vip, server)
 }
 
-/// To this host's own stack, which wants the other parts too: at a VIP they would be strays.
+/// To this host's own stack, which wants the other parts too: at a VIP they would be strays, and behind an older datagram of the
+/// same name they would go where that went.
 #[inline(always)]
 fn leave<D: Device, T: Tables>(device: &D, six: &T, head: &Head, reason: Reason) -> Ending {
-    if matches!(head.walk.part(), Part::First) && is_for_vip(six) {
+    if matches!(head.walk.part(), Part::First)
+        && (is_for_vip(six) || device.recall(&FragmentKey::of6(head, six)).is_some())
+    {
         remember(device, six, head, NONE, 0);
     }
     Ending::new(reason, Out::Pass)

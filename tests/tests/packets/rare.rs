@@ -206,6 +206,14 @@ fn fragments_by_route() -> Vec<Case> {
         Case::new("parts of a reply", why, Setup::owned_by(TRANSLATED).record(dns, TRANSLATED, 0))
             .frame(first(reply), becomes(Verdict::Pass, Reason::ReplyRouted, reply_bytes(&first(reply))))
             .frame(last(reply), left(&last(reply))),
+        Case::new(
+            "parts of a reply, then of another datagram of that name",
+            "identifications come back",
+            Setup::owned_by(TRANSLATED).record(dns, TRANSLATED, 0),
+        )
+        .frame(first(reply), becomes(Verdict::Pass, Reason::ReplyRouted, reply_bytes(&first(reply))))
+        .frame(first(Flow { source_port: 9, ..reply }), Fate::Pass(Reason::Fragment))
+        .frame(last(reply), Fate::Pass(Reason::Fragment)),
     ]
 }
 

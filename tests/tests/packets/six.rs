@@ -223,6 +223,19 @@ fn fragments_follow_the_first_one() {
     let elsewhere = built(from_client(CLIENT).tcp(5000, WEB, 9, 1000).ack(1), b"");
     six.passes(&extended(&elsewhere, &[(44, &fragment(64, true, 7))]), Reason::Fragment);
     six.passes(&extended(&elsewhere, &[(44, &fragment(0, true, 7))]), Reason::Fragment);
+
+    // A server's reply, and then another datagram of its: identifications come back.
+    six.slots(plain(TRANSLATED));
+    six.run(&syn(ALWAYS, 8));
+    six.run(&data(ALWAYS, 9));
+    let said = |port, offset, more| {
+        let frame = built(from(address(TRANSLATED), CLIENT, 64).tcp(port, 5000, 77, 1000).ack(10), b"reply");
+        extended(&frame, &[(44, &fragment(offset, more, 7))])
+    };
+    assert_eq!(six.run(&said(ALWAYS, 0, true)).reason, Reason::ReplyRouted);
+    assert_eq!(six.run(&said(ALWAYS, 64, false)).reason, Reason::ReplyRouted);
+    six.passes(&said(9, 0, true), Reason::Fragment);
+    six.passes(&said(9, 64, false), Reason::Fragment);
 }
 
 #[test]

@@ -59,8 +59,11 @@ impl Parts {
             Reason::Fragmenting => Some(Place::Server(sent.to_be_fragmented()?)),
             reason => match reason.action() {
                 Action::Transmit => Some(Place::Server(sent.to_server()?)),
-                // Of what is cut through, and of what a VIP's host is to answer, all parts are the host's.
-                Action::Pass => (to_vip || class == Class::Crossing).then_some(Place::Host),
+                // Of what is cut through, and of what a VIP's host is to answer, all parts are the host's; and of what comes
+                // after another datagram of that name.
+                Action::Pass => {
+                    (to_vip || class == Class::Crossing || self.0.contains_key(&key)).then_some(Place::Host)
+                }
                 Action::Answer | Action::Drop | Action::Route => Some(Place::Unknown),
             },
         };
