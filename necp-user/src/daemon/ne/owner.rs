@@ -43,6 +43,8 @@ const GATHER: Duration = Duration::from_millis(1);
 const GATHER_MAX: usize = 4096;
 /// Between two samples of the counters, two probes of a lost host, two looks at what is due.
 const SECOND: Duration = Duration::from_secs(1);
+/// Between two looks at which hosts nobody asks for any more.
+const TIDY: Duration = Duration::from_secs(10);
 /// A plan takes longer the more servers there are: what can wait (slow start, health above 0) waits this many times as
 /// long as the last one took, so that such plans take a tenth of the time at most; and never longer than [`WAIT_MAX`].
 const WAIT_FACTOR: u32 = 9;
@@ -104,6 +106,7 @@ pub struct Owner {
     failed_writes: u64,
     retry: Option<Instant>,
     next_second: Instant,
+    next_tidy: Instant,
     next_batch: Instant,
     refresh_at: Option<Instant>,
     announcements: Vec<Instant>,
@@ -157,6 +160,7 @@ impl Owner {
             failed_writes: 0,
             retry: None,
             next_second: now,
+            next_tidy: now,
             next_batch: now,
             refresh_at: None,
             announcements: std::iter::once(now).chain(ANNOUNCE_AGAIN.map(|after| now + after)).collect(),
@@ -490,9 +494,10 @@ impl Owner {
 
     fn once_a_second(&mut self, now: Instant) {
         self.plane.flush_logs();
-        let wanted: HashSet<IpAddr> = self.cluster.hosts().collect();
-        self.lost.retain(|host| wanted.contains(host) && !self.sessions.contains_key(host));
-        self.hosts.keep(&wanted);
+        if self.next_tidy <= now {
+            self.next_tidy = now + TIDY;
+            self.tidy();
+        }
         self.probe_lost();
         self.hosts.look_again_at_short_paths(now);
         for (server, lines) in self.limits.voices().refill() {
@@ -505,6 +510,13 @@ impl Owner {
         }
         self.sampler.sample(now, &self.plane, &self.cluster);
         self.tell_all_exceptions();
+    }
+
+    /// Forgets hosts that nobody asks for any more.
+    fn tidy(&mut self) {
+        let wanted: HashSet<IpAddr> = self.cluster.hosts().collect();
+        self.lost.retain(|host| wanted.contains(host) && !self.sessions.contains_key(host));
+        self.hosts.keep(&wanted);
     }
 
     /// Asks for the lost hosts, in turn if there are many: each question is a frame to everybody on the link.
