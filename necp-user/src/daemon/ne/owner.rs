@@ -5,12 +5,13 @@
 //! grace and orphan times, retries, the collector's next batch, once a second the sampling of counters.
 
 mod acks;
+mod chores;
 mod exceptions;
 mod report;
+mod sessions;
 
-use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::IpAddr;
-use std::ops::Bound;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -18,21 +19,21 @@ use futures_util::{Stream, StreamExt as _};
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::sleep_until;
 
-use self::acks::{Ack, Acks};
-use self::exceptions::{Lists, Tally};
+use self::acks::Acks;
+use self::chores::{ANNOUNCE_AGAIN, NOBODY};
+use self::exceptions::Lists;
 use self::report::Sampler;
+use self::sessions::Current;
 use super::crossings::Crossings;
 use super::hosts::{Hosts, Sight};
-use super::input::{From, Input, SessionId};
+use super::input::Input;
 use super::limits::Limits;
 use super::listener::Door;
 use super::vips::Vips;
 use crate::config::ne::NeConfig;
 use crate::control::cluster::{Cluster, Notice};
-use crate::control::collect::{Collector, Progress};
-use crate::control::config::Forwarding;
+use crate::control::collect::Collector;
 use crate::daemon::status::Status;
-use crate::necp::{CloseReason, Operation, ServiceKey};
 use crate::plane::Plane;
 use crate::plane::host_routing::HostRouting;
 use crate::plane::neighbours::Change;
@@ -41,10 +42,6 @@ use crate::plane::neighbours::Change;
 const GATHER: Duration = Duration::from_millis(1);
 /// Inputs in one plan, at most.
 const GATHER_MAX: usize = 4096;
-/// Between two samples of the counters, two probes of a lost host, two looks at what is due.
-const SECOND: Duration = Duration::from_secs(1);
-/// Between two looks at which hosts nobody asks for any more.
-const TIDY: Duration = Duration::from_secs(10);
 /// A plan takes longer the more servers there are: what can wait (slow start, health above 0) waits this many times as
 /// long as the last one took, so that such plans take a tenth of the time at most; and never longer than [`WAIT_MAX`].
 const WAIT_FACTOR: u32 = 9;
@@ -52,20 +49,6 @@ const WAIT_FACTOR: u32 = 9;
 const WAIT_MAX: Duration = Duration::from_millis(500);
 /// After a write failed.
 const RETRY: Duration = Duration::from_millis(100);
-/// Slots or flow buckets that the collector looks at in one go: well under a millisecond.
-const BATCH: usize = 8192;
-/// Between two goes, for everything else.
-const BATCH_PAUSE: Duration = Duration::from_millis(5);
-/// Lost hosts that are asked for in a second.
-const PROBES: usize = 256;
-/// How long a START may wait for the next hop of its server to be known.
-const NEXT_HOP_WAIT: Duration = Duration::from_secs(1);
-/// Before all addresses.
-const NOBODY: IpAddr = IpAddr::V4(std::net::Ipv4Addr::UNSPECIFIED);
-/// After routes changed, for more changes to come.
-const SETTLE: Duration = Duration::from_millis(200);
-/// A gratuitous ARP is repeated after this: a link that has just come up may drop it.
-const ANNOUNCE_AGAIN: [Duration; 2] = [Duration::from_secs(1), Duration::from_secs(3)];
 
 /// The task's state.
 pub struct Owner {
@@ -110,15 +93,6 @@ pub struct Owner {
     next_batch: Instant,
     refresh_at: Option<Instant>,
     announcements: Vec<Instant>,
-}
-
-/// The session that speaks for a server.
-struct Current {
-    session: SessionId,
-    kick: mpsc::Sender<CloseReason>,
-    started: BTreeSet<ServiceKey>,
-    /// What became of its exceptions since it was logged.
-    tally: Tally,
 }
 
 impl Owner {
@@ -273,155 +247,6 @@ impl Owner {
         }
     }
 
-    fn is_current(&self, from: From) -> bool {
-        self.sessions.get(&from.server).is_some_and(|current| current.session == from.session)
-    }
-
-    /// Makes this session its server's own; false if a newer one is.
-    fn supersede(&mut self, from: From, kick: mpsc::Sender<CloseReason>) -> bool {
-        match self.sessions.get(&from.server) {
-            Some(current) if current.session > from.session => return false,
-            Some(current) if current.session < from.session => {
-                if self.limits.voices().may_speak(from.server) {
-                    tracing::info!("{} has opened a new session: the old one is closed", from.server);
-                }
-                // If there is no room, it is being closed already.
-                let _ = current.kick.try_send(CloseReason::Superseded);
-            }
-            _ => {}
-        }
-        self.sessions.insert(
-            from.server,
-            Current { session: from.session, kick, started: BTreeSet::new(), tally: Tally::default() },
-        );
-        true
-    }
-
-    async fn open(&mut self, from: From, done: oneshot::Sender<Vec<usize>>) {
-        let server = from.server;
-        self.hosts.follow(server).await;
-        let now = Instant::now();
-        match self.cluster.init(server, self.hosts.is_on_link(server), now) {
-            Ok(change) => {
-                self.acks.add(Ack::init(server, change, done));
-                if self.limits.voices().may_speak(server) {
-                    tracing::info!("{server} has joined");
-                }
-            }
-            // The door admits by the same prefixes.
-            Err(error) => tracing::error!("{error}"),
-        }
-        if self.hosts.sight(server) == Sight::NoWay && self.limits.voices().may_speak(server) {
-            tracing::warn!("no route by any of `interfaces` leads to {server}: its packets could not reach it");
-        }
-        self.lost.remove(&server);
-        self.report_sight(server);
-        self.must_write();
-    }
-
-    fn operate(&mut self, server: IpAddr, operations: &[Operation], done: oneshot::Sender<Vec<usize>>) {
-        let now = Instant::now();
-        let mut ack = Ack::operations(server, now + NEXT_HOP_WAIT, done);
-        let limits = Arc::clone(&self.limits);
-        let voices = limits.voices();
-        let mut started = self.sessions.get_mut(&server).map(|session| std::mem::take(&mut session.started));
-        for (index, operation) in operations.iter().enumerate() {
-            let Some(key) = operation.service() else {
-                self.except(server, index, operation, now, &mut ack);
-                continue;
-            };
-            match operation {
-                Operation::Stop(_) => {
-                    ack.wait(index, self.cluster.stop(server, key.protocol(), key.port(), now));
-                    if started.as_mut().is_some_and(|started| started.remove(&key)) && voices.may_speak(server) {
-                        tracing::info!("{server} stops {key}");
-                    }
-                }
-                Operation::Start(unit) => {
-                    let forwarding = Forwarding::from_wire(unit.forwarding.code().into()).unwrap_or(Forwarding::Layer2);
-                    match self.cluster.start(server, forwarding, key.protocol(), key.port(), now) {
-                        Ok(change) => {
-                            ack.wait_for_start(index, change);
-                            if started.as_mut().is_some_and(|started| started.insert(key)) && voices.may_speak(server) {
-                                tracing::info!("{server} starts {key} by {}", unit.forwarding);
-                            }
-                        }
-                        Err(error) => {
-                            ack.fail(index);
-                            if voices.may_speak(server) {
-                                tracing::warn!("{server} cannot start {key} by {}: {error}", unit.forwarding);
-                            }
-                        }
-                    }
-                }
-                Operation::Except(_) | Operation::Unexcept(_) => {}
-            }
-        }
-        if let (Some(session), Some(started)) = (self.sessions.get_mut(&server), started) {
-            session.started = started;
-        }
-        self.acks.add(ack);
-        self.must_write();
-    }
-
-    fn lose(&mut self, server: IpAddr, reason: &CloseReason) {
-        self.tell_exceptions(server);
-        let serving = self.sessions.remove(&server).is_some_and(|session| !session.started.is_empty());
-        if !self.limits.voices().may_speak(server) {
-            // It comes and goes: what it does is counted as lines that were left out.
-        } else if serving {
-            tracing::warn!("session of {server} lost ({reason}): it gets no new flows, its flows stay");
-        } else {
-            tracing::info!("{server} has left ({reason})");
-        }
-        self.cluster.session_lost(server, Instant::now());
-        self.hosts.probe([server]);
-        self.lost.insert(server);
-        self.report_sight(server);
-        self.must_write();
-    }
-
-    async fn refresh_crossings(&mut self) {
-        if let Some(crossings) = &self.crossings {
-            crossings.refresh(&mut self.plane).await;
-        }
-    }
-
-    fn on_change(&mut self, change: Change) {
-        match change {
-            Change::Neighbour(neighbour) => {
-                for host in self.hosts.on_neighbour(neighbour) {
-                    self.report_sight(host);
-                }
-            }
-            Change::Link { ifindex, up } => {
-                self.on_link(ifindex, up);
-                self.refresh_at.get_or_insert(Instant::now() + SETTLE);
-            }
-            Change::Routes | Change::Lost => _ = self.refresh_at.get_or_insert(Instant::now() + SETTLE),
-        }
-    }
-
-    fn on_link(&mut self, ifindex: u32, up: bool) {
-        let Some(port) = self.plane.ports().into_iter().find(|port| port.ifindex == ifindex) else { return };
-        match self.plane.refresh_port(ifindex) {
-            Ok(false) => {}
-            Ok(true) => {
-                let new = self.plane.ports().into_iter().find(|port| port.ifindex == ifindex);
-                new.into_iter().for_each(|port| self.hosts.on_port(port));
-                tracing::info!("MAC address or MTU of {} changed: its program is replaced", port.name);
-                self.announcements.push(Instant::now());
-            }
-            Err(error) => tracing::warn!(%error, "{} changed", port.name),
-        }
-        if self.sampler.link_changed(ifindex, up) {
-            tracing::info!("{} is {}", port.name, if up { "up" } else { "down" });
-            if up {
-                self.announcements.extend([Instant::now(), Instant::now() + ANNOUNCE_AGAIN[0]]);
-            }
-        }
-    }
-
     fn must_write(&mut self) {
         (self.dirty, self.urgent) = (true, true);
     }
@@ -464,85 +289,6 @@ impl Owner {
         if [self.retry, self.expiry].into_iter().flatten().any(|at| at <= now) {
             self.must_write();
         }
-    }
-
-    async fn do_what_is_due(&mut self) {
-        let now = Instant::now();
-        self.lists.step(&self.cluster);
-        if self.next_batch <= now {
-            self.collect(now);
-        }
-        if self.announcements.iter().any(|at| *at <= now) {
-            self.announcements.retain(|at| *at > now);
-            if let Some(vips) = &self.vips {
-                vips.announce(&self.plane.ports());
-            }
-        }
-        if self.refresh_at.is_some_and(|at| at <= now) {
-            self.refresh_at = None;
-            self.refresh_crossings().await;
-            self.hosts.begin_refresh().await;
-        }
-        for host in self.hosts.refresh().await {
-            self.report_sight(host);
-        }
-        if self.next_second <= now {
-            self.next_second = now + SECOND;
-            self.once_a_second(now);
-        }
-    }
-
-    fn once_a_second(&mut self, now: Instant) {
-        self.plane.flush_logs();
-        if self.next_tidy <= now {
-            self.next_tidy = now + TIDY;
-            self.tidy();
-        }
-        self.probe_lost();
-        self.hosts.look_again_at_short_paths(now);
-        for (server, lines) in self.limits.voices().refill() {
-            let whose = if server.prefix_len() == server.max_prefix_len() {
-                server.addr().to_string()
-            } else {
-                server.to_string()
-            };
-            tracing::info!("{whose}: {lines} more lines like those above were left out");
-        }
-        self.sampler.sample(now, &self.plane, &self.cluster);
-        self.tell_all_exceptions();
-    }
-
-    /// Forgets hosts that nobody asks for any more.
-    fn tidy(&mut self) {
-        let wanted: HashSet<IpAddr> = self.cluster.hosts().collect();
-        self.lost.retain(|host| wanted.contains(host) && !self.sessions.contains_key(host));
-        self.hosts.keep(&wanted);
-    }
-
-    /// Asks for the lost hosts, in turn if there are many: each question is a frame to everybody on the link.
-    fn probe_lost(&mut self) {
-        let after = self.lost.range((Bound::Excluded(self.probed), Bound::Unbounded));
-        let wrapped = self.lost.range(..=self.probed);
-        let turn: Vec<IpAddr> = after.chain(wrapped).take(PROBES).copied().collect();
-        self.probed = turn.last().copied().unwrap_or(NOBODY);
-        self.hosts.probe(turn);
-    }
-
-    /// One batch of the collector's work.
-    fn collect(&mut self, now: Instant) {
-        let Ok(unrecorded) = self.plane.unrecorded() else {
-            // Without these counts the collector cannot know which legacies it may drop; the sampler tells the operator.
-            self.next_batch = now + SECOND;
-            return;
-        };
-        self.next_batch = match self.collector.step(&self.plane.view(), &mut self.cluster, now, BATCH, unrecorded) {
-            Progress::Idle(until) => until.max(now + BATCH_PAUSE),
-            Progress::Working => now + BATCH_PAUSE,
-            Progress::Finished => {
-                self.dirty = true;
-                now + BATCH_PAUSE
-            }
-        };
     }
 
     /// Brings the maps up to date, and decides what may be answered.
@@ -590,11 +336,6 @@ impl Owner {
                 tracing::warn!("{address} has not come back since the restart: it gets no new flows");
             }
         }
-    }
-
-    /// Servers with a session.
-    fn open_sessions(&self) -> usize {
-        self.sessions.len()
     }
 }
 
