@@ -80,6 +80,7 @@ enum Case {
     /// The same where layer 3 and interception are in use.
     NotOursAtAll,
     NotOurs6,
+    NotOurs6AtAll,
     /// With this many exceptions, none of which is for the flow.
     Syn(u32),
     Udp,
@@ -90,7 +91,7 @@ const MASKS: u32 = 16;
 const EXCEPTIONS: u32 = 1_000_000;
 
 impl Case {
-    const ALL: [Self; 15] = [
+    const ALL: [Self; 16] = [
         Self::Plain,
         Self::Gre,
         Self::Record,
@@ -102,6 +103,7 @@ impl Case {
         Self::NotOurs,
         Self::NotOursAtAll,
         Self::NotOurs6,
+        Self::NotOurs6AtAll,
         Self::Syn(0),
         Self::Syn(10 * MASKS),
         Self::Syn(EXCEPTIONS),
@@ -121,6 +123,7 @@ impl Case {
             Self::NotOurs => "not ours, passed on",
             Self::NotOursAtAll => "not ours, all features in use",
             Self::NotOurs6 => "IPv6, not ours, passed on",
+            Self::NotOurs6AtAll => "IPv6, not ours, all features in use",
             Self::Syn(0) => "plain slot, new flow (SYN)",
             Self::Syn(EXCEPTIONS) => "SYN, 1,000,000 exceptions",
             Self::Syn(_) => "SYN, 16 × 10 exceptions",
@@ -145,12 +148,15 @@ impl Case {
         match self {
             Self::Plain | Self::Gre | Self::Six | Self::SixGre | Self::Syn(_) => Reason::Plain,
             Self::Record | Self::Layer3 | Self::SixRecord | Self::SixLayer3 | Self::Udp => Reason::Record,
-            Self::NotOurs | Self::NotOursAtAll | Self::NotOurs6 => Reason::NotOurs,
+            Self::NotOurs | Self::NotOursAtAll | Self::NotOurs6 | Self::NotOurs6AtAll => Reason::NotOurs,
         }
     }
 
     fn is_six(self) -> bool {
-        matches!(self, Self::Six | Self::SixGre | Self::SixRecord | Self::SixLayer3 | Self::NotOurs6)
+        matches!(
+            self,
+            Self::Six | Self::SixGre | Self::SixRecord | Self::SixLayer3 | Self::NotOurs6 | Self::NotOurs6AtAll
+        )
     }
 
     fn forwarding(self) -> u8 {
@@ -163,7 +169,7 @@ impl Case {
 
     /// Whether the program is loaded as where layer 3 and interception are in use.
     fn uses_all(self) -> bool {
-        matches!(self, Self::Layer3 | Self::SixLayer3 | Self::NotOursAtAll)
+        matches!(self, Self::Layer3 | Self::SixLayer3 | Self::NotOursAtAll | Self::NotOurs6AtAll)
     }
 
     /// Whether flows are on record because their slots have changed hands.
@@ -233,7 +239,7 @@ fn main() -> Result<()> {
     if !args.json {
         println!("program: {} instructions verified", verified.map_or("?".into(), |n| n.to_string()));
         println!("net ns per packet, median of {} rounds (fastest), {} packets each", args.rounds, args.packets);
-        println!("{:<30}{:>16}{:>16}{:>16}   aims", "", "1 flow", "65,536", "1,048,576");
+        println!("{:<36}{:>16}{:>16}{:>16}   aims", "", "1 flow", "65,536", "1,048,576");
     }
     let mut rows = Vec::new();
     let wanted = args.only.to_lowercase();
@@ -253,7 +259,7 @@ fn main() -> Result<()> {
         }
         if !args.json {
             let aims = case.aims().map(|aim| aim.map_or("-".into(), |ns| format!("≤{ns}"))).join(" ");
-            println!("{:<30}{:>16}{:>16}{:>16}   {aims}", case.name(), cells[0], cells[1], cells[2]);
+            println!("{:<36}{:>16}{:>16}{:>16}   {aims}", case.name(), cells[0], cells[1], cells[2]);
         }
     }
     if args.json {
