@@ -179,21 +179,6 @@ impl HostAddresses {
         }
     }
 
-    /// Removes every address that carries our tag but is not in `keep`, and returns what it removed: what an earlier
-    /// run left behind when it could not clean up.
-    ///
-    /// # Errors
-    /// [`HostAddressError::Refused`].
-    pub async fn remove_leftovers(&self, keep: &[(u32, IpNet)]) -> Result<Vec<HostAddress>, HostAddressError> {
-        let mut removed = Vec::new();
-        for one in self.list().await? {
-            if one.ours && !keep.contains(&(one.ifindex, one.net)) && self.remove(one.ifindex, one.net).await? {
-                removed.push(one);
-            }
-        }
-        Ok(removed)
-    }
-
     fn host_address(&self, message: &AddressMessage) -> Option<HostAddress> {
         let mut address = None;
         let (mut label, mut mark) = (None, None);
@@ -358,7 +343,6 @@ mod tests {
     use crate::plane::throwaway_netns::in_new_netns;
 
     const VIP: IpNet = IpNet::new_assert(IpAddr::V4(Ipv4Addr::new(192, 0, 2, 10)), 32);
-    const OTHER: IpNet = IpNet::new_assert(IpAddr::V4(Ipv4Addr::new(192, 0, 2, 11)), 32);
     const VIP6: IpNet = IpNet::new_assert(IpAddr::V6(Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 0x10)), 128);
 
     fn open() -> HostAddresses {
@@ -396,7 +380,7 @@ mod tests {
             assert_eq!(open().add("lo", VIP6, Scope::Host).await.expect("there"), Added::Ours);
             assert_eq!(other.add("lo", VIP6, Scope::Host).await.expect("there"), Added::Foreign);
             assert!(!other.remove(lo, VIP6).await.expect("not its"));
-            assert_eq!(addresses.remove_leftovers(&[]).await.expect("no error").len(), 1);
+            assert!(addresses.remove(lo, VIP6).await.expect("its own"));
             assert!(find(addresses.list().await.expect("a list")).is_none());
         });
     }
@@ -446,22 +430,7 @@ mod tests {
             assert_eq!(other.add("lo", VIP, Scope::Global).await.expect("added"), Added::New);
             assert_eq!(addresses.add("lo", VIP, Scope::Global).await.expect("there"), Added::Foreign);
             assert!(!addresses.remove(lo, VIP).await.expect("no error"));
-            assert!(addresses.remove_leftovers(&[]).await.expect("no error").is_empty());
             assert!(addresses.list().await.expect("a list").iter().any(|one| one.net == VIP && !one.ours));
-        });
-    }
-
-    #[test]
-    fn leftovers_go_except_what_is_kept() {
-        in_new_netns(async || {
-            let (addresses, lo) = (open(), interface_index("lo").expect("lo"));
-            for net in [VIP, OTHER] {
-                addresses.add("lo", net, Scope::Host).await.expect("added");
-            }
-            let again = open();
-            let removed = again.remove_leftovers(&[(lo, VIP)]).await.expect("no error");
-            assert_eq!(removed.iter().map(|one| one.net).collect::<Vec<_>>(), [OTHER]);
-            assert!(again.list().await.expect("a list").iter().any(|one| one.net == VIP));
         });
     }
 

@@ -13,18 +13,24 @@
 //! IPv6 needs no setting: the kernel answers neighbour solicitations only for addresses of the interface on which they
 //! arrive, and sends its own from such, forwarding or not; on `lo` there are none.
 //!
-//! Taken away is exactly what was changed, also after a crash: addresses are recognised by their label, the former values
-//! stand in a state file beside the lock, written before the first change.
+//! Taken away is exactly what was changed, also after a crash: the addresses and the former values stand in a state file
+//! beside the lock, written before each change; an address must carry our label besides. A host may have several agents,
+//! whose locks are in one directory: each reads the others' state files. It leaves alone what is another's, and what is of
+//! several goes with the last of them, the settings with the last VIP of IPv4. Of agents with locks elsewhere only the
+//! labels are seen: the settings stay while there is one.
 
-use std::fs;
+mod state;
+
+use std::fs::{self, File};
 use std::io;
 use std::net::IpAddr;
-use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 
-use ipnet::IpNet;
-use serde::{Deserialize, Serialize};
 use thiserror::Error;
+
+pub use state::path_of as state_path;
+
+use state::{Changed, State};
 
 use crate::plane::host_address::{Added, HostAddressError, HostAddresses, Scope, interface_index};
 
@@ -62,56 +68,36 @@ pub enum VipError {
     },
 }
 
-/// What is written down before anything is changed.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-struct State {
-    /// Boot and network namespace for which the rest holds.
-    place: String,
-    changed: Vec<Changed>,
-}
-
-/// A setting that was changed.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-struct Changed {
-    path: String,
-    before: u32,
-    after: u32,
-}
-
 /// VIPs that are set up. [`Vips::withdraw`] takes them away; a value that is just dropped leaves them to the next start.
 #[derive(Debug)]
 pub struct Vips {
     addresses: HostAddresses,
-    ours: Vec<IpNet>,
     state: State,
     state_path: PathBuf,
 }
 
 impl Vips {
-    /// Sets up `vips` in the calling thread's network namespace, and first clears away what an earlier run left there
-    /// and `vips` no longer names. `None` when there is nothing to set up. Call it inside a tokio runtime.
+    /// Sets up `vips` in the calling thread's network namespace, and first clears away what an earlier run with this state
+    /// file left there and `vips` no longer names. `None` when there is nothing to set up. Call it inside a tokio runtime.
     ///
     /// # Errors
     /// See [`VipError`]; what had been changed until then is taken back.
     pub async fn establish(vips: &[IpAddr], state_path: &Path) -> Result<Option<Self>, VipError> {
-        let place = place();
-        let left = load(state_path);
+        let left = State::load(state_path);
         if vips.is_empty() && left.is_none() {
             return Ok(None);
         }
         let (addresses, driver) = HostAddresses::open(TAG)?;
         tokio::spawn(driver);
-        let changed = match left {
-            Some(left) if left.place == place => left.changed,
-            _ => Vec::new(),
-        };
-        let state = State { place, changed };
-        let mut this = Self { addresses, ours: Vec::new(), state, state_path: state_path.into() };
+        let here = State { place: state::place(), ..State::default() };
+        let state = left.filter(|left| left.place == here.place).unwrap_or(here);
+        let mut this = Self { addresses, state, state_path: state_path.into() };
+        let _turn = this.turn().await?;
         match this.set_up(vips).await {
-            Ok(()) if vips.is_empty() => this.withdraw().await.map(|()| None),
+            Ok(()) if vips.is_empty() => this.take_away().await.map(|()| None),
             Ok(()) => Ok(Some(this)),
             Err(error) => {
-                if let Err(second) = this.withdraw().await {
+                if let Err(second) = this.take_away().await {
                     tracing::warn!("taking back what was set up: {second}");
                 }
                 Err(error)
@@ -121,44 +107,63 @@ impl Vips {
 
     async fn set_up(&mut self, vips: &[IpAddr]) -> Result<(), VipError> {
         let lo = interface_index(LOOPBACK)?;
-        let wanted: Vec<IpNet> = vips.iter().map(|vip| IpNet::from(*vip)).collect();
-        let keep: Vec<(u32, IpNet)> = wanted.iter().map(|net| (lo, *net)).collect();
-        for left in self.addresses.remove_leftovers(&keep).await? {
-            tracing::info!(address = %left.net, "removed a VIP that an earlier run had left");
-        }
-        if wanted.is_empty() {
+        let others = self.others()?;
+        let unwanted = self.state.ours.iter().copied().filter(|one| !vips.contains(one)).collect();
+        self.remove(lo, unwanted, &others).await?;
+        if vips.is_empty() {
             return Ok(());
         }
+        self.state.vips = vips.to_vec();
         // The settings first: an address that is there without them is answered for at once.
-        self.save()?;
-        for (path, least) in SETTINGS.into_iter().filter(|_| vips.iter().any(IpAddr::is_ipv4)) {
-            self.raise(path, least)?;
+        if self.state.needs_settings() {
+            self.inherit(&others);
+            self.save()?;
+            for (path, least) in SETTINGS {
+                self.raise(path, least)?;
+            }
         }
-        for net in wanted {
-            self.add(lo, net).await?;
+        for vip in vips {
+            self.add(lo, *vip, &others).await?;
         }
         Ok(())
     }
 
-    async fn add(&mut self, lo: u32, net: IpNet) -> Result<(), VipError> {
-        let elsewhere =
-            self.addresses.list().await?.into_iter().find(|one| one.net.addr() == net.addr() && one.ifindex != lo);
-        if let Some(other) = elsewhere {
+    /// What other agents found before they changed it, for whoever of us is the last.
+    fn inherit(&mut self, others: &[State]) {
+        for one in others.iter().flat_map(|other| &other.changed) {
+            let known = self.state.changed.iter().any(|own| own.path == one.path);
+            if !known && SETTINGS.iter().any(|(path, _)| *path == one.path) {
+                self.state.changed.push(one.clone());
+            }
+        }
+    }
+
+    async fn add(&mut self, lo: u32, vip: IpAddr, others: &[State]) -> Result<(), VipError> {
+        let there = self.addresses.list().await?;
+        let (here, elsewhere): (Vec<_>, Vec<_>) =
+            there.into_iter().filter(|one| one.net.addr() == vip).partition(|one| one.ifindex == lo);
+        if let Some(other) = elsewhere.into_iter().next() {
             tracing::warn!(
-                vip = %net.addr(),
+                %vip,
                 "this VIP is also on interface {} and is answered for there: clients may go past the network element",
                 other.label.unwrap_or_else(|| other.ifindex.to_string())
             );
         }
-        match self.addresses.add(LOOPBACK, net, Scope::Host).await? {
-            Added::New => tracing::info!(vip = %net.addr(), "VIP set up on {LOOPBACK}"),
-            Added::Ours => tracing::info!(vip = %net.addr(), "VIP taken over from an earlier run"),
-            Added::Foreign => {
-                tracing::info!(vip = %net.addr(), "VIP was on {LOOPBACK} already; it will stay");
-                return Ok(());
+        // Written down before it is there; what is there without anybody's having written it down is not ours.
+        let shared = others.iter().any(|other| other.ours.contains(&vip));
+        if !self.state.ours.contains(&vip) && (here.is_empty() || shared) {
+            self.state.ours.push(vip);
+        }
+        self.save()?;
+        match self.addresses.add(LOOPBACK, vip.into(), Scope::Host).await? {
+            Added::New => tracing::info!(%vip, "VIP set up on {LOOPBACK}"),
+            Added::Ours if shared => tracing::info!(%vip, "VIP shared with another agent of this host"),
+            Added::Ours if self.state.ours.contains(&vip) => tracing::info!(%vip, "VIP taken over from an earlier run"),
+            Added::Ours | Added::Foreign => {
+                tracing::info!(%vip, "VIP was on {LOOPBACK} already; it will stay");
+                self.state.ours.retain(|one| *one != vip);
             }
         }
-        self.ours.push(net);
         Ok(())
     }
 
@@ -177,57 +182,88 @@ impl Vips {
         fs::write(path, least.to_string()).map_err(failed)
     }
 
-    /// Takes away exactly what was set up: the addresses first, then the settings that still are what we made them.
+    /// Takes away exactly what was set up: the addresses first, then the settings that still are what we made them. What
+    /// another agent of this host has too stays for that one.
     ///
     /// # Errors
     /// The first [`VipError`]; everything is tried nevertheless. The state file then stays for the next start.
-    pub async fn withdraw(self) -> Result<(), VipError> {
-        let mut first = Ok(());
+    pub async fn withdraw(mut self) -> Result<(), VipError> {
+        let _turn = self.turn().await?;
+        self.take_away().await
+    }
+
+    async fn take_away(&mut self) -> Result<(), VipError> {
         let lo = interface_index(LOOPBACK)?;
-        for net in &self.ours {
-            match self.addresses.remove(lo, *net).await {
-                Ok(_) => tracing::info!(vip = %net.addr(), "VIP removed from {LOOPBACK}"),
-                Err(error) => first = first.and(Err(error.into())),
-            }
+        let others = self.others()?;
+        let removed = self.remove(lo, self.state.ours.clone(), &others).await;
+        let there = self.addresses.list().await?;
+        let heirs: Vec<_> = others.iter().filter(|other| other.needs_settings()).collect();
+        if !heirs.is_empty() || there.iter().any(|one| one.ours && one.ifindex == lo && one.net.addr().is_ipv4()) {
+            // Whoever has written down the same will change it back.
+            self.state.changed.retain(|one| !heirs.iter().any(|heir| heir.changed.contains(one)));
+            removed?;
+        } else {
+            removed.and(self.restore())?;
         }
-        for Changed { path, before, after } in &self.state.changed {
-            let restored = read_setting(path)
-                .and_then(|now| if now == *after { fs::write(path, before.to_string()) } else { Ok(()) });
-            first =
-                first.and(restored.map_err(|source| VipError::Setting { path: path.clone(), least: *before, source }));
+        self.state.vips.clear();
+        if !self.state.changed.is_empty() {
+            return self.save();
         }
-        first?;
         match fs::remove_file(&self.state_path) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                Err(VipError::State { path: self.state_path, source: error })
-            }
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(self.failed(error)),
             _ => Ok(()),
         }
     }
 
-    /// Writes the state file, whole or not at all.
-    fn save(&self) -> Result<(), VipError> {
-        let failed = |source| VipError::State { path: self.state_path.clone(), source };
-        let text = serde_json::to_string(&self.state).map_err(|error| failed(error.into()))?;
-        let new = beside(&self.state_path, ".new");
-        fs::write(&new, text).and_then(|()| fs::rename(&new, &self.state_path)).map_err(failed)
+    /// Removes those that no other agent has too.
+    async fn remove(&mut self, lo: u32, vips: Vec<IpAddr>, others: &[State]) -> Result<(), VipError> {
+        let mut first = Ok(());
+        for vip in vips {
+            if others.iter().any(|other| other.ours.contains(&vip)) {
+                tracing::info!(%vip, "VIP left on {LOOPBACK}: another agent of this host has it too");
+            } else {
+                match self.addresses.remove(lo, vip.into()).await {
+                    Ok(true) => tracing::info!(%vip, "VIP removed from {LOOPBACK}"),
+                    Ok(false) => tracing::info!(%vip, "VIP was no longer on {LOOPBACK}, or is somebody else's now"),
+                    Err(error) => {
+                        first = first.and(Err(error.into()));
+                        continue;
+                    }
+                }
+            }
+            self.state.ours.retain(|one| *one != vip);
+        }
+        first
     }
-}
 
-/// The state file that belongs to a lock file.
-pub fn state_path(lock: &Path) -> PathBuf {
-    beside(lock, ".state")
-}
+    fn restore(&mut self) -> Result<(), VipError> {
+        let mut first = Ok(());
+        self.state.changed.retain(|Changed { path, before, after }| {
+            let restored = read_setting(path)
+                .and_then(|now| if now == *after { fs::write(path, before.to_string()) } else { Ok(()) });
+            let failed = restored.map_err(|source| VipError::Setting { path: path.clone(), least: *before, source });
+            let keep = failed.is_err();
+            first = std::mem::replace(&mut first, Ok(())).and(failed);
+            keep
+        });
+        first
+    }
 
-fn beside(path: &Path, ending: &str) -> PathBuf {
-    let mut name = path.as_os_str().to_owned();
-    name.push(ending);
-    name.into()
-}
+    async fn turn(&self) -> Result<File, VipError> {
+        state::turn(&self.state_path).await.map_err(|error| self.failed(error))
+    }
 
-/// What an earlier run has written down. A file that cannot be read says nothing; it will be replaced.
-fn load(path: &Path) -> Option<State> {
-    serde_json::from_slice(&fs::read(path).ok()?).ok()
+    fn others(&self) -> Result<Vec<State>, VipError> {
+        State::of_others(&self.state_path, &self.state.place).map_err(|error| self.failed(error))
+    }
+
+    fn save(&self) -> Result<(), VipError> {
+        self.state.save(&self.state_path).map_err(|error| self.failed(error))
+    }
+
+    fn failed(&self, source: io::Error) -> VipError {
+        VipError::State { path: self.state_path.clone(), source }
+    }
 }
 
 fn read_setting(path: &str) -> io::Result<u32> {
@@ -235,16 +271,13 @@ fn read_setting(path: &str) -> io::Result<u32> {
     text.trim().parse().map_err(|_| io::Error::new(io::ErrorKind::InvalidData, format!("`{}`", text.trim())))
 }
 
-/// Names this boot and the calling thread's network namespace: what was changed elsewhere is not ours to change back.
-fn place() -> String {
-    let boot = fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
-    let namespace = fs::metadata("/proc/thread-self/ns/net").map(|namespace| namespace.ino()).unwrap_or_default();
-    format!("{}/{namespace}", boot.trim())
-}
-
+#[cfg(test)]
+mod together;
 #[cfg(test)]
 mod tests {
     use std::net::{Ipv4Addr, Ipv6Addr};
+
+    use ipnet::IpNet;
 
     use super::*;
     use crate::plane::throwaway_netns::in_new_netns;
@@ -349,7 +382,8 @@ mod tests {
             let directory = tempfile::tempdir().expect("a directory");
             let state = state_in(&directory);
             let changed = SETTINGS.map(|(path, after)| Changed { path: path.into(), before: 0, after }).to_vec();
-            let foreign = State { place: "another boot/1".into(), changed };
+            let foreign =
+                State { place: "another boot/1".into(), changed, vips: vec![VIP.into()], ours: vec![VIP.into()] };
             fs::write(&state, serde_json::to_string(&foreign).expect("JSON")).expect("written");
             set([1, 2]);
             assert!(Vips::establish(&[], &state).await.expect("nothing to do").is_none());
