@@ -1,6 +1,7 @@
 //! The `necp` command.
 
 use std::process::ExitCode;
+use std::time::Duration;
 
 use clap::{Parser, Subcommand};
 use necp_user::daemon::se::ctl::{drain, except, health};
@@ -49,6 +50,9 @@ enum Command {
     Unload(ne::load::UnloadArgs),
 }
 
+/// How long what the agent has left behind may take to end.
+const AGENT_END: Duration = Duration::from_secs(1);
+
 fn main() -> ExitCode {
     let command = Cli::parse().command;
     log_to_stderr();
@@ -66,7 +70,11 @@ fn main() -> ExitCode {
 }
 
 fn agent(args: se::Args) -> anyhow::Result<()> {
-    tokio::runtime::Builder::new_multi_thread().enable_all().build()?.block_on(se::run(args))
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    let ended = runtime.block_on(se::run(args));
+    // A health check may hang in the kernel, reading a file or asking for a name: that is no reason to stay.
+    runtime.shutdown_timeout(AGENT_END);
+    ended
 }
 
 fn finish(result: anyhow::Result<Option<String>>) -> ExitCode {

@@ -10,10 +10,11 @@ mod system;
 use std::fmt;
 use std::path::PathBuf;
 use std::str::FromStr;
+use std::sync::Arc;
 use std::time::Duration;
 
 use thiserror::Error;
-use tokio::sync::watch;
+use tokio::sync::{Semaphore, watch};
 use tokio::time::MissedTickBehavior;
 
 pub use http::HttpTarget;
@@ -152,14 +153,19 @@ impl HealthSource {
     /// # Errors
     /// See [`HealthError`].
     pub async fn evaluate(&self, timeout: Duration) -> Result<HealthIndex, HealthError> {
+        self.evaluate_in(&one_reader(), timeout).await
+    }
+
+    /// The same, with the place of its thread.
+    async fn evaluate_in(&self, turn: &Arc<Semaphore>, timeout: Duration) -> Result<HealthIndex, HealthError> {
         let evaluation = async {
             match self {
                 Self::Constant(index) => Ok(*index),
                 Self::Exec(command) => command::evaluate(command).await,
                 Self::Http(target) => http::evaluate(target).await,
-                Self::Load => system::load().await,
-                Self::Psi => system::pressure().await,
-                Self::File(path) => system::file(path).await,
+                Self::Load => system::load(turn).await,
+                Self::Psi => system::pressure(turn).await,
+                Self::File(path) => system::file(path, turn).await,
             }
         };
         tokio::time::timeout(timeout, evaluation).await.unwrap_or(Err(HealthError::Timeout(timeout)))
@@ -170,8 +176,8 @@ impl HealthSource {
     /// Returns when the first value is there (at most `timeout`), so that no network element is told of a health that
     /// nobody has looked at.
     pub async fn watch(self, interval: Duration, timeout: Duration) -> watch::Receiver<HealthIndex> {
-        let mut note = Note::default();
-        let first = note.take(&self, self.evaluate(timeout).await);
+        let (mut note, turn) = (Note::default(), one_reader());
+        let first = note.take(&self, self.evaluate_in(&turn, timeout).await);
         let (sender, receiver) = watch::channel(first);
         if !matches!(self, Self::Constant(_)) {
             tokio::spawn(async move {
@@ -185,7 +191,7 @@ impl HealthSource {
                     }
                     let outcome = tokio::select! {
                         () = sender.closed() => return,
-                        outcome = self.evaluate(timeout) => outcome,
+                        outcome = self.evaluate_in(&turn, timeout) => outcome,
                     };
                     let index = note.take(&self, outcome);
                     sender.send_if_modified(|current| std::mem::replace(current, index) != index);
@@ -194,6 +200,11 @@ impl HealthSource {
         }
         receiver
     }
+}
+
+/// Room for one thread that reads.
+fn one_reader() -> Arc<Semaphore> {
+    Arc::new(Semaphore::new(1))
 }
 
 /// What the log has been told: one line per change.

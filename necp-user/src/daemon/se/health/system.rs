@@ -1,8 +1,12 @@
 //! Health from what the system says: load average, pressure stall information, a number in a file.
 
+use std::fs::OpenOptions;
+use std::io::{self, Read as _};
+use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::Path;
+use std::sync::Arc;
 
-use tokio::io::AsyncReadExt as _;
+use tokio::sync::Semaphore;
 
 use super::{HealthError, HealthIndex};
 
@@ -10,8 +14,8 @@ use super::{HealthError, HealthIndex};
 const FILE_MAX: u64 = 4096;
 
 /// The load average of the last minute per CPU as an index, see [`of_load`].
-pub(super) async fn load() -> Result<HealthIndex, HealthError> {
-    let text = beginning(Path::new("/proc/loadavg")).await?;
+pub(super) async fn load(turn: &Arc<Semaphore>) -> Result<HealthIndex, HealthError> {
+    let text = beginning(Path::new("/proc/loadavg"), turn).await?;
     let load = text.split(' ').next().and_then(|first| first.parse().ok());
     let load: f64 = load.ok_or_else(|| HealthError::NoIndex(text.trim().to_owned()))?;
     let cpus = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
@@ -19,16 +23,16 @@ pub(super) async fn load() -> Result<HealthIndex, HealthError> {
 }
 
 /// The share of tasks that waited for a CPU in the last 10 s (`some avg10`) as an index: 100 less its percentage.
-pub(super) async fn pressure() -> Result<HealthIndex, HealthError> {
-    let text = beginning(Path::new("/proc/pressure/cpu")).await?;
+pub(super) async fn pressure(turn: &Arc<Semaphore>) -> Result<HealthIndex, HealthError> {
+    let text = beginning(Path::new("/proc/pressure/cpu"), turn).await?;
     waiting(&text)
         .map(|percent| HealthIndex::of_measure(100.0 - percent))
         .ok_or_else(|| HealthError::NoIndex(text.trim().to_owned()))
 }
 
 /// A number from 0 to 100, the first word of a file.
-pub(super) async fn file(path: &Path) -> Result<HealthIndex, HealthError> {
-    let text = beginning(path).await?;
+pub(super) async fn file(path: &Path, turn: &Arc<Semaphore>) -> Result<HealthIndex, HealthError> {
+    let text = beginning(path, turn).await?;
     let word = text.split_whitespace().next().unwrap_or_default();
     HealthIndex::parse(word).ok_or_else(|| HealthError::NoIndex(word.chars().take(40).collect()))
 }
@@ -46,12 +50,30 @@ fn waiting(text: &str) -> Option<f64> {
     percent.is_finite().then_some(percent)
 }
 
-async fn beginning(path: &Path) -> Result<String, HealthError> {
+/// Reads the beginning of a file, once `turn` has room for it: a thread that hangs in the kernel, as on a mount whose server
+/// is gone, keeps its place there, and no second one joins it.
+async fn beginning(path: &Path, turn: &Arc<Semaphore>) -> Result<String, HealthError> {
     let failed = |source| HealthError::Read { path: path.display().to_string(), source };
-    let mut bytes = Vec::new();
-    let file = tokio::fs::File::open(path).await.map_err(failed)?;
-    file.take(FILE_MAX).read_to_end(&mut bytes).await.map_err(failed)?;
+    let place = Arc::clone(turn).acquire_owned().await;
+    let owned = path.to_owned();
+    let reading = tokio::task::spawn_blocking(move || {
+        let read = read(&owned);
+        drop(place);
+        read
+    });
+    let bytes = reading.await.map_err(io::Error::from).flatten().map_err(failed)?;
     Ok(String::from_utf8_lossy(&bytes).into_owned())
+}
+
+fn read(path: &Path) -> io::Result<Vec<u8>> {
+    // A FIFO without a writer would hold us up for ever.
+    let file = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(path)?;
+    if !file.metadata()?.is_file() {
+        return Err(io::Error::other("it is no regular file"));
+    }
+    let mut bytes = Vec::new();
+    file.take(FILE_MAX).read_to_end(&mut bytes)?;
+    Ok(bytes)
 }
 
 #[cfg(test)]
@@ -84,6 +106,32 @@ mod tests {
         let pressure = HealthSource::Psi.evaluate(Duration::from_secs(10)).await;
         let pressure = pressure.expect("this test needs a kernel with pressure stall information (CONFIG_PSI, psi=1)");
         assert!((1..=100).contains(&pressure.get()));
+    }
+
+    #[tokio::test]
+    async fn what_is_no_file_is_refused_at_once() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let pipe = directory.path().join("pipe");
+        let path = std::ffi::CString::new(pipe.as_os_str().as_encoded_bytes()).expect("no NUL");
+        // SAFETY: `path` is a NUL-terminated string that outlives the call.
+        assert_eq!(unsafe { libc::mkfifo(path.as_ptr(), 0o600) }, 0);
+        for path in [&pipe, directory.path(), Path::new("/dev/zero")] {
+            let error = HealthSource::File(path.into()).evaluate(Duration::from_secs(10)).await.expect_err("no file");
+            assert!(error.to_string().ends_with(": it is no regular file"), "{error}");
+        }
+    }
+
+    #[tokio::test]
+    async fn beside_a_reader_that_hangs_there_is_no_second_one() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let path = directory.path().join("health");
+        std::fs::write(&path, "40").expect("written");
+        let (source, turn) = (HealthSource::File(path), Arc::new(Semaphore::new(1)));
+        let hangs = turn.acquire().await.expect("it is open");
+        let error = source.evaluate_in(&turn, Duration::from_millis(100)).await.expect_err("no turn");
+        assert!(matches!(error, HealthError::Timeout(_)), "{error}");
+        drop(hangs);
+        assert_eq!(source.evaluate_in(&turn, Duration::from_secs(10)).await.expect("a number").get(), 40);
     }
 
     #[tokio::test]
