@@ -64,8 +64,9 @@
 //!
 //! # Limits
 //!
-//! At most 64 requests are on their way to an NE and as many wait; then a new one waits for its turn. A request that an NE
-//! does not answer within 30 s ends the session with it. [`Builder::max_exceptions`] and [`Builder::max_listed`] bound the
+//! At most 1,024 requests wait for answers at a time; then a new one waits for its turn, except [`Client::drain`] and
+//! [`Client::resume`], which never do. At most 64 are on their way to an NE, 4,096 wait for it; with more, as with one that it
+//! does not answer within 30 s, the session with it is ended, and all that is wanted is told in the next. [`Builder::max_exceptions`] and [`Builder::max_listed`] bound the
 //! memory. One client per host: a second one from the same address would take the first one's sessions away (§5.4).
 
 mod address;
@@ -85,7 +86,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use futures_util::future;
-use tokio::sync::{Mutex, mpsc, oneshot, watch};
+use tokio::sync::mpsc::error::TrySendError;
+use tokio::sync::{Semaphore, mpsc, oneshot, watch};
 use tokio::time::timeout_at;
 
 pub use address::{NeAddress, ParseNeError};
@@ -96,13 +98,15 @@ pub use peer::{NeState, Standing};
 pub use wish::Wanted;
 
 use builder::{Settings, check_offers};
-use peer::{Command, Outcome, Peer, SharedWish, What};
+use peer::{Command, Inbox, Outcome, Peer, SharedWish, What};
 use wish::Wish;
 
 use crate::necp::{Exception, Filter, Flows, ServiceKey, ServiceUnit};
 
-/// Commands that may wait for each network element.
-const QUEUE: usize = 64;
+/// Requests that may wait for answers at a time.
+const IN_PROGRESS: usize = 1024;
+/// Commands that may wait for each network element: more than there are requests, for those that nobody waits for any more.
+const QUEUE: usize = 4 * IN_PROGRESS;
 
 /// A server element's sessions with its network elements. Cloned, it is the same client; when the last clone is dropped,
 /// it leaves.
@@ -113,9 +117,10 @@ pub struct Client {
 
 struct Shared {
     settings: Arc<Settings>,
+    /// Held while it is changed and told, so that every network element is told in the same order.
     wish: SharedWish,
-    /// Held while a wish is changed and told, so that every network element is told in the same order.
-    order: Mutex<()>,
+    /// For the requests in progress.
+    places: Semaphore,
     peers: Vec<Handle>,
     leave: watch::Sender<bool>,
 }
@@ -124,6 +129,8 @@ struct Shared {
 struct Handle {
     ne: NeAddress,
     commands: mpsc::Sender<Command>,
+    /// Told when there was no room for a command.
+    overrun: watch::Sender<()>,
     state: watch::Receiver<NeState>,
 }
 
@@ -140,11 +147,12 @@ impl Client {
         let peers = settings.nes.iter().map(|ne| {
             let (commands, received) = mpsc::channel(QUEUE);
             let (peer, state) = Peer::new(ne.clone(), Arc::clone(&settings), wish.clone());
-            tokio::spawn(peer.run(received, leave.subscribe()));
-            Handle { ne: ne.clone(), commands, state }
+            let overrun = watch::Sender::new(());
+            tokio::spawn(peer.run(Inbox::new(received, overrun.subscribe(), leave.subscribe())));
+            Handle { ne: ne.clone(), commands, overrun, state }
         });
         let peers = peers.collect();
-        Self { shared: Arc::new(Shared { settings, wish, order: Mutex::new(()), peers, leave }) }
+        Self { shared: Arc::new(Shared { settings, wish, places: Semaphore::new(IN_PROGRESS), peers, leave }) }
     }
 
     /// Waits until so many network elements have a session and have answered what is to be started or stopped; `false` if
@@ -318,27 +326,19 @@ impl Client {
         limit: Duration,
         change: impl FnOnce(&mut Wish) -> Result<T, E>,
     ) -> Result<(T, Vec<(NeAddress, Outcome)>), E> {
-        let order = self.shared.order.lock().await;
-        let mut places = Vec::new();
-        for peer in &self.shared.peers {
-            // An error means that the task is gone: the client has left.
-            places.push((peer.ne.clone(), peer.commands.reserve().await.ok()));
-        }
-        // No await from here to the last send: a caller that gives up has told everyone or no one.
-        let changed = change(&mut self.shared.wish.lock())?;
-        let told = places.into_iter().map(|(ne, place)| {
-            let (done, answer) = oneshot::channel();
-            let place = place.map(|place| place.send(Command { what: what.clone(), done }));
-            (ne, place.map(|()| answer))
-        });
-        let told: Vec<_> = told.collect();
-        drop(order);
+        // Whoever wants no new flows does not wait for others.
+        let _place = match what {
+            What::Start | What::Stop => None,
+            // An error would mean that the semaphore is closed, which it never is.
+            _ => self.shared.places.acquire().await.ok(),
+        };
         let deadline = tokio::time::Instant::now() + limit;
+        let (changed, told) = self.change_and_tell(&what, change)?;
         let mut outcomes = Vec::new();
         for (ne, answer) in told {
             let outcome = match answer {
-                None => Err(NeError::Away("left".into())).into(),
-                Some(answer) => match timeout_at(deadline, answer).await {
+                Err(error) => Err(error).into(),
+                Ok(answer) => match timeout_at(deadline, answer).await {
                     Ok(Ok(outcome)) => outcome,
                     Ok(Err(_)) => Err(NeError::Lost).into(),
                     Err(_) => Err(NeError::Timeout(limit)).into(),
@@ -347,6 +347,34 @@ impl Client {
             outcomes.push((ne, outcome));
         }
         Ok((changed, outcomes))
+    }
+
+    /// Nothing waits here: a caller that gives up has told everyone or no one, and an element that is slow holds up nobody.
+    #[expect(clippy::type_complexity, reason = "what was changed, and for each element its answer to come")]
+    fn change_and_tell<T, E>(
+        &self,
+        what: &What,
+        change: impl FnOnce(&mut Wish) -> Result<T, E>,
+    ) -> Result<(T, Vec<(NeAddress, Result<oneshot::Receiver<Outcome>, NeError>)>), E> {
+        let mut wish = self.shared.wish.lock();
+        let changed = change(&mut wish)?;
+        let told = self.shared.peers.iter().map(|peer| (peer.ne.clone(), peer.tell(what.clone())));
+        Ok((changed, told.collect()))
+    }
+}
+
+impl Handle {
+    fn tell(&self, what: What) -> Result<oneshot::Receiver<Outcome>, NeError> {
+        let (done, answer) = oneshot::channel();
+        match self.commands.try_send(Command { what, done }) {
+            Ok(()) => Ok(answer),
+            Err(TrySendError::Full(_)) => {
+                self.overrun.send_replace(());
+                Err(NeError::Lost)
+            }
+            // The task is gone: the client has left.
+            Err(TrySendError::Closed(_)) => Err(NeError::Away("left".into())),
+        }
     }
 }
 

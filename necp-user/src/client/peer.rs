@@ -109,24 +109,53 @@ impl SharedWish {
 /// Where the commands come from.
 pub(super) struct Inbox {
     commands: mpsc::Receiver<Command>,
+    overrun: watch::Receiver<()>,
     leave: watch::Receiver<bool>,
 }
 
+/// What a network element's task is told.
+pub(super) enum Next {
+    /// To do this.
+    Command(Command),
+    /// There was no room for a command: only a new session can tell what is wanted now.
+    Overrun,
+    /// The order to leave, as is a client that is gone.
+    Leave,
+}
+
 impl Inbox {
-    /// The next command, if there is room for one; `None` is the order to leave, as is a client that is gone.
-    pub(super) async fn next_if(&mut self, has_room: bool) -> Option<Command> {
+    pub(super) fn new(
+        commands: mpsc::Receiver<Command>,
+        overrun: watch::Receiver<()>,
+        leave: watch::Receiver<bool>,
+    ) -> Self {
+        Self { commands, overrun, leave }
+    }
+
+    /// What is next: a command only if there is room for one.
+    pub(super) async fn next_if(&mut self, has_room: bool) -> Next {
         tokio::select! {
             biased;
             // An error means that there is no client any more.
-            _ = self.leave.wait_for(|leave| *leave) => None,
-            command = self.commands.recv(), if has_room => command,
+            _ = self.leave.wait_for(|leave| *leave) => Next::Leave,
+            Ok(()) = self.overrun.changed() => Next::Overrun,
+            command = self.commands.recv(), if has_room => command.map_or(Next::Leave, Next::Command),
         }
+    }
+
+    /// Forgets commands that had no room: the session that begins will tell all that is wanted.
+    pub(super) fn begin(&mut self) {
+        self.overrun.mark_unchanged();
     }
 
     /// Until the order to leave: no session, nothing can be done.
     async fn decline(&mut self, why: &str) {
-        while let Some(command) = self.next_if(true).await {
-            let _ = command.done.send(Err(NeError::Away(why.to_owned())).into());
+        loop {
+            match self.next_if(true).await {
+                Next::Command(command) => _ = command.done.send(Err(NeError::Away(why.to_owned())).into()),
+                Next::Overrun => {}
+                Next::Leave => return,
+            }
         }
     }
 }
@@ -147,8 +176,7 @@ impl Peer {
     }
 
     /// Runs until the order to leave.
-    pub(super) async fn run(self, commands: mpsc::Receiver<Command>, leave: watch::Receiver<bool>) {
-        let mut inbox = Inbox { commands, leave };
+    pub(super) async fn run(self, mut inbox: Inbox) {
         let mut backoff = Backoff::new(self.settings.retry_max);
         let mut told = None;
         let mut why = String::from("not connected yet");

@@ -15,7 +15,7 @@ use tokio::time::{sleep_until, timeout};
 
 use super::answers::{Listing, NeError};
 use super::health::ask;
-use super::peer::{Command, Done, Inbox, Outcome, Peer, Standing, What};
+use super::peer::{Command, Done, Inbox, Next, Outcome, Peer, Standing, What};
 use super::refused::Refused;
 use crate::necp::{
     Backoff, CloseReason, Credentials, Exception, Family, Flows, Listed, Query, RequestId, SeEvent, SeSession,
@@ -102,6 +102,7 @@ impl<'a> Session<'a> {
     /// Until the session ends: why, or `None` if it was told to.
     pub(super) async fn run(mut self, mut stream: TcpStream, inbox: &mut Inbox) -> Option<String> {
         self.local = stream.local_addr().ok().map(|address| address.ip());
+        inbox.begin();
         let (mut read, mut write) = stream.split();
         let (mut output, mut input) = (Vec::new(), vec![0; 16 * 1024]);
         let mut failure = None;
@@ -158,9 +159,10 @@ impl<'a> Session<'a> {
             Some((token, answers)) = self.health.next(), if !self.health.is_empty() => {
                 self.machine.answer_health(token, &answers);
             }
-            command = inbox.next_if(has_room) => match command {
-                Some(command) => self.carry_out(command),
-                None => self.machine.close(CloseReason::Shutdown),
+            next = inbox.next_if(has_room) => match next {
+                Next::Command(command) => self.carry_out(command),
+                Next::Overrun => return Err(std::io::Error::other("too many requests wait for its answers")),
+                Next::Leave => self.machine.close(CloseReason::Shutdown),
             },
         }
         Ok(())

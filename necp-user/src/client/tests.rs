@@ -263,6 +263,54 @@ async fn an_element_that_does_not_answer_holds_up_nobody_without_end() {
     mute.end().await;
 }
 
+/// However many requests wait for one element, the others are told at once, and a drain waits no longer than it may.
+#[tokio::test]
+async fn a_full_queue_of_one_element_holds_up_nobody_else() {
+    let (good, mute) = (Ne::start(0, Manner::Good).await, Ne::start(0, Manner::NeverExcepts).await);
+    let client = client(&[mute.port, good.port]).answer_within(Duration::from_secs(20)).join().expect("settings");
+    joined(&client, 2).await;
+    let requests: Vec<_> = (1..=400u16)
+        .map(|port| {
+            let client = client.clone();
+            tokio::spawn(async move { client.except(&[global(port, 0)]).await })
+        })
+        .collect();
+    let begun = Instant::now();
+    while client.wanted().len() < 400 {
+        assert!(begun.elapsed() < SOON, "{} of 400 are told", client.wanted().len());
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    let (begun, limit) = (Instant::now(), Duration::from_secs(1));
+    assert_eq!(results(client.drain(limit).await), [Err(NeError::Timeout(limit)), Ok(())]);
+    assert!(begun.elapsed() < 2 * limit, "{:?}", begun.elapsed());
+    requests.iter().for_each(tokio::task::JoinHandle::abort);
+}
+
+/// Requests that nobody waits for any more take no memory without end: the session is ended, and the next one tells it all.
+#[tokio::test]
+async fn an_element_that_is_asked_too_much_is_told_again() {
+    let mut mute = Ne::start(0, Manner::NeverExcepts).await;
+    let client = client(&[mute.port]).answer_within(Duration::from_millis(1)).join().expect("settings");
+    joined(&client, 1).await;
+    mute.joined().await;
+    assert_eq!(mute.operations().await, [start(8080)]);
+    let mut lost = false;
+    for _ in 0..10 {
+        let ask = || async { results(client.except(&[global(80, 0)]).await.expect("legal")) };
+        let answers = futures_util::future::join_all((0..IN_PROGRESS).map(|_| ask())).await;
+        lost = lost || answers.contains(&vec![Err(NeError::Lost)]);
+        if lost {
+            break;
+        }
+    }
+    assert!(lost, "its queue is bounded");
+    while !matches!(mute.event().await, NeEvent::Closed(_)) {}
+    mute.joined().await;
+    assert_eq!(mute.operations().await, [Operation::Except(global(80, 0))]);
+    assert_eq!(mute.operations().await, [start(8080)]);
+    assert!(mute.is_quiet_for(Duration::from_millis(500)).await, "the session stays");
+}
+
 #[tokio::test]
 async fn the_session_that_ends_takes_the_answers_with_it() {
     let mute = Ne::start(0, Manner::NeverExcepts).await;
