@@ -56,7 +56,7 @@ struct Selector {
     /// Destination addresses, likewise [default: any]
     #[arg(long, value_name = "PREFIX")]
     dst: Option<Prefix>,
-    /// Protocol and destination port: tcp/80, udp/53, tcp, icmp, 47 or any [default: any]
+    /// Protocol and destination port: tcp/80, udp/53, tcp, icmp, ip/47 or any [default: any]
     #[arg(long, value_name = "PROTO[/PORT]")]
     port: Option<Ports>,
 }
@@ -104,7 +104,7 @@ struct Reset {
 Examples:
   necp except list
   necp except list --installer 10.0.0.11 --scope global
-  necp except list --json | jq '.[].entries[].dst'")]
+  necp except list --json | jq '.[].entries[]?.dst'")]
 struct List {
     /// Only with exactly this source
     #[arg(long, value_name = "PREFIX")]
