@@ -106,7 +106,7 @@ impl Builder {
 
     /// The address to dial from, which is the one that the network elements know this server by.
     pub fn source(mut self, source: IpAddr) -> Self {
-        self.settings.source = Some(source);
+        self.settings.source = Some(source.to_canonical());
         self
     }
 
@@ -201,7 +201,7 @@ impl Settings {
                 return Err(JoinError::NeTwice(ne.clone()));
             }
             if let (Some(from), Ok(to)) = (self.source, ne.host.parse::<IpAddr>())
-                && from.is_ipv4() != to.is_ipv4()
+                && from.is_ipv4() != to.to_canonical().is_ipv4()
             {
                 return Err(JoinError::Family { ne: ne.clone(), from });
             }
