@@ -141,6 +141,17 @@ pub(super) fn detach_others(pin: &Path, ports: &[LoadedPort]) -> Result<(), Plan
     Ok(())
 }
 
+/// As [`detach_others`], by name.
+pub(super) fn detach_all_but(pin: &Path, interfaces: &[String]) -> Result<(), PlaneError> {
+    for (name, path) in links(pin)? {
+        if !interfaces.iter().any(|interface| is_link_of(&name, interface)) {
+            tracing::info!(link = %path.display(), "detaching from an interface that is no longer wanted");
+            remove(&path)?;
+        }
+    }
+    Ok(())
+}
+
 /// Whether a link to an interface of this name is pinned.
 ///
 /// # Errors

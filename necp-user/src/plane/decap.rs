@@ -20,12 +20,11 @@ pub static PROGRAM: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"),
 #[derive(Debug)]
 pub struct Decap {
     pin: PathBuf,
-    interfaces: Vec<String>,
 }
 
 impl Decap {
     /// Puts it on these interfaces; datagrams in GRE from these addresses are unwrapped. `pin` is a directory on a BPF file
-    /// system, this agent's own.
+    /// system, this agent's own: what an earlier run has left there, on other interfaces, is taken away.
     ///
     /// # Errors
     /// See [`PlaneError`]; what was attached before the mistake is taken away again.
@@ -35,20 +34,20 @@ impl Decap {
             return Err(PlaneError::io("unwrapping GRE")(many));
         }
         load::prepare_pin_directory(pin)?;
-        let mut this = Self { pin: pin.into(), interfaces: Vec::new() };
-        for interface in interfaces {
-            match attach_one(pin, &interface, sources) {
-                Ok(mode) => tracing::info!("GRE is unwrapped on {interface} in {mode} mode"),
-                Err(error) => {
-                    if let Err(second) = this.remove() {
-                        tracing::warn!("{second}");
-                    }
-                    return Err(error);
+        let attached = interfaces.iter().try_for_each(|interface| {
+            let mode = attach_one(pin, interface, sources)?;
+            tracing::info!("GRE is unwrapped on {interface} in {mode} mode");
+            Ok(())
+        });
+        match attached.and_then(|()| attach::detach_all_but(pin, &interfaces)) {
+            Ok(()) => Ok(Self { pin: pin.into() }),
+            Err(error) => {
+                if let Err(second) = Self::remove_leftovers(pin) {
+                    tracing::warn!("{second}");
                 }
+                Err(error)
             }
-            this.interfaces.push(interface);
         }
-        Ok(this)
     }
 
     /// Takes it away.
@@ -56,7 +55,15 @@ impl Decap {
     /// # Errors
     /// If a pin cannot be removed.
     pub fn remove(self) -> Result<(), PlaneError> {
-        self.interfaces.iter().try_for_each(|interface| attach::unload(&self.pin, interface).map(drop))
+        Self::remove_leftovers(&self.pin)
+    }
+
+    /// Takes away what an earlier run has left there, if anything.
+    ///
+    /// # Errors
+    /// If a pin cannot be removed.
+    pub fn remove_leftovers(pin: &Path) -> Result<(), PlaneError> {
+        attach::remove_all(pin)
     }
 }
 

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use anyhow::{Context as _, ensure};
+use sha1::{Digest as _, Sha1};
 
 use super::settings::Settings;
 use crate::client::NeAddress;
@@ -33,11 +34,24 @@ impl FromStr for DecapOn {
     }
 }
 
-/// Begins to unwrap, as the settings say.
+/// Begins to unwrap, as the settings say. What an agent that crashed has left on other interfaces is taken away.
 ///
 /// # Errors
-/// A network element that cannot be found, an interface that is not there, a kernel that refuses.
+/// A network element that cannot be found, an interface that is not there, a kernel that refuses; then nothing is left.
 pub async fn begin(settings: &Settings) -> anyhow::Result<Option<Decap>> {
+    let pins = pins(&settings.lock);
+    let begun = attach(settings, &pins).await;
+    // Who cannot look there has left nothing there.
+    if !matches!(begun, Ok(Some(_)))
+        && pins.exists()
+        && let Err(second) = Decap::remove_leftovers(&pins)
+    {
+        tracing::warn!("taking away what an earlier run has left of `--decap`: {second}");
+    }
+    begun
+}
+
+async fn attach(settings: &Settings, pins: &Path) -> anyhow::Result<Option<Decap>> {
     let Some(on) = &settings.decap else { return Ok(None) };
     let mut nes = BTreeSet::new();
     for ne in &settings.nes {
@@ -49,7 +63,7 @@ pub async fn begin(settings: &Settings) -> anyhow::Result<Option<Decap>> {
     };
     let sources: BTreeSet<IpAddr> = nes.iter().chain(&settings.decap_from).copied().collect();
     let sources: Vec<_> = sources.into_iter().collect();
-    let decap = Decap::attach(&pins(&settings.lock), interfaces, &sources);
+    let decap = Decap::attach(pins, interfaces, &sources);
     Ok(Some(decap.context("`--decap` is not possible")?))
 }
 
@@ -77,9 +91,14 @@ async fn towards(nes: &BTreeSet<IpAddr>) -> anyhow::Result<Vec<String>> {
     Ok(interfaces.into_iter().collect())
 }
 
-/// As many agents as there are locks.
+/// As many agents as there are locks, and no two with the same name: what is there is taken away at the start.
 fn pins(lock: &Path) -> PathBuf {
-    let name: String =
+    // The lock is held, so it is there.
+    let lock = lock.canonicalize().unwrap_or_else(|_| lock.into());
+    let readable: String =
         lock.display().to_string().chars().map(|c| if c.is_ascii_alphanumeric() { c } else { '_' }).collect();
-    Path::new(PINS).join(format!("necp-se{name}"))
+    // `/a/b` and `/a_b` are two.
+    let digest = Sha1::digest(lock.as_os_str().as_encoded_bytes());
+    Path::new(PINS)
+        .join(format!("necp-se{readable}-{:02x}{:02x}{:02x}{:02x}", digest[0], digest[1], digest[2], digest[3]))
 }

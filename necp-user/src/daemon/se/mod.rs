@@ -120,16 +120,33 @@ pub async fn serve(settings: Settings, control: &Control) -> anyhow::Result<()> 
     let numbers = Identity::numbers_beside(&settings.lock);
     let identity = settings.key_file.as_deref().map(|file| Identity::open(file, &numbers)).transpose()?;
     let vips = Vips::establish(&settings.vips, &vip::state_path(&settings.lock)).await?;
-    let decap = decap::begin(&settings).await?;
+    let (decap, lived) = match decap::begin(&settings).await {
+        Ok(decap) => (decap, live(&settings, identity, control).await),
+        Err(error) => (None, Err(error)),
+    };
+    // Whatever went wrong, both go; the first error is the one that matters.
+    let unwrapped = decap.map_or(Ok(()), |decap| decap.remove().map_err(Into::into));
+    let withdrawn = match vips {
+        Some(vips) => vips.withdraw().await.map_err(Into::into),
+        None => Ok(()),
+    };
+    let mut errors = [lived, unwrapped, withdrawn].into_iter().filter_map(Result::err);
+    let first = errors.next();
+    errors.for_each(|error| tracing::warn!("{error:#}"));
+    first.map_or(Ok(()), Err)
+}
+
+/// From the socket to the end of the sessions.
+async fn live(settings: &Settings, identity: Option<Identity>, control: &Control) -> anyhow::Result<()> {
     let socket = AdminSocket::bind(&settings.socket).with_context(|| {
         format!("cannot listen on the agent's socket {} (another place: `--socket PATH`)", settings.socket.display())
     })?;
     let health = settings.health.clone().watch(settings.health_interval, settings.health_timeout).await;
-    let (agent, client) = Agent::join(&settings, identity, health)?;
+    let (agent, client) = Agent::join(settings, identity, health)?;
     let socket = tokio::spawn(socket.serve(agent.answers()));
     control.asked(Asked::Drain).await;
     tokio::select! {
-        () = leave_in_peace(&settings, &client) => {}
+        () = leave_in_peace(settings, &client) => {}
         () = control.asked(Asked::Abort) => {}
     }
     socket.abort();
@@ -137,12 +154,6 @@ pub async fn serve(settings: Settings, control: &Control) -> anyhow::Result<()> 
     let _ = socket.await;
     if timeout(CLOSE_WAIT, client.leave()).await.is_err() {
         tracing::warn!("a session did not close in time; dropped");
-    }
-    if let Some(decap) = decap {
-        decap.remove()?;
-    }
-    if let Some(vips) = vips {
-        vips.withdraw().await?;
     }
     Ok(())
 }

@@ -61,7 +61,7 @@ pub struct Args {
     #[arg(long, value_name = "ADDR")]
     pub vip: Vec<IpAddr>,
     /// Take the outer headers of GRE off, for a kernel without a GRE device: an XDP program on the interface that the network
-    /// elements' packets come by, or on this one. It stays if the agent crashes, until the next one ends
+    /// elements' packets come by, or on this one. It stays if the agent crashes, until the next one starts
     #[arg(long, value_name = "INTERFACE", num_args = 0..=1, default_missing_value = "auto")]
     pub decap: Option<DecapOn>,
     /// Besides those of --ne, an address whose GRE is unwrapped. Repeat it for several
