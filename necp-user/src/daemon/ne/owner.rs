@@ -188,7 +188,8 @@ impl Owner {
     async fn gather(&mut self, inputs: &mut mpsc::Receiver<Input>, changes: &mut (impl Stream<Item = Change> + Unpin)) {
         let until = tokio::time::Instant::now() + GATHER;
         for _ in 0..GATHER_MAX {
-            if !self.urgent {
+            // Also if more keeps coming.
+            if !self.urgent || until <= tokio::time::Instant::now() {
                 return;
             }
             tokio::select! {
