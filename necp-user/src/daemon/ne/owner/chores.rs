@@ -143,6 +143,7 @@ impl Owner {
             Progress::Working => now + BATCH_PAUSE,
             Progress::Finished => {
                 self.dirty = true;
+                self.collector.last().freed.iter().for_each(|&id| self.sampler.begin_anew(id));
                 now + BATCH_PAUSE
             }
         };
