@@ -40,7 +40,8 @@ fn a_mistake_in_the_configuration_is_named_with_its_line() -> Result<()> {
 
     let two = good.clone() + &farm("api", FOREIGN, &["10.0.0.128/25"], "");
     let many: Vec<String> = (10..27).map(|host| format!("\"192.0.2.{host}\"")).collect();
-    let many = good.replace("\"192.0.2.10\"", &many.join(", ")).replace("forwarding = [\"l2\"]", "forwarding = [\"l3\"]");
+    let many =
+        good.replace("\"192.0.2.10\"", &many.join(", ")).replace("forwarding = [\"l2\"]", "forwarding = [\"l3\"]");
     let cases = [
         (many, "17 VIPs"),
         (good.replace("keepalive", "keepalife"), "2:1: unknown key `keepalife`; did you mean `keepalive`?"),
