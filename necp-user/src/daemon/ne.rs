@@ -322,7 +322,7 @@ async fn tell_of_veths(neighbours: &Neighbours, ports: &[PortInfo]) {
         if neighbours.is_veth(port.ifindex).await.unwrap_or(false) {
             tracing::info!(
                 interface = port.name,
-                "{} is a veth: its other end needs an XDP program too, else what is sent back by it is delayed or lost                  (or set mode = \"generic\")",
+                "{} is a veth: its other end needs an XDP program too, else what is sent back by it is delayed or lost (or set mode = \"generic\")",
                 port.name
             );
         }
