@@ -133,7 +133,9 @@ pub fn with_ports<D: Device, T: Tables>(device: &D, tables: &T) -> Ending {
         Err(ending) => return ending,
     };
     if let Err(reason) = ports(&device.frame().skip(l3), &mut head) {
-        return if reason == Reason::Icmp {
+        return if reason == Reason::Icmp && is_unwanted_echo(&device.frame().skip(l3), &head, tables) {
+            Ending::drop(Reason::Echo)
+        } else if reason == Reason::Icmp {
             leave(device, tables, &head, reason)
         } else {
             Ending::new(reason, Out::Pass)
@@ -233,10 +235,8 @@ pub(crate) fn bridge<D: Device>(device: &D, decision: &Decision) -> Ending {
 fn icmp_error<D: Device, T: Tables>(device: &D, tables: &T, l3: usize, head: &Datagram) -> Ending {
     let other = Ending::new(Reason::Icmp, Out::Pass);
     let packet = device.frame().skip(l3);
-    // Behind the datagram there may be padding.
-    if head.total as usize > head.header && packet.skip(head.header).read::<u8>(0) == Some(ECHO) {
-        let vip = find_vip(head.packet.destination, tables);
-        return if vip.is_some_and(|vip| vip.flags & NO_ECHO != 0) { Ending::drop(Reason::Echo) } else { other };
+    if is_unwanted_echo(&packet, head, tables) {
+        return Ending::drop(Reason::Echo);
     }
     let Some(quoted) = quoted(&packet, head) else { return other };
     // To a VIP: what it quotes was sent as the VIP, so the flow is the other way round.
@@ -259,6 +259,15 @@ fn icmp_error<D: Device, T: Tables>(device: &D, tables: &T, l3: usize, head: &Da
         return Ending::drop(Reason::BadTables);
     }
     routed::send_reply(device, tables, l3, vip, server)
+}
+
+/// An echo request to a VIP that answers none; it, or its first part.
+#[inline(always)]
+fn is_unwanted_echo<T: Tables>(packet: &Frame, head: &Datagram, tables: &T) -> bool {
+    // Behind the datagram there may be padding.
+    head.total as usize > head.header
+        && packet.skip(head.header).read::<u8>(0) == Some(ECHO)
+        && find_vip(head.packet.destination, tables).is_some_and(|vip| vip.flags & NO_ECHO != 0)
 }
 
 /// The quoted header as the server knows it.

@@ -1,16 +1,17 @@
 //! The forwarding types that route (draft §5.6.1): GRE and layer 3 to servers, and what layer-3 servers reply.
 //!
 //! A reply must be given the VIP's address again. It belongs to one of the VIPs that have its source port: each of them is
-//! asked for the flow, and the flow on record says whether this server has it. What a server says to others, or to clients
-//! that addressed the server itself, belongs to no flow on record and is none of ours.
+//! asked for the flow, and the flow on record says whether this server has it; what is on record counts for more than a SYN
+//! nobody has answered, that for more than what is ending, and what was heard of last for most. What a server says to others, or to clients that addressed the
+//! server itself, belongs to no flow on record and is none of ours.
 
 use network_types::ip::Ipv4Hdr;
 
 use crate::{
-    abi::{GRE, LAYER_3, NONE, REPLY_VIPS},
+    abi::{GRE, LAYER_3, MAX_SERVERS, REPLY_VIPS},
     device::{Device, Ending, Out, Routed, Way},
     exceptions::Rounds,
-    flows::{FlowWord, find, flow_key},
+    flows::{FlowWord, Found, MAX_AGE, find, flow_key},
     hash::{flow_buckets, flow_hash, service_bucket},
     icmp::{self, Error},
     packet::Packet,
@@ -89,15 +90,89 @@ pub fn reply<D: Device, T: Tables>(device: &D, tables: &T, packet: &Packet, l3: 
 #[inline(always)]
 pub(crate) fn flow_of_reply<T: Tables>(reply: Reply, tables: &T) -> Option<(u32, u32)> {
     let packet = reply.turned_round(0).turned_round();
+    let mut best = Claim::NONE;
     for number in Rounds::new(REPLY_VIPS) {
         let key = packet.reply_key(number);
-        let vip = find_entry(key, tables.service_bucket(service_bucket(key))?)?.slots_base;
-        let server = tables.server_of_reply(reply, vip);
-        if server != NONE {
-            return Some((vip, server));
+        let Some(entry) = find_entry(key, tables.service_bucket(service_bucket(key))?) else { break };
+        best = best.or(tables.claim_of_reply(reply, entry.slots_base), entry.slots_base);
+        if best.is_certain() {
+            break;
         }
     }
-    None
+    if best.is_to_be_noted() && reply.counts() {
+        tables.claim_of_reply(reply.settled(), best.vip());
+    }
+    best.whose()
+}
+
+/// What a VIP says of a reply: whose it would be, and how certain that is; in one register.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Claim(pub u64);
+
+/// The flow is on record, and ends: another of the same client may have begun.
+const ENDING: u64 = 1;
+/// There is a candidate only: a SYN is answered before it is on record.
+const CANDIDATE: u64 = 2;
+/// The flow is on record.
+const RECORD: u64 = 3;
+/// From the top: how certain it is, how young, the server's id, the VIP.
+const CERTAINTY_SHIFT: u32 = 56;
+const YOUTH_SHIFT: u32 = 48;
+const SERVER_SHIFT: u32 = 32;
+
+const _: () = assert!(MAX_SERVERS <= 1 << (YOUTH_SHIFT - SERVER_SHIFT));
+
+impl Claim {
+    /// None.
+    pub const NONE: Self = Self(0);
+
+    /// What these two entries of a flow say; `ours`: whether an entry is of the server that the reply is from.
+    #[inline(always)]
+    pub(crate) fn of(record: FlowWord, candidate: FlowWord, ours: impl Fn(FlowWord) -> bool) -> Self {
+        let claim = |certainty: u64, word: FlowWord| {
+            let youth = (MAX_AGE as u64).wrapping_sub(word.age() as u64) & 0xff;
+            Self(certainty << CERTAINTY_SHIFT | youth << YOUTH_SHIFT | (word.server() as u64) << SERVER_SHIFT)
+        };
+        if ours(record) && !record.is_closing() {
+            claim(RECORD, record)
+        } else if ours(candidate) {
+            claim(CANDIDATE, candidate)
+        } else if ours(record) {
+            claim(ENDING, record)
+        } else {
+            Self::NONE
+        }
+    }
+
+    /// The more certain one of this and of what `vip` claims.
+    #[inline(always)]
+    pub(crate) fn or(self, other: Self, vip: u32) -> Self {
+        let other = if other.0 == 0 { 0 } else { other.0 | vip as u64 };
+        if other > self.0 { Self(other) } else { self }
+    }
+
+    /// No other can be more so.
+    #[inline(always)]
+    pub(crate) const fn is_certain(self) -> bool {
+        self.0 >> YOUTH_SHIFT == RECORD << (CERTAINTY_SHIFT - YOUTH_SHIFT) | MAX_AGE as u64
+    }
+
+    /// The reply is to be noted in the record, now that no other VIP claims it with more right.
+    #[inline(always)]
+    pub(crate) const fn is_to_be_noted(self) -> bool {
+        !self.is_certain() && matches!(self.0 >> CERTAINTY_SHIFT, RECORD | ENDING)
+    }
+
+    #[inline(always)]
+    pub(crate) const fn vip(self) -> u32 {
+        self.0 as u32
+    }
+
+    /// The VIP and the server.
+    #[inline(always)]
+    pub(crate) fn whose(self) -> Option<(u32, u32)> {
+        (self.0 != 0).then_some((self.vip(), (self.0 >> SERVER_SHIFT) as u16 as u32))
+    }
 }
 
 /// A packet from a server.
@@ -111,6 +186,8 @@ pub struct Reply {
 
 /// Bit of [`Reply`]: it keeps its flow's record young.
 const COUNTS: u32 = 1;
+/// Bit of [`Reply`]: it is this VIP's.
+const SETTLED: u32 = 2;
 
 impl Reply {
     /// `counts`: it keeps its flow's record young; else it is only quoted.
@@ -160,23 +237,33 @@ impl Reply {
         self.rest >> COUNTS & 1 != 0
     }
 
-    /// The server whose flow it belongs to, if the client speaks to this VIP; [`NONE`] if it belongs to none.
+    /// Whose it is has been found out.
     #[inline(always)]
-    pub fn server<T: Tables>(self, tables: &T, vip: u32) -> u32 {
+    pub(crate) const fn settled(self) -> Self {
+        Self { rest: self.rest | 1 << SETTLED, ..self }
+    }
+
+    /// Notes the reply in its flow's record, once it is certain that it is of this flow.
+    #[inline(always)]
+    pub(crate) fn note(self, claim: Claim, found: &Found<'_>, packet: &Packet) {
+        let settled = self.rest >> SETTLED & 1 != 0;
+        if self.counts() && (claim.is_certain() || settled && claim.is_to_be_noted()) {
+            found.touch(packet);
+        }
+    }
+
+    /// What this VIP claims of it.
+    #[inline(always)]
+    pub fn claim<T: Tables>(self, tables: &T, vip: u32) -> Claim {
         let packet = self.turned_round(vip);
-        let Some(service) = find_service(&packet, tables) else { return NONE };
+        let Some(service) = find_service(&packet, tables) else { return Claim::NONE };
         let hash = flow_hash(&packet, service.seed);
         let found = find(tables, flow_buckets(hash, tables.flow_mask()), flow_key(&packet, service.id));
         let source = (self.addresses >> 32) as u32;
         let ours = |word: FlowWord| word != FlowWord::EMPTY && is_layer_3_at(tables, word.server(), source);
-        if ours(found.record.value) {
-            if self.counts() {
-                found.touch(&packet);
-            }
-            return found.record.value.server();
-        }
-        // A SYN is answered while there is only a candidate.
-        if ours(found.candidate.value) { found.candidate.value.server() } else { NONE }
+        let claim = Claim::of(found.record.value, found.candidate.value, ours);
+        self.note(claim, &found, &packet);
+        claim
     }
 }
 
@@ -220,5 +307,33 @@ pub(crate) fn send_reply<D: Device, T: Tables>(device: &D, tables: &T, l3: usize
         Ending::new(Reason::Reply, Out::Link(link))
     } else {
         Ending::drop(Reason::BadTables)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_reply_is_of_the_flow_that_lives_or_was_heard_of_last() {
+        let record = |age, closing| FlowWord::record(7, 1, closing).with_age(age);
+        let candidate = FlowWord::candidate(7, &Packet::default());
+        let (none, ours) = (FlowWord::EMPTY, |word: FlowWord| word != FlowWord::EMPTY);
+        let claims = [
+            Claim::of(none, none, ours),
+            Claim::of(record(0, true).with_age(9), none, ours),
+            Claim::of(record(0, true), none, ours),
+            Claim::of(record(0, true), candidate, ours),
+            Claim::of(record(5, false), candidate, ours),
+            Claim::of(record(1, false), none, ours),
+            Claim::of(record(0, false), candidate, ours),
+        ];
+        for (less, more) in claims.iter().zip(&claims[1..]) {
+            assert_eq!(Claim::NONE.or(*less, 9).or(*more, 1).whose(), Some((1, 7)), "{less:?} {more:?}");
+            assert_eq!(Claim::NONE.or(*more, 1).or(*less, 9).whose(), Some((1, 7)), "{more:?} {less:?}");
+        }
+        assert_eq!(claims.map(Claim::is_certain), [false, false, false, false, false, false, true]);
+        assert_eq!(claims.map(Claim::is_to_be_noted), [false, true, true, false, true, true, false]);
+        assert_eq!(Claim::NONE.or(claims[0], 9).whose(), None);
     }
 }

@@ -7,7 +7,7 @@ use crate::{
     flows::{FlowBucketWords, FlowWord},
     rewrite::l2::Mac,
     room::insert_into,
-    routed::Reply,
+    routed::{Claim, Reply},
     six::{digest, intercept::digest_crossing},
     word::Word,
 };
@@ -96,13 +96,13 @@ pub trait Tables {
     {
         flow.excludes(self, matches, host)
     }
-    /// [`Reply::server`] on these tables.
+    /// [`Reply::claim`] on these tables.
     #[inline(always)]
-    fn server_of_reply(&self, reply: Reply, vip: u32) -> u32
+    fn claim_of_reply(&self, reply: Reply, vip: u32) -> Claim
     where
         Self: Sized,
     {
-        reply.server(self, vip)
+        reply.claim(self, vip)
     }
     /// [`digest`] of an IPv6 flow.
     #[inline(always)]
@@ -120,13 +120,13 @@ pub trait Tables {
         let Some(Addresses6 { source, destination }) = self.addresses6() else { return 0 };
         name6(prefix6(source, source_len), prefix6(destination, destination_len), self.exception_seed())
     }
-    /// [`Reply::server6`] on these tables, which have the reply's addresses.
+    /// [`Reply::claim6`] on these tables, which have the reply's addresses.
     #[inline(always)]
-    fn server_of_reply6(&self, reply: Reply, vip: u32) -> u32
+    fn claim_of_reply6(&self, reply: Reply, vip: u32) -> Claim
     where
         Self: Sized,
     {
-        reply.server6(self, vip)
+        reply.claim6(self, vip)
     }
 }
 

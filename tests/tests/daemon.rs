@@ -39,7 +39,11 @@ fn a_mistake_in_the_configuration_is_named_with_its_line() -> Result<()> {
     assert!(String::from_utf8_lossy(&output.stdout).starts_with("web: tcp/7 udp/53 on 192.0.2.10 by l2"));
 
     let two = good.clone() + &farm("api", FOREIGN, &["10.0.0.128/25"], "");
+    let many: Vec<String> = (10..27).map(|host| format!("\"192.0.2.{host}\"")).collect();
+    let many =
+        good.replace("\"192.0.2.10\"", &many.join(", ")).replace("forwarding = [\"l2\"]", "forwarding = [\"l3\"]");
     let cases = [
+        (many, "17 VIPs"),
         (good.replace("keepalive", "keepalife"), "2:1: unknown key `keepalife`; did you mean `keepalive`?"),
         (good.replace("vips", "vip"), "5:1: unknown key `vip`; did you mean `vips`?"),
         (good.replace("udp/53", "upd/53"), "6:22: `upd/53` is no service"),

@@ -1,4 +1,5 @@
-//! Forged packets: whoever can send to the VIP, under any source address, moves and breaks nothing.
+//! Forged packets: whoever can send to the VIP, under any source address, moves and breaks nothing with one kind of packet; for
+//! what a pair can do, see `floods.md`.
 
 use std::{net::SocketAddrV4, time::Duration};
 

@@ -19,7 +19,7 @@ use necp_ebpf::{
     rare::{FragmentKey, FragmentPlace},
     rewrite::l2::Mac,
     room::insert_into,
-    routed::Reply,
+    routed::{Claim, Reply},
     six,
     tables::{Addresses6, FarEnd, FarEnd6, NextHop, Tables},
     verdict::REASONS,
@@ -390,9 +390,9 @@ impl<const SIX: bool> Tables for Maps<SIX> {
     }
 
     #[inline(always)]
-    fn server_of_reply(&self, reply: Reply, vip: u32) -> u32 {
+    fn claim_of_reply(&self, reply: Reply, vip: u32) -> Claim {
         let [a, b] = reply.to_words();
-        server_of_reply(a, b, vip as u64) as u32
+        Claim(claim_of_reply(a, b, vip as u64))
     }
 
     #[inline(always)]
@@ -421,9 +421,9 @@ impl<const SIX: bool> Tables for Maps<SIX> {
     }
 
     #[inline(always)]
-    fn server_of_reply6(&self, reply: Reply, vip: u32) -> u32 {
+    fn claim_of_reply6(&self, reply: Reply, vip: u32) -> Claim {
         let [_, rest] = reply.to_words();
-        server_of_reply6(rest, vip as u64) as u32
+        Claim(claim_of_reply6(rest, vip as u64))
     }
 }
 
@@ -457,11 +457,11 @@ extern "C" fn exclude_host(a: u64, b: u64, matches: u64, host: u64) -> u64 {
     Tuple::from_words([a, b]).excludes(&MAPS, matches, host as u16) as u64
 }
 
-/// [`Reply::server`].
+/// [`Reply::claim`].
 #[unsafe(no_mangle)]
 #[inline(never)]
-extern "C" fn server_of_reply(a: u64, b: u64, vip: u64) -> u64 {
-    Reply::from_words([a, b]).server(&MAPS, vip as u32) as u64
+extern "C" fn claim_of_reply(a: u64, b: u64, vip: u64) -> u64 {
+    Reply::from_words([a, b]).claim(&MAPS, vip as u32).0
 }
 
 /// [`NewFlow::choose`] of IPv6.
@@ -485,11 +485,11 @@ extern "C" fn exclude_host6(rest: u64, matches: u64, host: u64) -> u64 {
     Tuple::from_words([0, rest]).excludes(&MAPS6, matches, host as u16) as u64
 }
 
-/// [`Reply::server6`].
+/// [`Reply::claim6`].
 #[unsafe(no_mangle)]
 #[inline(never)]
-extern "C" fn server_of_reply6(rest: u64, vip: u64) -> u64 {
-    Reply::from_words([0, rest]).server6(&MAPS6, vip as u32) as u64
+extern "C" fn claim_of_reply6(rest: u64, vip: u64) -> u64 {
+    Reply::from_words([0, rest]).claim6(&MAPS6, vip as u32).0
 }
 
 /// [`digest`](six::digest).

@@ -140,15 +140,11 @@ fn sum(datagram: &Frame, length: usize) -> Option<u64> {
 pub fn message<D: Device, T: Tables>(device: &D, six: &T, l3: usize, head: &Head) -> Ending {
     let other = Ending::new(Reason::Icmp, Out::Pass);
     let datagram = device.frame().skip(l3);
-    let at = head.walk.transport();
     let to = six.addresses6().unwrap_or_default().destination;
-    // Behind the datagram there may be padding.
-    let kind = if head.total > at { datagram.skip(at).read::<u8>(0) } else { None };
-    if kind == Some(ECHO) {
-        let silent = find_vip(to, six).is_some_and(|vip| vip.flags & NO_ECHO != 0);
-        return if silent { Ending::drop(Reason::Echo) } else { other };
+    if is_unwanted_echo(&datagram, head, six) {
+        return Ending::drop(Reason::Echo);
     }
-    if !kind.is_some_and(|kind| STEERED.contains(&kind)) {
+    if !kind(&datagram, head).is_some_and(|kind| STEERED.contains(&kind)) {
         return other;
     }
     let Some((quoted, quote)) = quoted(device, l3, head) else { return other };
@@ -179,6 +175,21 @@ pub fn message<D: Device, T: Tables>(device: &D, six: &T, l3: usize, head: &Head
 fn to_server<D: Device, T: Tables>(device: &D, tables: &T, l3: usize, head: &Head, quote: &Quote, server: u32) -> bool {
     let datagram = device.frame().skip(l3);
     tables.far_end6(server).is_some_and(|end| translate_error(&datagram, head.total, quote, End::Source, end.address))
+}
+
+/// The type of a message.
+#[inline(always)]
+fn kind(datagram: &Frame, head: &Head) -> Option<u8> {
+    // Behind the datagram there may be padding.
+    let at = head.walk.transport();
+    if head.total > at { datagram.skip(at).read::<u8>(0) } else { None }
+}
+
+/// An echo request to a VIP that answers none; it, or its first part.
+#[inline(always)]
+pub(super) fn is_unwanted_echo<T: Tables>(datagram: &Frame, head: &Head, six: &T) -> bool {
+    let to = six.addresses6().unwrap_or_default().destination;
+    kind(datagram, head) == Some(ECHO) && find_vip(to, six).is_some_and(|vip| vip.flags & NO_ECHO != 0)
 }
 
 /// The packet that an ICMP error quotes, as far as its flow goes, and where it stands.

@@ -49,7 +49,9 @@ pub fn with_ports<D: Device, T: Tables>(device: &D, tables: &T) -> Ending {
         Err(ending) => return ending,
     };
     if let Err(reason) = ports(&device.frame().skip(l3), &mut head) {
-        return if reason == Reason::Icmp {
+        return if reason == Reason::Icmp && icmp::is_unwanted_echo(&device.frame().skip(l3), &head, &six) {
+            Ending::drop(Reason::Echo)
+        } else if reason == Reason::Icmp {
             leave(device, &six, &head, reason)
         } else {
             Ending::new(reason, Out::Pass)

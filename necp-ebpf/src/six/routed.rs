@@ -9,7 +9,7 @@ use super::{
     named_by,
 };
 use crate::{
-    abi::{GRE, LAYER_3, NONE, REPLY_VIPS, SERVICE6},
+    abi::{GRE, LAYER_3, REPLY_VIPS, SERVICE6},
     device::{Device, Ending, Out, Routed6, Way},
     exceptions::Rounds,
     flows::{FlowWord, find, flow_key},
@@ -21,7 +21,7 @@ use crate::{
         l3::End,
         six::{self, OVERHEAD, Outer},
     },
-    routed::Reply,
+    routed::{Claim, Reply},
     steer::find_entry,
     tables::{Tables, halves},
     verdict::Reason,
@@ -52,7 +52,9 @@ pub fn send<D: Device, T: Tables>(device: &D, tables: &T, server: u32, reason: u
     }
     let overhead = if hop.forwarding() == GRE { OVERHEAD } else { 0 };
     let length = u16::from_be_bytes(ip.payload_len) as usize + Ipv6Hdr::LEN + overhead;
-    let fits = end.mtu == 0 || length <= end.mtu as usize;
+    // What every link takes must go through a tunnel too (RFC 2473 §7.1), whatever "packet too big" says of the way.
+    let least = LEAST_MTU as usize + overhead;
+    let fits = end.mtu == 0 || length <= end.mtu as usize || length <= least;
     if !fits || length > u16::MAX as usize + Ipv6Hdr::LEN {
         let left = end.mtu.saturating_sub(overhead as u16);
         return icmp::tell(device, l3, asked, Error::TooBig(if left < LEAST_MTU { LEAST_MTU } else { left }));
@@ -80,25 +82,30 @@ pub fn whose_reply<T: Tables>(packet: &Packet6, tables: &T) -> Option<(u32, u32)
 /// The VIP and the server of the flow that a packet from a server belongs to; `counts`: it keeps the flow's record young.
 #[inline(always)]
 pub(super) fn flow_of_reply<T: Tables>(packet: &Packet, counts: bool, six: &T) -> Option<(u32, u32)> {
+    let mut best = Claim::NONE;
     for number in Rounds::new(REPLY_VIPS) {
         let key = packet.reply_key6(number);
-        let vip = find_entry(key, six.service_bucket(service_bucket(key))?)?.vip as u32;
-        let server = six.server_of_reply6(Reply::of(packet, counts), vip);
-        if server != NONE {
-            return Some((vip, server));
+        let Some(entry) = find_entry(key, six.service_bucket(service_bucket(key))?) else { break };
+        let vip = entry.vip as u32;
+        best = best.or(six.claim_of_reply6(Reply::of(packet, counts), vip), vip);
+        if best.is_certain() {
+            break;
         }
     }
-    None
+    if best.is_to_be_noted() && counts {
+        six.claim_of_reply6(Reply::of(packet, counts).settled(), best.vip());
+    }
+    best.whose()
 }
 
 impl Reply {
-    /// [`server`](Self::server) of an IPv6 packet, whose addresses the tables have, if the client speaks to the VIP of this index.
+    /// [`claim`](Self::claim) of an IPv6 packet, whose addresses the tables have, if the client speaks to the VIP of this index.
     #[inline(always)]
-    pub fn server6<T: Tables>(self, tables: &T, vip: u32) -> u32 {
-        let (Some(addresses), Some(address)) = (tables.addresses6(), tables.vip6(vip)) else { return NONE };
+    pub fn claim6<T: Tables>(self, tables: &T, vip: u32) -> Claim {
+        let (Some(addresses), Some(address)) = (tables.addresses6(), tables.vip6(vip)) else { return Claim::NONE };
         let request = self.turned_round(0);
         let Some(service) = find_at(address, request.destination_port, request.protocol, SERVICE6, tables) else {
-            return NONE;
+            return Claim::NONE;
         };
         let flow = named_by(addresses.destination, &request, service, tables);
         let hash = flow_hash(&flow, service.seed);
@@ -108,14 +115,9 @@ impl Reply {
                 && tables.next_hop(word.server()).is_some_and(|hop| hop.forwarding() == LAYER_3)
                 && tables.far_end6(word.server()).is_some_and(|end| end.address == addresses.source)
         };
-        if ours(found.record.value) {
-            if self.counts() {
-                found.touch(&request);
-            }
-            return found.record.value.server();
-        }
-        // A SYN is answered while there is only a candidate.
-        if ours(found.candidate.value) { found.candidate.value.server() } else { NONE }
+        let claim = Claim::of(found.record.value, found.candidate.value, ours);
+        self.note(claim, &found, &request);
+        claim
     }
 }
 

@@ -347,6 +347,25 @@ impl Cluster {
         change
     }
 
+    /// Whether a host is on a directly connected link now, as routes have changed: for what it starts from now on.
+    pub fn host_on_link(&mut self, address: IpAddr, on_link: bool) {
+        if let Some(host) = self.hosts.get_mut(&address) {
+            host.on_link = on_link;
+        }
+    }
+
+    /// Forgets the hosts that have neither a session nor anything in the maps: who comes from ever new addresses leaves
+    /// nothing behind.
+    pub fn forget_visitors(&mut self) {
+        let idle = |(address, host): (&IpAddr, &Host)| {
+            (host.session != Session::Up && !self.is_used(*address)).then_some(*address)
+        };
+        let visitors: Vec<IpAddr> = self.hosts.iter().filter_map(idle).collect();
+        for address in visitors {
+            self.host_numbers.give_back(self.hosts.remove(&address).map_or(0, |host| host.number));
+        }
+    }
+
     /// Hosts whose neighbour entries matter: those with a session or with an id that may have flows; in the order of their
     /// addresses.
     pub fn hosts(&self) -> impl Iterator<Item = IpAddr> + '_ {
@@ -446,10 +465,16 @@ impl Cluster {
 
     /// Nothing in the maps names this host, nor may come to.
     pub(super) fn forget_host(&mut self, address: IpAddr) {
-        let used = self.offers.has(address) || self.exceptions.knows(address);
-        if !used && self.hosts.get(&address).is_some_and(|host| host.session != Session::Up && !host.reachable()) {
+        if !self.is_used(address)
+            && self.hosts.get(&address).is_some_and(|host| host.session != Session::Up && !host.reachable())
+        {
             self.host_numbers.give_back(self.hosts.remove(&address).map_or(0, |host| host.number));
         }
+    }
+
+    /// Something in the maps may name it.
+    fn is_used(&self, address: IpAddr) -> bool {
+        self.offers.has(address) || self.exceptions.knows(address)
     }
 
     /// New flows may go to this offer, as far as its SE is concerned; `host` is its SE's.

@@ -32,7 +32,7 @@ use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::net::TcpListener;
 use tokio::runtime::{Builder, Handle, Runtime};
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 
@@ -180,7 +180,7 @@ pub fn raise_priority() {
 }
 
 fn check(args: &Args, config: &NeConfig) -> ExitCode {
-    if let Err(error) = cluster_config(config).validate() {
+    if let Err(error) = Cluster::new(cluster_config(config), Instant::now()) {
         eprintln!("{}: {error}", args.config.display());
         return ExitCode::FAILURE;
     }
@@ -213,6 +213,7 @@ async fn serve(
     }
     // Before anything is changed: signals, the lock, whatever can be in somebody else's hands.
     let end = End::new(leave)?;
+    let hangups = signal(SignalKind::hangup()).context("signals")?;
     let _lock = InstanceLock::acquire(&config.pin)?;
     let admin = {
         let _at_the_desk = desk.enter();
@@ -235,7 +236,7 @@ async fn serve(
     for listener in &listeners {
         tasks.spawn_on(Arc::clone(&door).serve(Arc::clone(listener)), sessions);
     }
-    tasks.spawn_on(follow_hangups(move || [keys.reload(), protections.reload(&listeners)])?, desk);
+    tasks.spawn_on(follow_hangups(hangups, move || [keys.reload(), protections.reload(&listeners)]), desk);
     tracing::info!("listening on {}", list(&config.listen));
     let leave = std::sync::atomic::AtomicBool::new(leave);
     let stop = async { leave.store(end.wait().await, std::sync::atomic::Ordering::Relaxed) };
@@ -270,12 +271,13 @@ async fn start(
     config: &Arc<NeConfig>,
     keys: &Arc<Keys>,
 ) -> anyhow::Result<Started<impl Stream<Item = Change> + Unpin + use<>>> {
+    let now = Instant::now();
+    // Before the packet path: what is wrong here leaves nothing attached.
+    let mut cluster = Cluster::new(cluster_config(config), now)?;
     let plane = Plane::open(&plane_config(config))?;
     for port in plane.ports() {
         tracing::info!(interface = port.name, "the packet path is on {} in {} mode", port.name, port.mode);
     }
-    let now = Instant::now();
-    let mut cluster = Cluster::new(cluster_config(config), now)?;
     if plane.reused() {
         let adopted = cluster.adopt(&plane.view(), now)?;
         tracing::info!(
@@ -320,7 +322,7 @@ async fn tell_of_veths(neighbours: &Neighbours, ports: &[PortInfo]) {
         if neighbours.is_veth(port.ifindex).await.unwrap_or(false) {
             tracing::info!(
                 interface = port.name,
-                "{} is a veth: its other end needs an XDP program too, else what is sent back by it is delayed or lost                  (or set mode = \"generic\")",
+                "{} is a veth: its other end needs an XDP program too, else what is sent back by it is delayed or lost (or set mode = \"generic\")",
                 port.name
             );
         }
@@ -348,9 +350,9 @@ async fn finish(owner: Owner, leave: bool) -> anyhow::Result<()> {
 /// The signals that end the daemon.
 struct End {
     leave: bool,
-    terminate: tokio::signal::unix::Signal,
-    interrupt: tokio::signal::unix::Signal,
-    quit: tokio::signal::unix::Signal,
+    terminate: Signal,
+    interrupt: Signal,
+    quit: Signal,
 }
 
 impl End {
@@ -371,26 +373,23 @@ impl End {
 }
 
 /// SIGHUP: the key files have changed.
-fn follow_hangups(mut reload: impl FnMut() -> [Reloaded; 2] + Send) -> anyhow::Result<impl Future<Output = ()> + Send> {
-    let mut hangups = signal(SignalKind::hangup()).context("signals")?;
-    Ok(async move {
-        while hangups.recv().await.is_some() {
-            let reloaded = reload();
-            for error in reloaded.iter().flat_map(|one| &one.failed) {
-                tracing::error!("SIGHUP: {error}; the key that was read before stays");
-            }
-            let changed: BTreeSet<_> = reloaded.iter().flat_map(|one| &one.changed).collect();
-            let changed: Vec<_> = changed.iter().map(|path| path.display().to_string()).collect();
-            tracing::info!(
-                "SIGHUP: key files read again, {}",
-                if changed.is_empty() {
-                    "no key has changed".into()
-                } else {
-                    format!("new keys in {}", changed.join(", "))
-                }
-            );
+async fn follow_hangups(mut hangups: Signal, mut reload: impl FnMut() -> [Reloaded; 2] + Send) {
+    while hangups.recv().await.is_some() {
+        let reloaded = reload();
+        for error in reloaded.iter().flat_map(|one| &one.failed) {
+            tracing::error!("SIGHUP: {error}; the key that was read before stays");
         }
-    })
+        let changed: BTreeSet<_> = reloaded.iter().flat_map(|one| &one.changed).collect();
+        let changed: Vec<_> = changed.iter().map(|path| path.display().to_string()).collect();
+        tracing::info!(
+            "SIGHUP: key files read again, {}",
+            if changed.is_empty() {
+                "no key has changed".into()
+            } else {
+                format!("new keys in {}", changed.join(", "))
+            }
+        );
+    }
 }
 
 /// Makes the kernel route what the packet path leaves to it.

@@ -112,6 +112,8 @@ struct Peer<'a> {
     /// The list that is being sent.
     sending: Option<Token>,
     joined: bool,
+    /// Input was taken, and time was not looked at since.
+    fed: bool,
     /// Between two ticks.
     tick: Duration,
     /// The health that the owner was told last, since the last START or STOP.
@@ -144,15 +146,12 @@ pub async fn serve(
         lists: BTreeMap::new(),
         sending: None,
         joined: false,
+        fed: false,
         tick,
         told: Vec::new(),
         rejected: Rejections::default(),
     };
     let reason = peer.run(&mut kicked).await;
-    if peer.joined {
-        // If the owner is gone, so is everything that it would have to take back.
-        let _ = peer.owner.send(Input::Lost { from: peer.from, reason: reason.clone() }).await;
-    }
     let joined = peer.joined;
     let _ = timeout(LAST_WORDS, peer.say_goodbye()).await;
     Ended { reason, joined }
@@ -182,6 +181,8 @@ impl Peer<'_> {
             self.count_rejected();
             if let Some(reason) = self.session.closed() {
                 let reason = reason.clone();
+                // First of all: the flows must not wait for a peer that reads slowly.
+                self.tell_owner(&reason).await;
                 if written < output.len() {
                     let _ = timeout(LAST_WORDS, write_all(&self.stream, &output[written..])).await;
                 }
@@ -219,6 +220,13 @@ impl Peer<'_> {
         }
     }
 
+    async fn tell_owner(&mut self, reason: &CloseReason) {
+        if self.joined {
+            // If the owner is gone, so is everything that it would have to take back.
+            let _ = self.owner.send(Input::Lost { from: self.from, reason: reason.clone() }).await;
+        }
+    }
+
     /// The first common tick that is not before a deadline; one that is over is due at once.
     fn tick_from(&self, deadline: Instant) -> Instant {
         static FIRST: LazyLock<Instant> = LazyLock::new(Instant::now);
@@ -231,6 +239,8 @@ impl Peer<'_> {
     }
 
     /// What comes first in this order: to be closed, an answer of the owner, room for `output`, input if it is wanted, time.
+    /// Input comes before time because it may be what a deadline waits for, and has lain here while we could not look; but
+    /// who always has some must not outlive its deadlines, so behind input time comes first.
     fn poll(
         &mut self,
         context: &mut Context<'_>,
@@ -238,6 +248,12 @@ impl Peer<'_> {
     ) -> Poll<Woken> {
         if let Poll::Ready(Some(reason)) = kicked.poll_recv(context) {
             return Poll::Ready(Woken::Kicked(reason));
+        }
+        if std::mem::take(&mut self.fed)
+            && let Some(alarm) = alarm
+            && alarm.as_mut().poll(context).is_ready()
+        {
+            return Poll::Ready(Woken::Time);
         }
         // An empty set is asked to no avail, and remembers nothing.
         if !self.answers.is_empty()
@@ -265,6 +281,7 @@ impl Peer<'_> {
         let mut buffer = ReadBuf::uninit(&mut bytes);
         ready!(Pin::new(&mut self.stream).poll_read(context, &mut buffer))?;
         if !buffer.filled().is_empty() {
+            self.fed = true;
             self.session.handle_input(Instant::now(), buffer.filled());
         }
         Poll::Ready(Ok(buffer.filled().len()))

@@ -186,7 +186,7 @@ pub struct Server {
 pub struct Packets {
     /// The reason's name.
     pub reason: Cow<'static, str>,
-    /// `pass`, `transmit` or `drop`.
+    /// `pass`, `transmit`, `answer`, `route` or `drop`.
     pub action: Cow<'static, str>,
     /// So far.
     pub packets: u64,

@@ -103,7 +103,7 @@ pub enum PlaneError {
         source: io::Error,
     },
     /// The kernel refused the program or a map.
-    #[error("{what}: {source:#}; it needs root (or CAP_BPF and CAP_NET_ADMIN) and Linux 5.15 or newer")]
+    #[error("{what}: {source:#}; it needs root (or CAP_BPF and CAP_NET_ADMIN) and Linux 5.18 or newer")]
     Bpf {
         /// What was being done.
         what: String,

@@ -34,7 +34,7 @@ use necp_user::plane::BENCH_WRAPPER;
 /// program that does nothing is the floor, measured right before and after. Needs root.
 #[derive(Parser)]
 #[command(
-    after_help = "Examples:\n  cargo xtask bench\n  cargo xtask bench --rounds 301 --json\n  cargo xtask bench -- --only gre"
+    after_help = "Examples:\n  cargo xtask bench\n  cargo xtask bench -- --rounds 301 --json\n  cargo xtask bench -- --only gre"
 )]
 struct Args {
     /// Rounds of each measurement, short ones, so that a slow spell of the machine spoils few; the median is shown

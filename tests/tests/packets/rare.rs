@@ -157,10 +157,24 @@ fn fragments() -> Vec<Case> {
         Case::new("parts of an echo request", "the host's own", Setup::plain())
             .frame(first(F.on(ICMP, 0)), Fate::Pass(Reason::Icmp))
             .frame(last(F.on(ICMP, 0)), Fate::Pass(Reason::Fragment)),
+        Case::new("parts of an echo request to a silent VIP", "as configured", Setup::plain().silent())
+            .bytes(first_echo(), Fate::Drop(Reason::Echo)),
+        Case::new("parts of an echo request to a VIP", "the host answers", Setup::plain())
+            .bytes(first_echo(), Fate::Pass(Reason::Icmp)),
         Case::new("parts to another host", "as whole ones", Setup::plain())
             .frame(first(quic).with(|spec| spec.to_mac = [0xff; 6]), Fate::Pass(Reason::OtherHost))
             .frame(last(quic).with(|spec| spec.to_mac = [0xff; 6]), Fate::Pass(Reason::OtherHost)),
     ]
+}
+
+/// The first part of an echo request to the VIP.
+fn first_echo() -> Vec<u8> {
+    let mut frame = icmp(8, 0, VIP, &[0, 1, 0, 1, b'?', b'!']);
+    frame[20] = 0x20;
+    frame[24..26].fill(0);
+    let sum = checksum(&frame[14..34]);
+    frame[24..26].copy_from_slice(&sum.to_be_bytes());
+    frame
 }
 
 fn fragments_by_route() -> Vec<Case> {

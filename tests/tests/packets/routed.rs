@@ -11,14 +11,19 @@ use necp_tests::kernel::{OTHER_MAC, OWN_MAC, Verdict};
 use crate::{
     case::{Case, Fate, candidate, record},
     frames::{CLIENT_MAC, Flow, Spec, VIP, WEB_FLOW as F, checksum},
-    setup::{ALWAYS, DNS, MTU, OTHER, OWN_ADDRESS, OWNER, REMOTE_TUNNEL, Setup, TRANSLATED, TUNNEL, address, mac},
+    setup::{
+        ALWAYS, DNS, MTU, OTHER, OWN_ADDRESS, OWNER, REMOTE_TUNNEL, SECOND_VIP, Setup, TRANSLATED, TUNNEL, address, mac,
+    },
 };
 
 const DNS_FLOW: Flow = F.on(UDP, DNS);
 const ALWAYS_FLOW: Flow = F.on(TCP, ALWAYS);
 
 pub fn cases() -> Vec<Case> {
-    [tunnelled(), too_long(), expired(), translated(), replies(), mixed()].into_iter().flatten().collect()
+    [tunnelled(), too_long(), expired(), translated(), replies(), replies_of_two_vips(), mixed()]
+        .into_iter()
+        .flatten()
+        .collect()
 }
 
 fn tunnelled() -> Vec<Case> {
@@ -214,6 +219,39 @@ fn replies() -> Vec<Case> {
     ]
 }
 
+fn replies_of_two_vips() -> Vec<Case> {
+    let why = "one client port, two VIPs, one server: the reply is of the flow that lives, or was heard of last";
+    let first = ALWAYS_FLOW;
+    let second = Flow { destination: SECOND_VIP, ..first };
+    let on = || Setup::owned_by(TRANSLATED).with_second_vip(TRANSLATED);
+    let reply = first.replied_by(address(TRANSLATED));
+    let ending = FlowWord::record(TRANSLATED, 7, true);
+    let (data, syn_ack) = (reply.data(1), reply.tcp(0x12, 9, b""));
+    let left = |spec: &Spec, vip| becomes(Verdict::Pass, Reason::ReplyRouted, reply_bytes_as(vip, spec));
+    vec![
+        Case::new(
+            "a SYN-ACK, beside a flow that ends",
+            why,
+            on().entry(first, ending).candidate(second, TRANSLATED, 8),
+        )
+        .frame(syn_ack.clone(), left(&syn_ack, SECOND_VIP)),
+        Case::new(
+            "data, beside somebody's SYN",
+            why,
+            on().candidate(first, TRANSLATED, 8).record(second, TRANSLATED, 7),
+        )
+        .frame(data.clone(), left(&data, SECOND_VIP)),
+        Case::new("data, beside a flow that ends", why, on().entry(first, ending).record(second, TRANSLATED, 8))
+            .frame(data.clone(), left(&data, SECOND_VIP)),
+        Case::new(
+            "data, beside one at the second that ends",
+            why,
+            on().record(first, TRANSLATED, 8).entry(second, ending),
+        )
+        .frame(data.clone(), left(&data, VIP)),
+    ]
+}
+
 fn mixed() -> Vec<Case> {
     let why = "types are mixed within one VIP: each flow's server decides";
     let other = Flow { source_port: 40001, ..ALWAYS_FLOW };
@@ -272,7 +310,11 @@ pub fn translated_bytes(spec: &Spec, to: [u8; 4], ttl: u8, to_mac: [u8; 6], from
 
 /// The frame as if the VIP had sent it; the kernel counts the hop.
 pub fn reply_bytes(spec: &Spec) -> Vec<u8> {
-    let spec = spec.clone().with(|spec| spec.flow.source = VIP);
+    reply_bytes_as(VIP, spec)
+}
+
+fn reply_bytes_as(vip: [u8; 4], spec: &Spec) -> Vec<u8> {
+    let spec = spec.clone().with(|spec| spec.flow.source = vip);
     all_ones_for_zero(&spec, spec.build())
 }
 

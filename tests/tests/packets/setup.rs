@@ -63,6 +63,9 @@ pub const QUIC: u16 = 443;
 /// TCP port, every flow on record (as layer 3 will need it).
 pub const ALWAYS: u16 = 8080;
 
+/// See [`Setup::with_second_vip`].
+pub const SECOND_VIP: [u8; 4] = [192, 0, 2, 40];
+
 const SLOTS_PER_SERVICE: u32 = 7;
 const SEED: u64 = 7;
 
@@ -137,6 +140,18 @@ impl Setup {
     /// Cut through.
     pub fn direct() -> Self {
         Self::owned_by(DIRECT)
+    }
+
+    /// [`ALWAYS`] and [`DNS`] at another VIP too, on slots of their own with this owner.
+    pub fn with_second_vip(mut self, owner: u32) -> Self {
+        for (protocol, port) in [(protocol::TCP, ALWAYS), (protocol::UDP, DNS)] {
+            let service = service(self.services.len() as u16 + 1, protocol, port, ALWAYS_TRACKED);
+            let slots_base = self.slots.len() as u32;
+            self.slots.extend([SlotWord::plain(owner).0; SLOTS_PER_SERVICE as usize]);
+            let entry = Service { slots_base: u32::from_ne_bytes(SECOND_VIP), ..reply(1, protocol, port) };
+            self.services.extend([Service { address: SECOND_VIP, slots_base, ..service }, entry]);
+        }
+        self
     }
 
     /// All slots of one more service have this word: TCP or UDP with this port, of farm 0, which intercepts (see [`crossings`]).

@@ -293,6 +293,10 @@ fn echo_and_neighbour_discovery_are_the_host_s() {
     six.passes(&solicitation, Reason::Icmp);
     let mut silent = Six::with(plain(OWNER), NO_ECHO);
     silent.drops(&echo(VIP), Reason::Echo);
+    let in_parts = |to| extended(&echo(to), &[(44, &fragment(0, true, 7))]);
+    silent.drops(&in_parts(VIP), Reason::Echo);
+    silent.passes(&in_parts(CLIENT), Reason::Icmp);
+    six.passes(&in_parts(VIP), Reason::Icmp);
     silent.passes(&echo(CLIENT), Reason::Icmp);
     silent.passes(&solicitation, Reason::Icmp);
 }

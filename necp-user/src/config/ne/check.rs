@@ -19,6 +19,10 @@ use necp_ebpf::abi::{MAX_PORTS, SERVICE_BUCKETS};
 
 /// IP protocol number of ICMP.
 const ICMP: u8 = 1;
+/// Of ICMPv6.
+const ICMPV6: u8 = 58;
+/// Protocols whose checksums cover the addresses (DCCP, RFC 4340 §9.1; UDP-Lite, RFC 3828 §3.1), beside TCP and UDP.
+const OTHER_CHECKSUMS: [u8; 2] = [33, 136];
 /// Default of `table_size`.
 const TABLE_SIZE: u32 = 65_537;
 /// As `control` takes them.
@@ -232,9 +236,16 @@ impl Check<'_> {
         self.some(&farm.services, "services", "what its servers may start, such as services = [\"tcp/80\"]");
         for service in farm.services.get_ref() {
             let key = service.get_ref().0;
-            if key.protocol() == ICMP {
-                let message = "protocol 1: ICMP is no service: errors go where the flows are that they are about";
-                self.at(service, message.into());
+            let (protocol, l3) =
+                (key.protocol(), farm.forwarding.get_ref().iter().any(|one| one.get_ref().0 == Forwarding::L3));
+            if [ICMP, ICMPV6].contains(&protocol) {
+                let message = "ICMP is no service: errors go where the flows are that they are about";
+                self.at(service, format!("protocol {protocol}: {message}"));
+            }
+            if l3 && OTHER_CHECKSUMS.contains(&protocol) {
+                let message =
+                    "its checksum covers the addresses, and l3 does not mend it: leave l3 out, or this service";
+                self.at(service, format!("protocol {protocol}: {message}"));
             }
         }
         self.distinct(&farm.services, |service: &Text<ServiceKey>| service.0, "service")

@@ -247,6 +247,11 @@ fn a_farm_is_checked() {
         mistakes("tcp/80", "1"),
         "7:13: protocol 1: ICMP is no service: errors go where the flows are that they are about",
     );
+    assert!(mistakes("tcp/80", "58")[0].starts_with("7:13: protocol 58: ICMP is no service"));
+    only(
+        mistakes("tcp/80", "136"),
+        "7:13: protocol 136: its checksum covers the addresses, and l3 does not mend it: leave l3 out, or this service",
+    );
     only(mistakes("\"l2\"", "\"l4\""), "8:15: `l4` is no forwarding type; write l2, gre or l3");
     let untracked = with("udp_tracking = false");
     only(untracked, "8:14: l3 needs flows on record, so that replies find theirs: drop udp_tracking = false, or l3");

@@ -28,6 +28,24 @@ fn only_configured_addresses_may_join() {
 }
 
 #[test]
+fn who_comes_and_goes_leaves_nothing_behind() {
+    let mut bed = Bed::new();
+    let id = bed.serve(1);
+    for number in 2..40 {
+        bed.join(number);
+        bed.cluster.host_reachable(se(number), hop(number), bed.now);
+        bed.lose(number);
+    }
+    bed.lose(1);
+    bed.sync();
+    assert_eq!(bed.cluster.hosts.len(), 39, "they still answer");
+    bed.cluster.forget_visitors();
+    assert_eq!(bed.cluster.hosts.keys().copied().collect::<Vec<_>>(), [se(1)], "it has flows");
+    assert_eq!(bed.cluster.id_of(&bed.cluster.offers[&id].key), Some(id));
+    assert_eq!(bed.serve(1), id);
+}
+
+#[test]
 fn a_start_that_cannot_be_is_refused_by_name() {
     let mut configuration = config();
     configuration.implemented = vec![Forwarding::Layer2];
@@ -44,6 +62,9 @@ fn a_start_that_cannot_be_is_refused_by_name() {
     assert_eq!(start(Forwarding::Gre, 80), Err(StartError::Unsupported(Forwarding::Gre)));
     bed.cluster.init(se(1), false, now).expect("it may join");
     assert_eq!(bed.cluster.start(se(1), Forwarding::Layer2, TCP, 80, now), Err(StartError::NotOnLink));
+    bed.cluster.host_on_link(se(1), true);
+    assert!(bed.cluster.start(se(1), Forwarding::Layer2, TCP, 80, now).is_ok(), "a route has come");
+    bed.stop(1);
     bed.serve(1);
     bed.join(2);
     let full = bed.cluster.start(se(2), Forwarding::Layer2, TCP, 80, now);

@@ -43,13 +43,14 @@ pub struct Share<'a> {
 }
 
 impl Share<'_> {
-    /// Notes what the session holds now, in bytes; false if that is too much for now, and it must go.
+    /// Notes what the session holds now, in bytes; false if that is too much for now, and it must go: nobody may hold more
+    /// than what is left for others, so that it is the greedy who go when little is.
     pub fn set(&mut self, bytes: usize) -> bool {
         let before = self.limits.held.fetch_add(bytes, Ordering::Relaxed);
         self.limits.held.fetch_sub(self.held, Ordering::Relaxed);
         let all = (before + bytes).saturating_sub(self.held);
         self.held = bytes;
-        bytes <= HELD_FREE || all <= HELD_MAX
+        bytes <= HELD_FREE || bytes <= HELD_MAX.saturating_sub(all)
     }
 }
 
@@ -214,13 +215,18 @@ mod tests {
     fn memory_is_shared_and_small_needs_are_always_met() {
         let limits = Limits::default();
         let mut greedy = limits.share();
-        assert!(greedy.set(HELD_MAX));
+        assert!(!greedy.set(HELD_MAX / 2 + 1), "others need something too");
+        assert!(greedy.set(HELD_MAX / 2));
+        let mut second = limits.share();
+        assert!(second.set(HELD_MAX / 4));
         let mut modest = limits.share();
-        assert!(modest.set(HELD_FREE));
-        assert!(!modest.set(HELD_FREE + 1));
-        assert!(modest.set(100) && !greedy.set(HELD_MAX));
+        assert!(modest.set(4 * HELD_FREE));
+        assert!(!greedy.set(HELD_MAX / 2) && !second.set(HELD_MAX / 4), "the greedy go first");
+        assert!(modest.set(4 * HELD_FREE));
+        assert!(second.set(HELD_MAX / 2) || modest.set(HELD_FREE), "small needs are always met");
         drop(greedy);
-        assert!(modest.set(HELD_MAX));
+        drop(second);
+        assert!(modest.set(HELD_MAX / 2));
         drop(modest);
         assert_eq!(limits.held.load(Ordering::Relaxed), 0);
     }

@@ -61,6 +61,7 @@ struct Connected {
 
 /// A connection that may have to make room.
 struct Pending {
+    address: IpAddr,
     network: Option<IpNet>,
     joined: Arc<AtomicBool>,
     kick: mpsc::Sender<CloseReason>,
@@ -230,15 +231,14 @@ impl Door {
         }
         let mut connected = self.connected.lock().unwrap_or_else(PoisonError::into_inner);
         let network = network(address);
-        let own = connected.by_address.get(&address).copied().unwrap_or(0);
-        if own >= MAX_SESSIONS_PER_ADDRESS || !connected.has_room(network) {
+        if !connected.has_room(address) {
             self.count(&self.counts.too_many, address, "has, or all together have, too many connections open");
             return None;
         }
         let id = self.next_session.fetch_add(1, Ordering::Relaxed);
         let (kick, kicked) = mpsc::channel(1);
         let joined = Arc::new(AtomicBool::new(false));
-        connected.pending.insert(id, Pending { network, joined: Arc::clone(&joined), kick: kick.clone() });
+        connected.pending.insert(id, Pending { address, network, joined: Arc::clone(&joined), kick: kick.clone() });
         *connected.by_address.entry(address).or_default() += 1;
         if let Some(network) = network {
             *connected.by_network.entry(network).or_default() += 1;
@@ -323,8 +323,15 @@ impl Counts {
 }
 
 impl Connected {
-    /// Whether one more may come, of this network; who has said no INIT may have to make room.
-    fn has_room(&mut self, network: Option<IpNet>) -> bool {
+    /// Whether one more may come from there; who has said no INIT may have to make room: of an address that has all it may
+    /// have, or of its network, one of its own.
+    fn has_room(&mut self, address: IpAddr) -> bool {
+        let own = self.by_address.get(&address).copied().unwrap_or(0);
+        if own >= MAX_SESSIONS_PER_ADDRESS {
+            // Those that make room are still there for a moment.
+            return own < 2 * MAX_SESSIONS_PER_ADDRESS && self.make_room(|pending| pending.address == address);
+        }
+        let network = network(address);
         let of_network = network.and_then(|network| self.by_network.get(&network)).copied().unwrap_or(0);
         if of_network >= MAX_SESSIONS_PER_NETWORK {
             return self.make_room(|pending| pending.network == network);
@@ -380,9 +387,11 @@ mod tests {
     /// A connection that has said nothing.
     fn come(connected: &mut Connected, id: SessionId, address: &str) -> mpsc::Receiver<CloseReason> {
         let (kick, kicked) = mpsc::channel(1);
-        let network = network(address.parse().expect("an address"));
-        connected.pending.insert(id, Pending { network, joined: Arc::default(), kick });
+        let address = address.parse().expect("an address");
+        let network = network(address);
+        connected.pending.insert(id, Pending { address, network, joined: Arc::default(), kick });
         connected.total += 1;
+        *connected.by_address.entry(address).or_default() += 1;
         if let Some(network) = network {
             *connected.by_network.entry(network).or_default() += 1;
         }
@@ -396,12 +405,27 @@ mod tests {
         let crowd: Vec<_> = (0..MAX_SESSIONS_PER_NETWORK)
             .map(|number| come(&mut connected, 2 + number as u64, &format!("2001:db8:0:1::{number:x}")))
             .collect();
-        let of = |address: &str| network(address.parse().expect("an address"));
+        let of = |address: &str| address.parse().expect("an address");
         assert!(connected.has_room(of("2001:db8:0:2::2")) && connected.has_room(of("10.0.0.1")));
         for mut kicked in crowd.into_iter().take(3) {
             assert!(connected.has_room(of("2001:db8:0:1:ffff::1")));
             assert_eq!(kicked.try_recv().ok(), Some(CloseReason::TooManySessions), "the oldest of its own");
         }
         assert!(other.try_recv().is_err(), "nobody else");
+    }
+
+    #[test]
+    fn one_address_makes_room_for_itself_only() {
+        let mut connected = Connected::default();
+        let mut other = come(&mut connected, 1, "10.0.0.2");
+        let mut crowd: Vec<_> =
+            (0..MAX_SESSIONS_PER_ADDRESS).map(|number| come(&mut connected, 2 + number as u64, "10.0.0.1")).collect();
+        let of = |address: &str| address.parse().expect("an address");
+        assert!(connected.has_room(of("10.0.0.2")) && connected.has_room(of("10.0.0.1")));
+        assert_eq!(crowd[0].try_recv().ok(), Some(CloseReason::TooManySessions), "the oldest, whoever runs it");
+        assert!(crowd[1].try_recv().is_err() && other.try_recv().is_err(), "nobody else");
+        connected.pending.values().for_each(|pending| pending.joined.store(true, Ordering::Relaxed));
+        assert!(!connected.has_room(of("10.0.0.1")), "those who have joined stay");
+        assert!(connected.has_room(of("10.0.0.2")));
     }
 }

@@ -188,7 +188,8 @@ impl Owner {
     async fn gather(&mut self, inputs: &mut mpsc::Receiver<Input>, changes: &mut (impl Stream<Item = Change> + Unpin)) {
         let until = tokio::time::Instant::now() + GATHER;
         for _ in 0..GATHER_MAX {
-            if !self.urgent {
+            // Also if more keeps coming.
+            if !self.urgent || until <= tokio::time::Instant::now() {
                 return;
             }
             tokio::select! {
@@ -254,6 +255,7 @@ impl Owner {
     /// Tells the cluster where a host is.
     fn report_sight(&mut self, host: IpAddr) {
         let (now, before) = (Instant::now(), self.cluster.touches());
+        self.cluster.host_on_link(host, self.hosts.is_on_link(host));
         match self.hosts.sight(host) {
             Sight::At(hop) => _ = self.cluster.host_reachable(host, hop, now),
             Sight::Gone => _ = self.cluster.host_gone(host, now),

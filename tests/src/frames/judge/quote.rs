@@ -29,8 +29,8 @@ impl Message {
         let whole = !header.more_fragments();
         Some(Self {
             to: header.destination_addr().into(),
-            // RFC 792: type 8.
-            asks: whole && message.first() == Some(&8),
+            // RFC 792: type 8; the first part shows it too.
+            asks: message.first() == Some(&8),
             quote: Tuple::quoted_by(datagram).filter(|_| whole),
         })
     }

@@ -25,6 +25,10 @@ const SOURCE: Range<usize> = 12..16;
 const DESTINATION: Range<usize> = 16..20;
 /// An outer IPv4 header and GRE's.
 const OUTER: usize = 24;
+/// An outer IPv6 header and GRE's.
+const OUTER6: u16 = 44;
+/// What every link takes (RFC 8200 §5), and so must a tunnel (RFC 2473 §7.1).
+const LEAST6: u16 = 1280;
 
 /// A frame that left, as it was and as it is.
 #[derive(Clone, Copy)]
@@ -64,11 +68,11 @@ impl Sent<'_> {
             LAYER_2 if self.before[12..] == self.deed.frame[12..] => {}
             LAYER_2 => return Err("more than the MAC addresses is changed".into()),
             GRE if self.family == Family::Six => {
-                fits6(after, &server).and_then(|()| six::encapsulated(before, after, &server))?;
+                fits6(after, &server, LEAST6 + OUTER6).and_then(|()| six::encapsulated(before, after, &server))?;
             }
             LAYER_3 if self.family == Family::Six => {
                 let address = (six::DESTINATION, None, &server.address[..]);
-                fits6(after, &server).and_then(|()| six::translated(before, after, address, 1))?;
+                fits6(after, &server, LEAST6).and_then(|()| six::translated(before, after, address, 1))?;
             }
             GRE => fits(after, &server).and_then(|()| encapsulated(before, after, &server))?,
             LAYER_3 => fits(after, &server).and_then(|()| self.translated(&server, 1))?,
@@ -336,9 +340,10 @@ fn quoted_server(before: &[u8]) -> Option<&[u8]> {
     six::quoted_destination(before).or_else(|| before.get(six::SOURCE))
 }
 
-fn fits6(packet: &[u8], server: &Server) -> Result<(), String> {
+/// What has `least` bytes gets through always.
+fn fits6(packet: &[u8], server: &Server, least: u16) -> Result<(), String> {
     let total = u16::from_be_bytes([packet[4], packet[5]]).saturating_add(40);
-    let fits = server.mtu == 0 || total <= server.mtu;
+    let fits = server.mtu == 0 || total <= server.mtu.max(least);
     if fits { Ok(()) } else { Err(format!("{total} bytes to a server that gets {}", server.mtu)) }
 }
 

@@ -214,7 +214,7 @@ pub(super) fn message(packet: &[u8]) -> Option<Message> {
     let asks = error.protocol == ip_number::IPV6_ICMP && error.bytes.get(error.transport) == Some(&128);
     Some(Message {
         to: error.tuple([0; 2]).destination,
-        asks: asks && error.part.is_none(),
+        asks,
         quote: Quote::of(&error).map(|quote| quote.datagram.tuple(quote.ports)),
     })
 }

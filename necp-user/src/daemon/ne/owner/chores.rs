@@ -116,6 +116,7 @@ impl Owner {
 
     /// Forgets hosts that nobody asks for any more.
     pub(super) fn tidy(&mut self) {
+        self.cluster.forget_visitors();
         let wanted: HashSet<IpAddr> = self.cluster.hosts().collect();
         self.lost.retain(|host| wanted.contains(host) && !self.sessions.contains_key(host));
         self.hosts.keep(&wanted);
@@ -142,6 +143,7 @@ impl Owner {
             Progress::Working => now + BATCH_PAUSE,
             Progress::Finished => {
                 self.dirty = true;
+                self.collector.last().freed.iter().for_each(|&id| self.sampler.begin_anew(id));
                 now + BATCH_PAUSE
             }
         };

@@ -25,8 +25,10 @@ pub(super) struct Sampler {
     at: Instant,
     seconds: f64,
     reasons: [[u64; REASONS as usize]; 2],
-    /// By server id.
+    /// By server id, since that server has it.
     servers: Vec<[ServerStats; 2]>,
+    /// What ids have counted for those who had them before.
+    bases: HashMap<u32, ServerStats>,
     links: HashMap<u32, bool>,
     failing: bool,
 }
@@ -40,6 +42,7 @@ impl Sampler {
             seconds: 0.0,
             reasons: [[0; REASONS as usize]; 2],
             servers: Vec::new(),
+            bases: HashMap::new(),
             links: HashMap::new(),
             failing: false,
         }
@@ -50,14 +53,22 @@ impl Sampler {
         self.links.insert(ifindex, up).unwrap_or(true) != up
     }
 
+    /// An id is free: who has it next begins at nothing.
+    pub(super) fn begin_anew(&mut self, id: u32) {
+        if let Some([before, now]) = self.servers.get_mut(id as usize) {
+            let base = self.bases.entry(id).or_default();
+            *base = combine(*base, *now, u64::wrapping_add);
+            [*before, *now] = [ServerStats::default(); 2];
+        }
+    }
+
     /// Reads the counters.
     pub(super) fn sample(&mut self, now: Instant, plane: &Plane, cluster: &Cluster) {
         let first = self.seconds == 0.0;
         match read(plane, cluster) {
             Ok((reasons, servers)) => {
                 self.reasons = [if first { reasons } else { self.reasons[1] }, reasons];
-                let before = |id: usize, now| self.servers.get(id).map_or(now, |old| old[1]);
-                self.servers = servers.into_iter().enumerate().map(|(id, now)| [before(id, now), now]).collect();
+                self.take(servers);
                 self.seconds = now.duration_since(self.at).as_secs_f64().max(f64::MIN_POSITIVE);
                 self.at = now;
                 self.failing = false;
@@ -68,6 +79,13 @@ impl Sampler {
             }
             Err(_) => {}
         }
+    }
+
+    fn take(&mut self, servers: Vec<ServerStats>) {
+        let before = |id: u32, now| self.servers.get(id as usize).map_or(now, |old| old[1]);
+        let since = |id: u32, raw| combine(raw, self.bases.get(&id).copied().unwrap_or_default(), u64::wrapping_sub);
+        let now = (0..).zip(servers).map(|(id, raw)| (id, since(id, raw)));
+        self.servers = now.map(|(id, now)| [before(id, now), now]).collect();
     }
 
     fn rate(&self, [old, new]: [u64; 2]) -> f64 {
@@ -112,6 +130,15 @@ impl Sampler {
             replies: new.replies,
             one_way: server.forwarding == Forwarding::Layer3 && new.packets >= ONE_WAY && new.replies == 0,
         }
+    }
+}
+
+fn combine(a: ServerStats, b: ServerStats, with: impl Fn(u64, u64) -> u64) -> ServerStats {
+    ServerStats {
+        packets: with(a.packets, b.packets),
+        bytes: with(a.bytes, b.bytes),
+        flows: with(a.flows, b.flows),
+        replies: with(a.replies, b.replies),
     }
 }
 
@@ -232,6 +259,22 @@ impl Owner {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_id_that_was_free_begins_at_nothing() {
+        let mut sampler = Sampler::new(Instant::now(), false);
+        let of = |packets| ServerStats { packets, bytes: 100 * packets, flows: 1, replies: packets };
+        sampler.take(vec![of(0), of(30)]);
+        sampler.begin_anew(1);
+        sampler.begin_anew(7);
+        sampler.take(vec![of(5), of(32)]);
+        assert_eq!(sampler.servers[0][1], of(5));
+        assert_eq!(sampler.servers[1], [ServerStats::default(), ServerStats { flows: 0, ..of(2) }]);
+        sampler.begin_anew(1);
+        sampler.take(vec![of(5), of(33), of(9)]);
+        assert_eq!(sampler.servers[1][1], ServerStats { flows: 0, ..of(1) });
+        assert_eq!(sampler.servers[2], [of(9); 2]);
+    }
 
     #[test]
     fn a_full_flow_table_is_an_alarm_for_a_minute() {
