@@ -20,7 +20,10 @@ struct Host {
 
 impl Host {
     fn new() -> Result<Self> {
-        Ok(Self { bed: Topology::builder().servers(1).vip_on_servers(false).ipv6().build()?, ne: NE.to_string() })
+        let bed = Topology::builder().servers(1).vip_on_servers(false).ipv6().build()?;
+        let nothing = [("net/ipv4/conf/all/arp_ignore", "0"), ("net/ipv4/conf/all/arp_announce", "0")];
+        bed.server(0).ns().sysctl(&nothing)?;
+        Ok(Self { bed, ne: NE.to_string() })
     }
 
     fn start(&self, name: &str, args: &[&str]) -> Result<ServerElement> {
