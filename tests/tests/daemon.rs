@@ -43,7 +43,7 @@ fn a_mistake_in_the_configuration_is_named_with_its_line() -> Result<()> {
     let many =
         good.replace("\"192.0.2.10\"", &many.join(", ")).replace("forwarding = [\"l2\"]", "forwarding = [\"l3\"]");
     let cases = [
-        (many, "17 VIPs"),
+        (many, "more than 16 VIPs offer tcp/7 in farms that allow l3"),
         (good.replace("keepalive", "keepalife"), "2:1: unknown key `keepalife`; did you mean `keepalive`?"),
         (good.replace("vips", "vip"), "5:1: unknown key `vip`; did you mean `vips`?"),
         (good.replace("udp/53", "upd/53"), "6:22: `upd/53` is no service"),

@@ -150,8 +150,8 @@ fn on_threads(config: NeConfig, keys: HashMap<PathBuf, Key>, leave: bool) -> any
     let sessions = runtime().context("starting tokio")?;
     // Who asks for the status has a thread of his own: he is not to wait behind ten thousand sessions, nor they behind him.
     let desk = Builder::new_multi_thread().worker_threads(1).enable_all().build().context("starting tokio")?;
-    // And so has the owner, with his clock and his questions to the kernel: sessions that keep their worker busy, as a flood
-    // does, would hold up each of them, and so whoever waits for the owner.
+    // And so has the owner, with his clock; what the kernel answers him, and tells of neighbours, comes in at the desk. Sessions
+    // that keep their worker busy, as a flood does, would hold up each of these, and so whoever waits for the owner.
     let owner = Builder::new_current_thread().enable_all().build().context("starting tokio")?;
     owner.block_on(serve(config, keys, leave, sessions.handle(), desk.handle()))
 }
@@ -229,7 +229,7 @@ async fn serve(
     config.listen = listeners.iter().map(|listener| listener.local_addr()).collect::<Result<_, _>>()?;
     let config = Arc::new(config);
     let keys = Keys::new(Arc::clone(&config), keys)?;
-    let (mut owner, mut inputs, sender, mut changes, door) = start(&config, &keys).await?;
+    let (mut owner, mut inputs, sender, mut changes, door) = start(&config, &keys, desk).await?;
 
     let mut tasks = JoinSet::new();
     let asked = desk.spawn(admin.serve(commands::answers(sender)));
@@ -270,6 +270,7 @@ type Started<C> = (Owner, mpsc::Receiver<Input>, mpsc::Sender<Input>, C, Arc<Doo
 async fn start(
     config: &Arc<NeConfig>,
     keys: &Arc<Keys>,
+    desk: &Handle,
 ) -> anyhow::Result<Started<impl Stream<Item = Change> + Unpin + use<>>> {
     let now = Instant::now();
     // Before the packet path: what is wrong here leaves nothing attached.
@@ -291,8 +292,12 @@ async fn start(
         );
     }
     let routing = prepare_routing(config);
-    let (neighbours, changes, driver) = Neighbours::open()?;
-    tokio::spawn(driver);
+    // While the owner writes a plan, somebody must take what the kernel tells, or its buffer runs over.
+    let (neighbours, changes, driver) = {
+        let _at_the_desk = desk.enter();
+        Neighbours::open()?
+    };
+    desk.spawn(driver);
     let ports = plane.ports();
     tell_of_veths(&neighbours, &ports).await;
     let hosts = Hosts::new(neighbours, ports.iter().cloned());

@@ -78,6 +78,8 @@ pub struct Owner {
     dirty: bool,
     /// It cannot wait.
     urgent: bool,
+    /// How long the last plan took.
+    took: Duration,
     /// When what can wait may be written.
     next_write: Instant,
     /// When time alone has something to be written for servers, as of the last write.
@@ -127,6 +129,7 @@ impl Owner {
             asked: Vec::new(),
             dirty: true,
             urgent: true,
+            took: Duration::ZERO,
             next_write: now,
             deadline: None,
             expiry: None,
@@ -184,12 +187,13 @@ impl Owner {
         }
     }
 
-    /// Takes what comes within a moment, so that one plan does for all of it.
+    /// Takes what comes within a moment, so that one plan does for all of it; if more keeps coming, for as long as the last
+    /// plan took, so that what is taken is worth a plan, and nobody waits much longer than for two.
     async fn gather(&mut self, inputs: &mut mpsc::Receiver<Input>, changes: &mut (impl Stream<Item = Change> + Unpin)) {
         let until = tokio::time::Instant::now() + GATHER;
+        let end = until + self.took;
         for _ in 0..GATHER_MAX {
-            // Also if more keeps coming.
-            if !self.urgent || until <= tokio::time::Instant::now() {
+            if !self.urgent || end <= tokio::time::Instant::now() {
                 return;
             }
             tokio::select! {
@@ -300,6 +304,7 @@ impl Owner {
         self.deadline = self.cluster.next_deadline();
         (self.dirty, self.urgent, self.release) = (false, false, true);
         let (ended, took) = (Instant::now(), now.elapsed());
+        self.took = took;
         self.next_write = ended + (took * WAIT_FACTOR).min(WAIT_MAX);
         // If very many end at once, others have half of the time.
         self.expiry = self.cluster.next_expiry().map(|at| at.max(ended + took));
