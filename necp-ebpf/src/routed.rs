@@ -1,9 +1,9 @@
 //! The forwarding types that route (draft §5.6.1): GRE and layer 3 to servers, and what layer-3 servers reply.
 //!
 //! A reply must be given the VIP's address again. It belongs to one of the VIPs that have its source port: each of them is
-//! asked for the flow, and the flow on record says whether this server has it; what is on record counts for more than a SYN
-//! nobody has answered, that for more than what is ending, and what was heard of last for most. What a server says to others, or to clients that addressed the
-//! server itself, belongs to no flow on record and is none of ours.
+//! asked for the flow, and the flow on record says whether this server has it. If several have one, a record counts for more
+//! than a SYN that is on no record yet, that for more than a record that ends, and the younger for more than the older. What a
+//! server says to others, or to clients that addressed the server itself, belongs to no flow on record and is none of ours.
 
 use network_types::ip::Ipv4Hdr;
 

@@ -361,9 +361,7 @@ impl Cluster {
             (host.session != Session::Up && !self.is_used(*address)).then_some(*address)
         };
         let visitors: Vec<IpAddr> = self.hosts.iter().filter_map(idle).collect();
-        for address in visitors {
-            self.host_numbers.give_back(self.hosts.remove(&address).map_or(0, |host| host.number));
-        }
+        visitors.into_iter().for_each(|address| self.drop_host(address));
     }
 
     /// Hosts whose neighbour entries matter: those with a session or with an id that may have flows; in the order of their
@@ -468,8 +466,12 @@ impl Cluster {
         if !self.is_used(address)
             && self.hosts.get(&address).is_some_and(|host| host.session != Session::Up && !host.reachable())
         {
-            self.host_numbers.give_back(self.hosts.remove(&address).map_or(0, |host| host.number));
+            self.drop_host(address);
         }
+    }
+
+    fn drop_host(&mut self, address: IpAddr) {
+        self.host_numbers.give_back(self.hosts.remove(&address).map_or(0, |host| host.number));
     }
 
     /// Something in the maps may name it.
