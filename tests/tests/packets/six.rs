@@ -156,6 +156,20 @@ fn senders_are_told_what_does_not_get_there() {
     }
 }
 
+/// RFC 2473 §7.1: what every link takes goes through a tunnel, whatever is said of its way.
+#[test]
+fn no_way_is_too_narrow_for_1280_bytes() {
+    for (owner, port) in [(TUNNEL, WEB), (TRANSLATED, ALWAYS)] {
+        let mut six = Six::new(plain(owner));
+        six.narrow(owner, 1280);
+        let of_length = |length: usize| built(from_client(VIP).tcp(5000, port, 9, 1000).ack(1), &vec![7; length - 60]);
+        assert_eq!(six.run(&of_length(1280)).verdict, Verdict::Tx);
+        let outcome = six.run(&of_length(1281));
+        assert_eq!(outcome.reason, Reason::TooBig);
+        assert_eq!(told(&outcome).0, Icmpv6Type::PacketTooBig { mtu: 1280 });
+    }
+}
+
 #[test]
 fn layer_3_translates_both_ways() {
     let mut six = Six::new(plain(TRANSLATED));

@@ -121,6 +121,13 @@ impl Six {
         }
     }
 
+    /// The longest packet that gets to this server, in bytes.
+    pub fn narrow(&mut self, id: u32, mtu: u16) {
+        for view in [self.bench.kernel.view(), self.bench.host.view()] {
+            assert!(view.set_server(id, &Server { mtu, ..server(id) }));
+        }
+    }
+
     /// Exceptions for what comes from the client's /64 to the VIP's TCP port.
     pub fn except(&mut self, state: u8, installers: &[u32]) {
         self.except_to(VIP, WEB, state, installers);
